@@ -1,0 +1,1 @@
+"""Curvature kernels: tensors in, tensors out."""

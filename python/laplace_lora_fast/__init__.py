@@ -1,0 +1,1 @@
+"""Laplace-LoRA: Kronecker-factored Laplace posteriors over LoRA weights."""
