@@ -1,1 +1,205 @@
-"""Curvature kernels: tensors in, tensors out."""
+r"""Curvature kernels for Kronecker-factored Laplace posteriors: tensors in, tensors out.
+
+This file is the reference of the ops. What holds for all of them:
+
+- Inputs are bf16, fp16, fp32 or fp64, with any strides. Results and accumulators are fp32, fp64 for fp64
+  inputs; products accumulate in that precision. fp64 never mixes with the others.
+- `mask` is a bool tensor, True where a row counts. A masked row is selected away, not multiplied by zero: NaN
+  or infinity in it is harmless.
+- Nothing is differentiable: the ops run without autograd, on inputs that may require a gradient.
+- Nothing waits for the device: no value is read back, no row is gathered.
+- Wrong arguments raise at the call, on the first argument that does not fit: `TypeError` for a dtype,
+  `ValueError` for a shape, a device or strides. The message names the argument.
+- Each op is also registered as `torch.ops.laplace_kernels.<op>` with a fake kernel, so that
+  `torch.compile(fullgraph=True)` sees through a call. The registered op checks nothing: call the function.
+
+`use_backend` and the environment variable LAPLACE_KERNELS_BACKEND choose an implementation; `explain` says
+which one serves and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from laplace_kernels import checks, dispatch, reference
+from laplace_kernels.dispatch import OPS, Choice, backends, explain, use_backend
+
+__all__ = [
+    "OPS",
+    "Choice",
+    "backends",
+    "explain",
+    "gram_",
+    "gram_group_",
+    "gram_sketch_",
+    "jacobian_stats",
+    "kron_apply",
+    "mirror_",
+    "use_backend",
+]
+
+
+def gram_(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    r"""Add the Gram matrix of the rows of X to the lower triangle of C (a SYRK update).
+
+    $C_{ij} \mathrel{+}= \alpha \sum_{t:\,mask_t} X_{ti} X_{tj}$ for $i \ge j$. This is the running Kronecker
+    factor of KFAC (Martens and Grosse 2015, arXiv:1503.05671) for activations or output gradients X.
+
+    The strictly upper triangle of C is unspecified afterwards; `mirror_` fills it once the accumulation is
+    over.
+
+    Args:
+        C: [d, d], fp32 (fp64 if X is fp64), contiguous rows. Changed in place.
+        X: [T, d], bf16, fp16, fp32 or fp64. T may be 0.
+        mask: [T] bool, True where a row counts. None keeps all.
+        alpha: Weight of this update.
+
+    Returns:
+        C.
+
+    Raises:
+        TypeError: A dtype is wrong, or alpha is a tensor.
+        ValueError: A shape, device or stride does not fit.
+    """
+    checks.check_gram(C, X, mask, alpha)
+    dispatch.call("gram_", X, C, X, mask, alpha)
+    return C
+
+
+def gram_sketch_(
+    Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    r"""Add the sketched Gram matrix $X^T X \Omega$ to Y, without the Gram matrix.
+
+    $Y \mathrel{+}= \alpha \sum_{t:\,mask_t} X_t^T (X_t \Omega)$. Linear in the data: sketches of batches and
+    ranks add up. A PSD approximation of rank k is recovered from Y and Omega by the Nystrom method (Tropp,
+    Yurtsever, Udell and Cevher 2017, arXiv:1706.05736).
+
+    Args:
+        Y: [d, m], fp32 (fp64 if X is fp64), contiguous rows. Changed in place.
+        X: [T, d], bf16, fp16, fp32 or fp64. T may be 0.
+        Omega: [d, m] test matrix, any of these dtypes (fp64 if X is); used at its own precision.
+        mask: [T] bool, True where a row counts. None keeps all.
+        alpha: Weight of this update.
+
+    Returns:
+        Y.
+
+    Raises:
+        TypeError: A dtype is wrong, or alpha is a tensor.
+        ValueError: A shape, device or stride does not fit.
+    """
+    checks.check_gram_sketch(Y, X, Omega, mask, alpha)
+    dispatch.call("gram_sketch_", X, Y, X, Omega, mask, alpha)
+    return Y
+
+
+def gram_group_(
+    Cs: Sequence[Tensor],
+    Xs: Sequence[Tensor],
+    masks: Sequence[Tensor | None] | None = None,
+    alphas: Sequence[float] | None = None,
+) -> None:
+    """`gram_` for many matrices at once: a whole model's flush, or many small ones.
+
+    Args:
+        Cs: The accumulators, each as in `gram_`. No two may share memory. Changed in place.
+        Xs: The rows, each as in `gram_`, of any shapes, all of one dtype and on one device.
+        masks: A mask or None for each. None keeps all rows of all.
+        alphas: The weight of each update. None is 1 for all.
+
+    Raises:
+        TypeError: A dtype is wrong, or a member of alphas is a tensor.
+        ValueError: The sequences differ in length, or a shape, device or stride does not fit.
+    """
+    masks = [None] * len(Cs) if masks is None else list(masks)
+    alphas = [1.0] * len(Cs) if alphas is None else list(alphas)
+    checks.check_gram_group(Cs, Xs, masks, alphas)
+    if len(Cs) > 0:
+        dispatch.call("gram_group_", Xs[0], list(Cs), list(Xs), masks, alphas)
+
+
+def jacobian_stats(
+    small: Tensor, large: Tensor, basis: Tensor, mask: Tensor | None = None, row_grams: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    r"""Statistics of per-example Jacobians of a LoRA weight that give the linearised predictive covariance.
+
+    The Jacobian of output c of example n with respect to a weight, in a rotated row basis, is
+
+    $Jt_{nc} = \sum_{t:\,mask_{nt}} small_{nct} \otimes large_{nct}$, an [r, d] matrix that is not kept.
+    Computed from it are
+
+    $P_{nc} = Jt_{nc}\, basis$ and $D_{njcc'} = \langle Jt_{nc,j}, Jt_{nc',j} \rangle$ for each row j.
+
+    With basis = U of a factor U S U^T + tau (I - U U^T) these are all that the covariance of the logits
+    needs. It is the low-rank covariance of Laplace-LoRA (Yang, Robeyns, Wang and Aitchison 2024,
+    arXiv:2308.13111) with a tail.
+
+    Args:
+        small: [N, Cs, T, r]: output gradients of lora_A, or inputs of lora_B, rotated.
+        large: [N, Cl, T, d]: inputs of lora_A, or output gradients of lora_B. Cs and Cl are C or 1; a class
+            axis of 1 is shared by all classes.
+        basis: [d, k].
+        mask: [N, T] bool, True where a token counts, for `small` and `large` alike. None keeps all.
+        row_grams: Whether to compute D. An orthogonal basis (k = d) does not need it: D is then P P^T row by
+            row.
+
+    Returns:
+        P [N, C, r, k], and D [N, r, C, C] or None; fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape or device does not fit.
+    """
+    checks.check_jacobian_stats(small, large, basis, mask)
+    P, D = dispatch.call("jacobian_stats", large, small, large, basis, mask, row_grams)
+    return P, D if row_grams else None
+
+
+def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> Tensor:
+    r"""Apply a function of a low-rank-plus-tail Kronecker operator to a batch of matrices.
+
+    $f(H) W = V\,[\,core \odot (V^T W U)\,]\,U^T + V\,\mathrm{diag}(tail)\,V^T W (I - U U^T)$
+
+    for $H W = V \mathrm{diag}(t) V^T\, W\, (U \mathrm{diag}(s) U^T + \tau (I - U U^T)) + \lambda W$: core [j,
+    i] is f at $s_i t_j + \lambda$ and tail [j] is f at $\tau t_j + \lambda$. With $f = x^{-1/2}$ white noise
+    becomes posterior samples (Ritter, Botev and Barber 2018, "A scalable Laplace approximation for neural
+    networks"); with $f = x^{-1}$ it solves.
+
+    Args:
+        W: [B, r, d].
+        U: [d, k], orthonormal columns, k at most d.
+        V: [r, r], orthogonal.
+        core: [r, k].
+        tail: [r]. Without effect when k = d.
+
+    Returns:
+        [B, r, d], fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape or device does not fit.
+    """
+    checks.check_kron_apply(W, U, V, core, tail)
+    out: Tensor = dispatch.call("kron_apply", W, W, U, V, core, tail)
+    return out
+
+
+def mirror_(C: Tensor) -> Tensor:
+    """Copy the lower triangle of C [d, d] to the upper one in place, after the last `gram_`.
+
+    Args:
+        C: [d, d], any float dtype and strides. What its strictly upper triangle holds is not read.
+
+    Returns:
+        C.
+
+    Raises:
+        TypeError: C is not a float tensor.
+        ValueError: C is not square.
+    """
+    checks.check_mirror(C)
+    reference.mirror_(C)
+    return C

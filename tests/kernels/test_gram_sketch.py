@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import laplace_kernels as lk
+from laplace_kernels import reference
+from tests.kernels import inputs, oracles
+
+
+@settings(max_examples=60, deadline=None)
+@given(inputs.token_counts, inputs.sizes, st.integers(0, 9), inputs.dtypes, inputs.layouts, inputs.seeds)
+def test_adds_the_sketched_gram_matrix(T, d, m, dtype, layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = inputs.rows(T, d, dtype, layout, generator)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    Omega = torch.randn(d, m, generator=generator, dtype=accumulate)
+    Y = torch.ones(d, m, dtype=accumulate)
+    assert lk.gram_sketch_(Y, X, Omega, alpha=0.5) is Y
+    oracles.assert_near(Y, 1 + 0.5 * oracles.gram_sketch(X, Omega))
+
+
+@settings(max_examples=40, deadline=None)
+@given(inputs.token_counts, inputs.sizes, inputs.dtypes, inputs.layouts, inputs.seeds)
+def test_masked_rows_add_nothing_even_when_not_finite(T, d, dtype, layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = inputs.rows(T, d, dtype, layout, generator)
+    mask = inputs.poisoned_mask(X, generator)
+    Omega = torch.randn(d, 4, generator=generator).to(dtype)
+    Y = torch.zeros(d, 4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    oracles.assert_near(lk.gram_sketch_(Y, X, Omega, mask), oracles.gram_sketch(X, Omega, mask))
+
+
+def test_the_sketch_keeps_the_precision_of_omega():
+    """Derived factors are exact only if a fp32 Omega is not rounded to the dtype of X."""
+    X = torch.randn(50, 16).bfloat16()
+    Omega = torch.randn(16, 3)
+    Y = lk.gram_sketch_(torch.zeros(16, 3), X, Omega)
+    exact = oracles.gram_sketch(X, Omega)
+    rounded = oracles.gram_sketch(X, Omega.bfloat16())
+    assert (Y - exact).abs().max() < 1e-2 * (rounded - exact).abs().max()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_rows_add_up(monkeypatch, masked):
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 50)
+    X, Omega = torch.randn(99, 7).bfloat16(), torch.randn(7, 2)
+    mask = torch.arange(99) % 3 > 0 if masked else None
+    Y = lk.gram_sketch_(torch.zeros(7, 2), X, Omega, mask)
+    oracles.assert_near(Y, oracles.gram_sketch(X, Omega, mask))

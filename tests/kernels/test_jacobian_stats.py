@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import laplace_kernels as lk
+from laplace_kernels import reference
+from tests.kernels import inputs, oracles
+
+shared = st.sampled_from(("small", "large", "neither"))
+
+
+def operands(shared, N, C, T, r, d, dtype, generator):
+    Cs, Cl = (1 if shared == "small" else C), (1 if shared == "large" else C)
+    small = torch.randn(N, Cs, T, r, generator=generator, dtype=torch.float64).to(dtype)
+    large = torch.randn(N, T, Cl, d, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+    return small, large
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shared,
+    st.integers(0, 4),
+    st.integers(1, 5),
+    st.integers(0, 12),
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.integers(0, 20),
+    inputs.dtypes,
+    st.booleans(),
+    inputs.seeds,
+)
+def test_projection_and_row_grams(shared, N, C, T, r, d, k, dtype, row_grams, seed):
+    generator = torch.Generator().manual_seed(seed)
+    small, large = operands(shared, N, C, T, r, d, dtype, generator)
+    basis = torch.randn(d, k, generator=generator, dtype=torch.float64).to(dtype)
+    P, D = lk.jacobian_stats(small, large, basis, row_grams=row_grams)
+    exact_P, exact_D = oracles.jacobian_stats(small, large, basis)
+    oracles.assert_near(P, exact_P)
+    if row_grams:
+        oracles.assert_near(D, exact_D)
+    else:
+        assert D is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(shared, st.sampled_from(("small", "large", "both")), inputs.dtypes, st.integers(1, 30), inputs.seeds)
+def test_not_finite_behind_the_mask_in_either_operand(shared, poisoned, dtype, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    small, large = operands(shared, 3, 2, 7, 4, 10, dtype, generator)
+    basis = torch.randn(10, k, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.rand(3, 7, generator=generator) < 0.6
+    mask[1] = False
+    dropped = ~mask[:, None, :, None]
+    if poisoned != "large":
+        small.masked_fill_(dropped, torch.nan)
+    if poisoned != "small":
+        large.masked_fill_(dropped, torch.inf)
+    P, D = lk.jacobian_stats(small, large, basis, mask)
+    exact_P, exact_D = oracles.jacobian_stats(small, large, basis, mask)
+    oracles.assert_near(P, exact_P)
+    oracles.assert_near(D, exact_D)
+    only_P, _ = lk.jacobian_stats(small, large, basis, mask, row_grams=False)
+    oracles.assert_near(only_P, exact_P)
+
+
+@pytest.mark.parametrize(("T", "k"), [(1, 2), (40, 30)])
+@pytest.mark.parametrize("row_grams", [True, False])
+def test_both_orders_of_contraction_agree(T, k, row_grams):
+    """T = 1 projects `large` first, long sequences form the Jacobian first."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = operands("large", 3, 5, T, 8, 30, torch.float32, generator)
+    basis = torch.randn(30, k, generator=generator)
+    P, _ = lk.jacobian_stats(small, large, basis, row_grams=row_grams)
+    oracles.assert_near(P, oracles.jacobian_stats(small, large, basis)[0])
+
+
+def test_examples_in_blocks(monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 150)
+    generator = torch.Generator().manual_seed(0)
+    small, large = operands("small", 5, 2, 3, 2, 10, torch.bfloat16, generator)
+    basis = torch.randn(10, 4, generator=generator)
+    mask = torch.rand(5, 3, generator=generator) < 0.6
+    P, D = lk.jacobian_stats(small, large, basis, mask)
+    exact_P, exact_D = oracles.jacobian_stats(small, large, basis, mask)
+    oracles.assert_near(P, exact_P)
+    oracles.assert_near(D, exact_D)
