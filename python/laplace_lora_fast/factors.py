@@ -7,8 +7,8 @@ factors of disjoint data add up.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,112 +58,143 @@ class Spectrum:
         return Spectrum(self.values * factor, self.vectors, self.tail * factor, self.trace * factor)
 
 
-class Factor(Protocol):
-    """A running C = sum of x x^T."""
+class Factor(ABC):
+    """A running C = sum of x x^T.
+
+    Rows that come a few at a time wait in a list, so that the accumulator is read and written once per many rows.
+    While fewer than `capacity` rows have come it is not even allocated: the rows themselves are an exact factor.
+
+    Args:
+        dim: d.
+        dtype: of the accumulator, fp32 or fp64.
+        device: where it lives.
+        capacity: number of rows that may wait.
+    """
 
     kind: str
-    dim: int
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        self.dim, self.dtype, self.device = dim, dtype, device
+        self._capacity = capacity
+        self._waiting: list[Tensor] = []
+        self._n_waiting = 0
 
     def add_tokens(self, x: Tensor, mask: Tensor | None) -> None:
         """Adds the rows of x [..., d] whose mask [...] is True; x is read now and not kept."""
+        self._accumulate(x.reshape(-1, self.dim), None if mask is None else mask.reshape(-1))
 
     def add_rows(self, rows: Tensor) -> None:
-        """Adds rows [n, d] in the accumulation dtype; takes ownership, so that few rows can wait for more."""
-
-    def merge(self, other: Factor) -> None:
-        """Adds a factor of the same kind over other data."""
-
-    def is_finite(self) -> bool:
-        """False if any row was NaN or infinite, or the sum overflowed."""
-
-    def quadratic(self, basis: Tensor) -> Tensor:
-        """basis^T C basis [r, r] in fp64, exactly, for basis [d, r]."""
-
-    def spectrum(self, rank: int | None) -> Spectrum:
-        """The `rank` leading eigenpairs and the tail; None keeps all there are."""
-
-
-class DenseFactor:
-    """C [d, d] itself, lower triangle.
-
-    Rows that come a few at a time wait in a list, so that C is read and written once per many rows. While fewer rows
-    than half the dimension have come, C is not even allocated: the rows are an exact factor of rank n.
-    """
-
-    kind = "dense"
-
-    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.dim, self._dtype, self._device = dim, dtype, device
-        self._matrix: Tensor | None = None
-        self._waiting: list[Tensor] = []
-        self._n_waiting = 0
-        self._capacity = max(1, dim // 2)
-
-    def add_tokens(self, x: Tensor, mask: Tensor | None) -> None:
-        rows = x.reshape(-1, self.dim)
-        lk.gram_(self._allocated(), rows, None if mask is None else mask.reshape(-1))
-
-    def add_rows(self, rows: Tensor) -> None:
+        """Adds rows [n, d] in the accumulation dtype; takes ownership of them."""
         self._waiting.append(rows)
         self._n_waiting += len(rows)
         if self._n_waiting > self._capacity:
             self._flush()
 
     def merge(self, other: Factor) -> None:
-        assert isinstance(other, DenseFactor)
-        if other._matrix is not None:
-            self._allocated().add_(other._matrix)
+        """Adds a factor of the same kind over other data."""
+        if type(other) is not type(self) or other.dim != self.dim:
+            raise NumericalError(f"cannot merge a {other.kind} factor of dimension {other.dim} into this one")
+        self._merge(other)
         for rows in other._waiting:
             self.add_rows(rows)
 
-    def matrix(self) -> Tensor:
-        """C [d, d], both triangles."""
-        self._flush()
-        return lk.mirror_(self._allocated())
-
     def is_finite(self) -> bool:
-        parts = self._waiting if self._matrix is None else [*self._waiting, self._matrix.tril()]
-        return all(bool(part.isfinite().all()) for part in parts)
+        """False if any row was NaN or infinite, or the sum overflowed."""
+        return all(bool(part.isfinite().all()) for part in (*self._waiting, *self._accumulated()))
 
     def quadratic(self, basis: Tensor) -> Tensor:
+        """basis^T C basis [r, r] in fp64, exactly (a sketch: for the columns it was made exact on)."""
         basis = basis.double()
-        if self._matrix is None:
+        if not self._accumulated():
             image = self._rows().double() @ basis
             return image.mT @ image
-        return basis.mT @ (self.matrix().double() @ basis)
+        self._flush()
+        return self._quadratic(basis)
 
     def spectrum(self, rank: int | None) -> Spectrum:
-        if self._matrix is None:
+        """The `rank` leading eigenpairs and the tail, computed in fp64; None for the kind's default."""
+        if not self._accumulated():
             return _spectrum_of_rows(self._rows(), rank)
-        return _spectrum_of_matrix(self.matrix(), rank)
-
-    def _allocated(self) -> Tensor:
-        if self._matrix is None:
-            self._matrix = torch.zeros(self.dim, self.dim, dtype=self._dtype, device=self._device)
-        return self._matrix
+        self._flush()
+        return self._spectrum(rank)
 
     def _rows(self) -> Tensor:
-        if not self._waiting:
-            return torch.zeros(0, self.dim, dtype=self._dtype, device=self._device)
-        if len(self._waiting) > 1:
-            self._waiting = [torch.cat(self._waiting)]
+        if len(self._waiting) != 1:
+            empty = torch.zeros(0, self.dim, dtype=self.dtype, device=self.device)
+            self._waiting = [torch.cat([empty, *self._waiting])]
         return self._waiting[0]
 
     def _flush(self) -> None:
-        if self._waiting:
-            lk.gram_(self._allocated(), self._rows())
-            self._waiting, self._n_waiting = [], 0
+        if self._n_waiting:
+            self._accumulate(self._rows(), None)
+        self._waiting, self._n_waiting = [], 0
+
+    @abstractmethod
+    def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Adds rows [T, d] to the accumulator, allocating it on first use."""
+
+    @abstractmethod
+    def _accumulated(self) -> tuple[Tensor, ...]:
+        """The accumulator's tensors; empty while it is not allocated."""
+
+    @abstractmethod
+    def _merge(self, other: Factor) -> None:
+        """Adds the accumulator of another factor of this class."""
+
+    @abstractmethod
+    def _quadratic(self, basis: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _spectrum(self, rank: int | None) -> Spectrum: ...
 
 
-class SketchFactor:
+class DenseFactor(Factor):
+    """C [d, d] itself, exact. By default its spectrum is complete."""
+
+    kind = "dense"
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(
+            dim, dtype, device, capacity=dim // 2
+        )  # beyond, an SVD of the rows costs more than C
+        self._lower: Tensor | None = None
+
+    def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
+        if self._lower is None:
+            self._lower = torch.zeros(self.dim, self.dim, dtype=self.dtype, device=self.device)
+        lk.gram_(self._lower, rows, mask)
+
+    def _accumulated(self) -> tuple[Tensor, ...]:
+        return () if self._lower is None else (self._lower.tril(),)
+
+    def _merge(self, other: Factor) -> None:
+        assert isinstance(other, DenseFactor)
+        if self._lower is None or other._lower is None:
+            self._lower = other._lower if self._lower is None else self._lower
+        else:
+            self._lower += other._lower
+
+    def _matrix(self) -> Tensor:
+        assert self._lower is not None
+        return lk.mirror_(self._lower).double()
+
+    def _quadratic(self, basis: Tensor) -> Tensor:
+        return basis.mT @ (self._matrix() @ basis)
+
+    def _spectrum(self, rank: int | None) -> Spectrum:
+        matrix = self._matrix()
+        values, vectors = torch.linalg.eigh(matrix)
+        return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), matrix.trace(), rank, self.dtype)
+
+
+class SketchFactor(Factor):
     """Y = C Omega [d, m], recovered by the Nystrom approximation (Tropp, Yurtsever, Udell, Cevher 2017).
 
     Omega = [leading directions of the first rows | random orthonormal | exact], where `exact` are columns on which
-    quadratic forms must stay exact (A^T or B). Half of the rest is warm-started from the first rows that come.
+    quadratic forms must stay exact (A^T or B). The first part is up to half of the first two.
 
     Args:
-        dim: d.
-        size: number of columns of Omega besides the exact ones.
+        size: number of columns of Omega besides the exact ones. A quarter of it is the spectrum's default rank.
         exact: [d, e].
         dtype: of Y.
         seed: of the random columns.
@@ -171,96 +202,81 @@ class SketchFactor:
 
     kind = "sketch"
 
-    def __init__(self, dim: int, size: int, exact: Tensor, dtype: torch.dtype, seed: int) -> None:
-        self.dim, self._size, self._dtype = dim, min(size, dim), dtype
+    def __init__(self, size: int, exact: Tensor, dtype: torch.dtype, seed: int) -> None:
+        dim = exact.shape[0]
+        self._size = min(size, dim)
+        super().__init__(dim, dtype, exact.device, capacity=self._size)
         self._exact = exact.to(dtype)
         self._generator = torch.Generator().manual_seed(seed)
-        self._omega: Tensor | None = None
-        self._sketch: Tensor | None = None
+        self._sketch: tuple[Tensor, Tensor] | None = None  # Omega, Y
         self._trace = torch.zeros((), dtype=torch.float64, device=exact.device)
 
-    def add_tokens(self, x: Tensor, mask: Tensor | None) -> None:
-        rows = x.reshape(-1, self.dim)
-        mask = None if mask is None else mask.reshape(-1)
-        if self._omega is None:
-            self._start(rows, mask)
-        assert self._sketch is not None and self._omega is not None
-        lk.gram_sketch_(self._sketch, rows, self._omega, mask)
-        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self._dtype).square()
+    def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
+        if self._sketch is None:
+            omega = self._start(rows, mask)
+            self._sketch = omega, torch.zeros_like(omega)
+        omega, sketch = self._sketch
+        lk.gram_sketch_(sketch, rows, omega, mask)
+        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
         self._trace += (norms if mask is None else norms.where(mask, 0)).sum(dtype=torch.float64)
 
-    def add_rows(self, rows: Tensor) -> None:
-        self.add_tokens(rows, None)
+    def _accumulated(self) -> tuple[Tensor, ...]:
+        return () if self._sketch is None else (self._sketch[1], self._trace)
 
-    def merge(self, other: Factor) -> None:
+    def _merge(self, other: Factor) -> None:
         assert isinstance(other, SketchFactor)
-        if other._sketch is None:
-            return
-        if self._sketch is None:
-            self._omega, self._sketch = other._omega, torch.zeros_like(other._sketch)
-        assert self._omega is not None and other._omega is not None
-        if not torch.equal(self._omega, other._omega):
+        if self._sketch is None or other._sketch is None:
+            self._sketch = other._sketch if self._sketch is None else self._sketch
+        elif torch.equal(self._sketch[0], other._sketch[0]):
+            self._sketch[1].add_(other._sketch[1])
+        else:
             raise NumericalError(
-                "sketches of different Omega cannot be merged: start both from the same first batch"
+                "sketches with different Omega do not add up: share the first one's before the data"
             )
-        self._sketch += other._sketch
         self._trace += other._trace
 
-    def is_finite(self) -> bool:
-        return self._sketch is None or bool(self._sketch.isfinite().all() & self._trace.isfinite())
-
-    def quadratic(self, basis: Tensor) -> Tensor:
-        if self._sketch is None:
-            return torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
+    def _quadratic(self, basis: Tensor) -> Tensor:
         omega, sketch = self._whitened()
-        basis = basis.double()
-        coefficients = omega.mT @ basis  # basis lies in the span of Omega
-        form = basis.mT @ (sketch @ coefficients)
+        form = basis.mT @ (sketch @ (omega.mT @ basis))  # the basis lies in the span of Omega
         return (form + form.mT) / 2
 
-    def spectrum(self, rank: int | None) -> Spectrum:
-        """Nystrom in fp64 with the shift at the accumulation precision; `rank` defaults to a quarter of the size."""
-        rank = max(1, self._size // 4) if rank is None else min(rank, self._size)
-        if self._sketch is None or not self._trace > 0:
-            return _spectrum_of_rows(
-                torch.zeros(0, self.dim, dtype=self._dtype, device=self._exact.device), rank
-            )
+    def _spectrum(self, rank: int | None) -> Spectrum:
         omega, sketch = self._whitened()
-        shift = torch.finfo(self._dtype).eps * torch.linalg.matrix_norm(sketch)
+        # Rounding makes Omega^T C Omega indefinite at the accumulation precision: shift it there, and back at the end.
+        shift = torch.finfo(self.dtype).eps * torch.linalg.matrix_norm(sketch)
         sketch = sketch + shift * omega
         core = omega.mT @ sketch
-        chol = torch.linalg.cholesky((core + core.mT) / 2)
-        root = torch.linalg.solve_triangular(chol, sketch.mT, upper=False)  # C ~ root^T root
-        _, sigma, vectors = torch.linalg.svd(root, full_matrices=False)
+        weights, basis = torch.linalg.eigh((core + core.mT) / 2)
+        root = (sketch @ basis) / weights.clamp_min(shift).sqrt()  # C ~ root root^T
+        vectors, sigma, _ = torch.linalg.svd(root, full_matrices=False)
         values = (sigma.square() - shift).clamp_min(0)
-        return _truncated(values, vectors.mT, self._trace, rank, self._dtype)
+        rank = max(1, self._size // 4) if rank is None else min(rank, self._size)
+        return _truncated(values, vectors, self._trace, rank, self.dtype)
 
-    def _start(self, rows: Tensor, mask: Tensor | None) -> None:
-        rows = rows.to(self._dtype)
+    def _start(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Omega [d, m], half of it warm-started from the first rows."""
+        rows = rows.to(self.dtype)
         if mask is not None:
             rows = rows.where(mask[:, None], 0)
         warm = min(self._size // 2, len(rows))
-        noise = torch.randn(self.dim, self._size - warm, generator=self._generator, dtype=torch.float64)
-        noise = noise.to(rows)
-        if warm:
-            probe = torch.randn(
-                len(rows), min(len(rows), warm + 8), generator=self._generator, dtype=torch.float64
-            )
-            span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe.to(rows)))).Q
-            vectors = span @ torch.linalg.svd(rows @ span, full_matrices=False).Vh.mT
-            noise = torch.cat([vectors[:, :warm], noise], 1)
-        self._omega = torch.cat([torch.linalg.qr(noise).Q, self._exact], 1)
-        self._sketch = torch.zeros(self.dim, self._omega.shape[1], dtype=self._dtype, device=rows.device)
+        probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
+        span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration
+        leading = span @ torch.linalg.svd(rows @ span, full_matrices=False).Vh.mT
+        columns = torch.cat([leading[:, :warm], self._noise(rows, self.dim, self._size - warm)], 1)
+        return torch.cat([torch.linalg.qr(columns).Q, self._exact], 1)
+
+    def _noise(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64).to(like)
 
     def _whitened(self) -> tuple[Tensor, Tensor]:
         """(Omega W, Y W) in fp64 with Omega W orthonormal; dependent columns (a zero B, say) drop out."""
-        assert self._sketch is not None and self._omega is not None
-        omega = self._omega.double()
+        assert self._sketch is not None
+        omega, sketch = (part.double() for part in self._sketch)
         norms = omega.norm(dim=0).clamp_min(torch.finfo(omega.dtype).tiny)
         _, sigma, right = torch.linalg.svd(omega / norms, full_matrices=False)
         keep = sigma > 1e-6 * sigma[0]
         whitener = (right[keep] / sigma[keep, None]).mT / norms[:, None]
-        return omega @ whitener, self._sketch.double() @ whitener
+        return omega @ whitener, sketch @ whitener
 
 
 def _spectrum_of_rows(rows: Tensor, rank: int | None) -> Spectrum:
@@ -272,12 +288,6 @@ def _spectrum_of_rows(rows: Tensor, rank: int | None) -> Spectrum:
         kept = int((values > noise).sum())
         values, vectors = values[:kept], vectors[:kept]
     return _truncated(values, vectors.mT, values.sum(), rank, rows.dtype)
-
-
-def _spectrum_of_matrix(matrix: Tensor, rank: int | None) -> Spectrum:
-    trace = matrix.diagonal().sum(dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), trace, rank, matrix.dtype)
 
 
 def _truncated(

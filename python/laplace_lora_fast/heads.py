@@ -180,7 +180,8 @@ def _batch_shape(batch: Mapping[str, Any]) -> tuple[int, int | None]:
     """Batch size and sequence length (None for inputs that are not token sequences)."""
     for key in ("input_ids", "inputs_embeds"):
         if isinstance(batch.get(key), Tensor):
-            return batch[key].shape[0], batch[key].shape[1]
+            n, length = batch[key].shape[:2]
+            return n, length
     tensors = [
         v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _NOT_FOR_THE_MODEL
     ]

@@ -1,7 +1,7 @@
 """Kronecker-factored curvature of LoRA weights from the two streams of each layer.
 
 For the weight A of a layer (row-major vec) KFAC says H_A = G_A (x) X, for B likewise H_B = G_B (x) Z, with input
-factors X, Z and gradient factors G (Martens and Grosse 2015). With weight sharing over tokens (Eschenhagen et al. 2023):
+factors X, Z and gradient factors G (Martens and Grosse 2015). Tokens share the weight (Eschenhagen et al. 2023):
 
     expand   X = 1/M sum over tokens of x x^T              G = sum over tokens of g g^T
     reduce   X = 1/N sum over examples of xbar xbar^T      G = sum over examples of gbar gbar^T
@@ -145,10 +145,9 @@ class KfacAccumulator:
         return blocks
 
     def _factor(self, dense: bool, exact: list[Tensor], dtype: torch.dtype, stream: int) -> Factor:
-        dim = exact[0].shape[0]
         if dense:
-            return DenseFactor(dim, dtype, exact[0].device)
-        return SketchFactor(dim, self._plan.sketch_size, torch.cat(exact, 1), dtype, self._plan.seed + stream)
+            return DenseFactor(exact[0].shape[0], dtype, exact[0].device)
+        return SketchFactor(self._plan.sketch_size, torch.cat(exact, 1), dtype, self._plan.seed + stream)
 
     def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
         if self._mode is Kfac.EXPAND:

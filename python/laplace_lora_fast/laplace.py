@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ class LaplaceLoRA:
         fit = self._fitted()
         scale = self._curvature_scale()
         blocks = fit.blocks if scale == 1 else [block.scaled(scale) for block in fit.blocks]
-        return Posterior(blocks, prior.resolve(self.prior_precision, self._block_names()))
+        return Posterior(blocks, self._resolve(None))
 
     @property
     def factors(self) -> dict[str, LayerFactors]:
@@ -207,9 +208,8 @@ class LaplaceLoRA:
             raise NotFittedError(
                 "the evidence needs 'labels' in every batch of train_loader: fit again with them"
             )
-        precision = self.prior_precision if prior_precision is None else prior_precision
         posterior = self.posterior
-        lam = prior.resolve(precision, self._block_names())
+        lam = self._resolve(prior_precision)
         penalty = (lam * torch.tensor(self._squared_norms(), dtype=torch.float64)).sum()
         log_det = Posterior(posterior.blocks, lam).log_det_ratio().cpu()
         return self._log_likelihood(fit, fit.log_likelihood) - 0.5 * (penalty + log_det)
@@ -397,6 +397,11 @@ class LaplaceLoRA:
     def _block_names(self) -> list[prior.BlockName]:
         return [(site.name, side) for site in self.sites for side in "AB"]
 
+    def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
+        """The prior precision of each block; None for the current one."""
+        value = self.prior_precision if prior_precision is None else prior_precision
+        return prior.resolve(value, self._block_names())
+
     def _curvature_scale(self) -> float:
         return 1 / self.sigma_noise**2 if self.likelihood.name == "regression" else 1.0
 
@@ -455,7 +460,7 @@ class LaplaceLoRA:
             raise ValueError(
                 "method='val_nll' tunes prior_structure 'scalar' or 'ab': a few held-out examples decide no more"
             )
-        if len(grid) < 2 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)) or not grid[0] > 0:
+        if len(grid) < 2 or any(a >= b for a, b in pairwise(grid)) or not grid[0] > 0:
             raise ValueError("grid must hold at least two ascending positive values")
         keys = prior.group_keys(structure, self._block_names())
         names = list(dict.fromkeys(keys))
@@ -517,8 +522,8 @@ class LaplaceLoRA:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
         several = isinstance(prior_precision, Sequence)
-        current = self.prior_precision if prior_precision is None else prior_precision
-        columns = [prior.resolve(value, self._block_names()) for value in (current if several else [current])]
+        tried = prior_precision if isinstance(prior_precision, Sequence) else [prior_precision]
+        columns = [self._resolve(value) for value in tried]
         precisions = torch.stack(columns, 1)
         mean, cov, labels = predictive.distribution(
             self._linearised(), precisions, [0] * len(precisions), loader, cotangents, "predict", progress

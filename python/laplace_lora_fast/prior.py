@@ -1,6 +1,7 @@
 """The Gaussian prior N(mean, 1 / lambda) on the LoRA weights: which blocks share a lambda, and which lambda.
 
-    log p(D | lambda) = log p(D | theta) - 1/2 sum_blocks [ lambda ||theta - mean||^2 + logdet(H + lambda I) - P log lambda ]
+    log p(D | lambda) = log p(D | theta)
+                        - 1/2 sum_blocks [ lambda ||theta - mean||^2 + logdet(H + lambda I) - P log lambda ]
 
 With the eigenvalues h of H known, this is a function of a few numbers. Blocks that share a lambda are independent of
 the others, and in log lambda each group has one maximum: lambda ||theta - mean||^2 = gamma(lambda), where gamma, the

@@ -144,7 +144,7 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
 
 
 def parameters_left_alone(model: nn.Module, sites: list[Site]) -> list[str]:
-    """Names of trained parameters outside the LoRA weights (`modules_to_save`, biases): they stay at their MAP value."""
+    """Names of trained parameters that are not LoRA weights (`modules_to_save`, biases): they stay at their MAP."""
     treated = {site.weight_name(side) for site in sites for side in "AB"}
     saved = tuple(
         f"{name}.modules_to_save.{sites[0].adapter}."
@@ -257,7 +257,9 @@ class Tap:
                 site.check()
                 if self.observer is None:
                     continue
-                handle = site.module.register_forward_hook(self._forward_hook(index), with_kwargs=True)
+                handle = site.module.register_forward_hook(
+                    self._forward_hook(self.observer, index), with_kwargs=True
+                )
                 stack.callback(handle.remove)
             if self.observer is not None and _checkpoints_reentrantly(
                 self.model
@@ -299,19 +301,19 @@ class Tap:
         """
         torch.autograd.backward(logits, cotangent.to(logits.dtype), retain_graph=not last)
 
-    def _forward_hook(self, index: int) -> Any:
+    def _forward_hook(self, observer: Observer, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                    self._observe_input(index, x)
+                    self._observe_input(observer, index, x)
             if (
                 not torch.is_grad_enabled()
             ):  # first run of a reentrant checkpoint segment: its rerun has the graph
                 return output
             if not output.requires_grad:
                 output = self._start_graph(output)
-            output.register_hook(lambda g: self._observe_gradient(index, g))
+            output.register_hook(lambda g: self._observe_gradient(observer, index, g))
             return output
 
         return hook
@@ -322,7 +324,7 @@ class Tap:
         started: Tensor = _GraphStart.apply(output, self._anchor)  # type: ignore[no-untyped-call]
         return started
 
-    def _observe_input(self, index: int, x: Tensor) -> None:
+    def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
         site = self.sites[index]
         if index in self._seen:
             raise UnsupportedAdapterError(
@@ -337,17 +339,17 @@ class Tap:
             leader = index  # shared now, apart in the first batch: it has its own factor
         self._seen[index] = leader
         if leader == index:
-            self.observer.observe_input(index, *self._tokens(site, x.detach()))
+            observer.observe_input(index, *self._tokens(site, x.detach()))
 
     @torch.no_grad()
-    def _observe_gradient(self, index: int, g: Tensor) -> None:
+    def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
         site = self.sites[index]
         with torch.autocast(g.device.type, enabled=False):
             g, mask = self._tokens(site, g)
             if site.rows is not None:
                 g = g.index_select(-1, site.rows.to(g.device))
             self.reached.add(index)
-            self.observer.observe_gradient(index, g, mask)
+            observer.observe_gradient(index, g, mask)
 
     def _tokens(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Views a stream as [N, T, d] and finds its mask [N, T]."""

@@ -1,0 +1,167 @@
+"""Reliability diagrams and confidence histograms, one row of panels per data set, one column per method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from laplace_lora_fast.evaluate import ECE_BINS, Predictions
+
+Grid = Mapping[str, Mapping[str, Predictions]]  # data set -> method -> predictions
+
+# Okabe and Ito's colours, told apart with every common kind of colour vision.
+_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#5F5F5F"
+_PANEL_INCHES = 2.7
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predictions grouped by confidence into equal bins of [0, 1]; empty bins are left out.
+
+    Attributes:
+        confidence: Mean confidence of each bin, [B].
+        accuracy: Share of correct predictions in each bin, [B].
+        count: Number of predictions in each bin, [B].
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    count: Tensor
+
+
+def bin_by_confidence(predictions: Predictions) -> Bins:
+    """Groups predictions into the 15 bins of the calibration error.
+
+    Args:
+        predictions: At least one.
+    """
+    index = (predictions.confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    count = torch.bincount(index, minlength=ECE_BINS)
+    confidence = torch.bincount(index, predictions.confidence, minlength=ECE_BINS)
+    correct = torch.bincount(index, predictions.correct.double(), minlength=ECE_BINS)
+    some = count > 0
+    return Bins(confidence[some] / count[some], correct[some] / count[some], count[some])
+
+
+def reliability_diagram(grid: Grid, path: str | Path) -> None:
+    """Draws accuracy against confidence: points below the diagonal are over-confident.
+
+    A point is a bin of confidence; its area shows how many predictions fell there, its bar is the 95 % Wilson
+    interval of the accuracy.
+
+    Args:
+        grid: Data set -> method -> predictions. All rows have the same methods.
+        path: PNG to write.
+
+    Raises:
+        ValueError: The grid is empty or its rows differ in their methods.
+    """
+    figure, axes = _panels(grid, "confidence", "accuracy")
+    for ax, predictions in axes:
+        lowest = 1 / predictions.probs.shape[1]
+        bins = bin_by_confidence(predictions)
+        low, high = wilson_interval(bins.accuracy, bins.count)
+        share = bins.count / bins.count.sum()
+        ax.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, zorder=1)
+        ax.vlines(bins.confidence, bins.accuracy, bins.confidence, color=_VERMILION, linewidth=5, alpha=0.35)
+        ax.vlines(bins.confidence, low, high, color=_BLUE, linewidth=1.2)
+        ax.scatter(
+            bins.confidence, bins.accuracy, s=12 + 300 * share, color=_BLUE, edgecolor="white", zorder=3
+        )
+        scores = predictions.metrics()
+        ax.text(0.04, 0.95, f"ECE {scores.ece:.3f}\nNLL {scores.nll:.3f}", transform=ax.transAxes, va="top")
+        margin = 0.04 * (1 - lowest)
+        ax.set(xlim=(lowest - margin, 1 + margin), ylim=(-0.04, 1.04))
+    _key(figure, {"bin (area: share of predictions)": _BLUE, "gap to the diagonal": _VERMILION})
+    figure.savefig(path, dpi=150)
+
+
+def confidence_histogram(grid: Grid, path: str | Path) -> None:
+    """Draws how confidence is spread over correct and wrong predictions, with its mean beside the accuracy.
+
+    Args:
+        grid: Data set -> method -> predictions. All rows have the same methods.
+        path: PNG to write.
+
+    Raises:
+        ValueError: The grid is empty or its rows differ in their methods.
+    """
+    figure, axes = _panels(grid, "confidence", "predictions")
+    edges = [i / ECE_BINS for i in range(ECE_BINS + 1)]
+    for ax, predictions in axes:
+        correct, confidence = predictions.correct, predictions.confidence
+        _, _, (_, wrong_bars) = ax.hist(
+            [confidence[correct], confidence[~correct]],
+            bins=edges,
+            stacked=True,
+            color=[_BLUE, _VERMILION],
+            edgecolor="white",
+        )
+        for bar in wrong_bars:  # a second sign besides colour, for grey prints
+            bar.set_hatch("////")
+        ax.axvline(predictions.confidence.mean(), color="black", linewidth=1.4)
+        ax.axvline(predictions.metrics().accuracy, color="black", linewidth=1.4, linestyle=":")
+        lowest = 1 / predictions.probs.shape[1]
+        ax.set_xlim(math.floor(lowest * ECE_BINS) / ECE_BINS, 1)
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _key(figure, {"correct": _BLUE, "wrong": _VERMILION}, lines={"mean confidence": "-", "accuracy": ":"})
+    figure.savefig(path, dpi=150)
+
+
+def wilson_interval(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Wilson's 95 % interval of a binomial proportion (Wilson 1927).
+
+    Args:
+        share: Observed proportions, [B].
+        count: Trials behind each, [B].
+
+    Returns:
+        Lower and upper ends, [B] each.
+    """
+    z2 = _Z95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z95 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)).sqrt()
+    return centre - half, centre + half
+
+
+def _panels(grid: Grid, x_label: str, y_label: str) -> tuple[Figure, list[tuple[Any, Predictions]]]:
+    """A figure with labelled panels, and each panel's axes with its predictions."""
+    rows = list(grid.values())
+    methods = list(rows[0]) if rows else []
+    if not methods or any(list(row) != methods for row in rows):
+        raise ValueError(
+            "a plot needs at least one data set and one method, and the same methods in every row"
+        )
+    size = (_PANEL_INCHES * len(methods) + 0.6, (_PANEL_INCHES - 0.3) * len(rows) + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), len(methods), squeeze=False, sharex=True, sharey="row")
+    for (name, row), line in zip(grid.items(), axes, strict=True):
+        for method, ax in zip(methods, line, strict=True):
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.set_title(method if line is axes[0] else "", fontsize=10)
+            ax.set_xlabel(x_label if line is axes[-1] else "")
+        line[0].set_ylabel(f"{name} (n = {len(row[methods[0]].labels)})\n{y_label}")
+    return figure, [
+        (ax, row[m])
+        for row, line in zip(rows, axes, strict=True)
+        for m, ax in zip(methods, line, strict=True)
+    ]
+
+
+def _key(figure: Figure, colours: Mapping[str, str], lines: Mapping[str, str] | None = None) -> None:
+    """A legend below all panels."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    handles += [Line2D([], [], color="black", linestyle=s, label=label) for label, s in (lines or {}).items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
