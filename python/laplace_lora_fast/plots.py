@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -70,18 +72,28 @@ def reliability_diagram(grid: Grid, path: str | Path) -> None:
         lowest = 1 / predictions.probs.shape[1]
         bins = bin_by_confidence(predictions)
         low, high = wilson_interval(bins.accuracy, bins.count)
-        share = bins.count / bins.count.sum()
         ax.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, zorder=1)
         ax.vlines(bins.confidence, bins.accuracy, bins.confidence, color=_VERMILION, linewidth=5, alpha=0.35)
         ax.vlines(bins.confidence, low, high, color=_BLUE, linewidth=1.2)
-        ax.scatter(
-            bins.confidence, bins.accuracy, s=12 + 300 * share, color=_BLUE, edgecolor="white", zorder=3
-        )
+        area = 12 + 300 * bins.count / bins.count.sum()
+        ax.scatter(bins.confidence, bins.accuracy, area, _BLUE, edgecolor="white", clip_on=False, zorder=3)
         scores = predictions.metrics()
-        ax.text(0.04, 0.95, f"ECE {scores.ece:.3f}\nNLL {scores.nll:.3f}", transform=ax.transAxes, va="top")
+        ax.set_title(f"ECE {scores.ece:.3f}   NLL {scores.nll:.3f}", fontsize=9, color=_GREY)
         margin = 0.04 * (1 - lowest)
         ax.set(xlim=(lowest - margin, 1 + margin), ylim=(-0.04, 1.04))
-    _key(figure, {"bin (area: share of predictions)": _BLUE, "gap to the diagonal": _VERMILION})
+    _key(
+        figure,
+        [
+            Line2D(
+                [],
+                [],
+                color=_BLUE,
+                marker="o",
+                label="accuracy in a bin, 95 % interval (area: share of predictions)",
+            ),
+            Patch(color=_VERMILION, alpha=0.35, label="gap to the diagonal"),
+        ],
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -108,12 +120,22 @@ def confidence_histogram(grid: Grid, path: str | Path) -> None:
         )
         for bar in wrong_bars:  # a second sign besides colour, for grey prints
             bar.set_hatch("////")
-        ax.axvline(predictions.confidence.mean(), color="black", linewidth=1.4)
-        ax.axvline(predictions.metrics().accuracy, color="black", linewidth=1.4, linestyle=":")
+        mean, accuracy = predictions.confidence.mean().item(), predictions.metrics().accuracy
+        ax.axvline(mean, color="black", linewidth=1.4)
+        ax.axvline(accuracy, color="black", linewidth=1.4, linestyle=":")
+        ax.set_title(f"confidence {mean:.3f}   accuracy {accuracy:.3f}", fontsize=9, color=_GREY)
         lowest = 1 / predictions.probs.shape[1]
         ax.set_xlim(math.floor(lowest * ECE_BINS) / ECE_BINS, 1)
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _key(figure, {"correct": _BLUE, "wrong": _VERMILION}, lines={"mean confidence": "-", "accuracy": ":"})
+    _key(
+        figure,
+        [
+            Patch(color=_BLUE, label="correct"),
+            Patch(facecolor=_VERMILION, edgecolor="white", hatch="////", label="wrong"),
+            Line2D([], [], color="black", label="mean confidence"),
+            Line2D([], [], color="black", linestyle=":", label="accuracy"),
+        ],
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -141,27 +163,29 @@ def _panels(grid: Grid, x_label: str, y_label: str) -> tuple[Figure, list[tuple[
         raise ValueError(
             "a plot needs at least one data set and one method, and the same methods in every row"
         )
-    size = (_PANEL_INCHES * len(methods) + 0.6, (_PANEL_INCHES - 0.3) * len(rows) + 0.9)
+    size = (_PANEL_INCHES * len(methods) + 0.6, _PANEL_INCHES * len(rows) + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), len(methods), squeeze=False, sharex=True, sharey="row")
+    panels = []
     for (name, row), line in zip(grid.items(), axes, strict=True):
+        line[0].set_ylabel(f"{name} (n = {len(row[methods[0]].labels)})\n{y_label}")
         for method, ax in zip(methods, line, strict=True):
             ax.spines[["top", "right"]].set_visible(False)
-            ax.set_title(method if line is axes[0] else "", fontsize=10)
-            ax.set_xlabel(x_label if line is axes[-1] else "")
-        line[0].set_ylabel(f"{name} (n = {len(row[methods[0]].labels)})\n{y_label}")
-    return figure, [
-        (ax, row[m])
-        for row, line in zip(rows, axes, strict=True)
-        for m, ax in zip(methods, line, strict=True)
-    ]
+            panels.append((ax, row[method]))
+    for method, top, bottom in zip(methods, axes[0], axes[-1], strict=True):
+        top.annotate(
+            method,
+            (0.5, 1),
+            (0, 20),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
+        )
+        bottom.set_xlabel(x_label)
+    return figure, panels
 
 
-def _key(figure: Figure, colours: Mapping[str, str], lines: Mapping[str, str] | None = None) -> None:
+def _key(figure: Figure, handles: list[Any]) -> None:
     """A legend below all panels."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = [Patch(color=colour, label=label) for label, colour in colours.items()]
-    handles += [Line2D([], [], color="black", linestyle=s, label=label) for label, s in (lines or {}).items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
