@@ -46,6 +46,17 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.copy_(scale * noise)
 
 
+def without_fp32_norms(model: nn.Module) -> nn.Module:
+    """Replaces RMSNorm layers that round to fp32 inside, so that an fp64 model is fp64 throughout."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm)
+    return model
+
+
 def _llama_config(layers: int, config: dict[str, Any]) -> transformers.LlamaConfig:
     """Grouped-query attention: 4 heads, 2 key-value heads."""
     defaults = {
@@ -73,7 +84,7 @@ def tiny_llama(
     """A causal decoder; its answers are the tokens `ANSWERS`."""
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(_llama_config(layers, config or {}))
-    return adapt(base, dtype, targets, r, **lora)
+    return adapt(without_fp32_norms(base), dtype, targets, r, **lora)
 
 
 def tiny_llama_classifier(
@@ -90,7 +101,7 @@ def tiny_llama_classifier(
     base = transformers.LlamaForSequenceClassification(
         _llama_config(layers, {"num_labels": num_labels} | (config or {}))
     )
-    return adapt(base, dtype, targets, r, **lora)
+    return adapt(without_fp32_norms(base), dtype, targets, r, **lora)
 
 
 def tiny_gpt2(
@@ -149,7 +160,7 @@ def batch(
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, vocab, (n, length), generator=generator)
-    real = torch.randint(2, length + 1, (n,), generator=generator)
+    real = torch.randint(min(2, length), length + 1, (n,), generator=generator)
     real[0] = length
     out = {"input_ids": ids}
     if padding is not None:

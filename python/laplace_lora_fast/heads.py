@@ -98,7 +98,7 @@ class Head:
         elif length is not None:
             last = torch.full((n,), length - 1)
         model = {
-            k: v.to(device) if isinstance(v, Tensor) else v
+            k: _usable(v, device) if isinstance(v, Tensor) else v
             for k, v in batch.items()
             if k not in _NOT_FOR_THE_MODEL
         }
@@ -176,6 +176,12 @@ def _innermost(model: nn.Module) -> nn.Module:
     return base() if callable(base) else model
 
 
+def _usable(x: Tensor, device: torch.device) -> Tensor:
+    """On `device`, and fit for a graph: a tensor made in inference mode is not."""
+    x = x.to(device)
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 def _batch_shape(batch: Mapping[str, Any]) -> tuple[int, int | None]:
     """Batch size and sequence length (None for inputs that are not token sequences)."""
     for key in ("input_ids", "inputs_embeds"):
@@ -201,7 +207,8 @@ def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks)
 
 
 def _checked_answers(model: nn.Module, ids: Sequence[int]) -> Tensor:
-    answers = torch.as_tensor(list(ids))
+    with torch.inference_mode(False):  # the graph of the logits keeps them
+        answers = torch.as_tensor(list(ids))
     if answers.dim() != 1 or len(answers) < 2 or answers.is_floating_point():
         raise ValueError(f"answer_token_ids must be at least two integers, got {ids!r}")
     if len(set(answers.tolist())) < len(answers):

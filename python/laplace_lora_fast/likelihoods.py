@@ -203,13 +203,14 @@ def probabilities(
     Returns:
         [..., N, C], rows sum to one.
     """
-    if link is Link.MAP:
-        return torch.nn.functional.pad(mean, (1, 0)).softmax(-1)
-    if link is Link.PROBIT:
-        return _probit(*_all_contrasts(mean, cov))
-    if link is Link.BRIDGE:
-        return _laplace_bridge(*_all_contrasts(mean, cov))
-    return _monte_carlo(mean, cov, n_samples, generator)
+    with torch.autocast(mean.device.type, enabled=False):
+        if link is Link.MAP:
+            return torch.nn.functional.pad(mean, (1, 0)).softmax(-1)
+        if link is Link.PROBIT:
+            return _probit(*_all_contrasts(mean, cov))
+        if link is Link.BRIDGE:
+            return _laplace_bridge(*_all_contrasts(mean, cov))
+        return _monte_carlo(mean, cov, n_samples, generator)
 
 
 def _probit(mean: Tensor, cov: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
-from laplace_lora_fast.heads import Head, Inputs
+from laplace_lora_fast.heads import Head, Inputs, device_of
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ class Tap:
     """Forward and backward passes of a model with an observer on its LoRA layers.
 
     Used as a context manager. Inside, every parameter is frozen and the model is in evaluation mode; on exit, also
-    after an error, training flags, `requires_grad` flags and hooks are as before.
+    after an error, training flags, `requires_grad` flags and hooks are as before. The caller's autocast holds for the
+    model's forward pass only, not for what is computed from its outputs.
 
     Gradient checkpointing never counts anything twice: inputs are observed in the forward phase only (the recomputed
     forward runs in the backward phase), gradients in the backward phase only.
@@ -252,6 +253,8 @@ class Tap:
             stack.enter_context(self.head.installed())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
+            self._autocast = _autocast_of_caller(self.model)
+            stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
             self._anchor = torch.zeros((), requires_grad=True)
             for index, site in enumerate(self.sites):
                 site.check()
@@ -277,7 +280,8 @@ class Tap:
         self._inputs, self._seen, self._leaders = inputs, {}, WeakIdKeyDictionary()
         self._forward_phase = True
         try:
-            logits = self.head.logits(self.model, inputs)
+            with self._autocast:
+                logits = self.head.logits(self.model, inputs)
         finally:
             self._forward_phase = False
         if self.observer is None:
@@ -384,6 +388,11 @@ def _checkpoints_reentrantly(model: nn.Module) -> bool:
         getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointing_layers(model)
     )
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
+
+def _autocast_of_caller(model: nn.Module) -> torch.autocast:
+    kind = device_of(model).type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 def _has_own_dropout(module: nn.Module) -> bool:
