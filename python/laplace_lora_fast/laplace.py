@@ -117,10 +117,8 @@ class LaplaceLoRA:
         for name, value in (("mc_samples", mc_samples), ("sketch_size", sketch_size), ("rank", rank)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not sigma_noise > 0:
-            raise ValueError(f"sigma_noise must be positive, got {sigma_noise}")
         self.rank, self.mc_samples, self.seed = rank, mc_samples, seed
-        self.sigma_noise = float(sigma_noise)
+        self.sigma_noise = sigma_noise
         self._plan = FactorPlan(kind, memory_budget, sketch_size, seed)
         self._head = Head(model, answer_token_ids, output_fn)
         self.sites = find_sites(model, self._head)
@@ -141,6 +139,17 @@ class LaplaceLoRA:
     def prior_precision(self, value: PriorPrecision) -> None:
         prior.resolve(value, self._block_names())
         self._prior_precision = value
+
+    @property
+    def sigma_noise(self) -> float:
+        """The noise standard deviation of the regression likelihood."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"sigma_noise must be positive and finite, got {value}")
+        self._sigma_noise = float(value)
 
     @property
     def parameters_left_alone(self) -> list[str]:
@@ -460,7 +469,8 @@ class LaplaceLoRA:
             raise ValueError(
                 "method='val_nll' tunes prior_structure 'scalar' or 'ab': a few held-out examples decide no more"
             )
-        if len(grid) < 2 or any(a >= b for a, b in pairwise(grid)) or not grid[0] > 0:
+        ascending = len(grid) > 1 and all(a < b for a, b in pairwise(grid))
+        if not (ascending and grid[0] > 0 and grid[-1] < math.inf):
             raise ValueError("grid must hold at least two ascending positive values")
         keys = prior.group_keys(structure, self._block_names())
         names = list(dict.fromkeys(keys))
@@ -533,7 +543,13 @@ class LaplaceLoRA:
     def _linearised(self) -> LinearisedModel:
         fit = self._fitted()
         return LinearisedModel(
-            self.model, self._head, self.sites, fit.groups, self.posterior.blocks, self.likelihood
+            self.model,
+            self._head,
+            self.sites,
+            fit.groups,
+            self.posterior.blocks,
+            self.likelihood,
+            fit.n_outputs,
         )
 
 
