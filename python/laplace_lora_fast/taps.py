@@ -129,8 +129,8 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
     if module.disable_adapters:
         raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
     if module.use_dora.get(adapter, False) or adapter in module.lora_variant:
-        variant = module.lora_variant.get(adapter)
-        what = "DoRA" if variant is None else type(variant).__name__.removesuffix("Variant")
+        dora = module.use_dora.get(adapter, False)
+        what = "DoRA" if dora else type(module.lora_variant[adapter]).__name__.removesuffix("Variant")
         raise UnsupportedAdapterError(
             f"layer {name!r} uses a LoRA variant ({what}): only plain LoRA is supported"
         )
