@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from laplace_lora_fast.curvature import BlockName, Curvature, Predictor, evidence_root
+from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
+from laplace_lora_fast.evidence import evidence_root
 from laplace_lora_fast.factors import Spectrum
 from laplace_lora_fast.jacobians import BlockPredictor, jacobian
 from laplace_lora_fast.taps import Site
@@ -41,7 +42,9 @@ class Block(ABC):
         """Eigenvalues of H and their multiplicities, fp64."""
 
     @abstractmethod
-    def variances(self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor) -> Tensor:
+    def variances(
+        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
+    ) -> Tensor:
         """Quadratic forms J (H + lambda I)^-1 J^T of per-example Jacobians J = sum_t small (x) large.
 
         Args:
@@ -116,7 +119,9 @@ class KronBlock(Block):
         complete = self.large.rank == self.large.dim
         return lk.jacobian_stats(small, large, self.large.vectors, mask, row_grams=not complete)
 
-    def variances(self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor) -> Tensor:
+    def variances(
+        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
+    ) -> Tensor:
         projected, row_grams = self.statistics(small, large, mask)
         n, outputs, r, k = projected.shape
         flat = projected.reshape(n, outputs, r * k)
@@ -162,7 +167,9 @@ class DiagBlock(Block):
         values = self.values.double().flatten()
         return values, torch.ones_like(values)
 
-    def variances(self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor) -> Tensor:
+    def variances(
+        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
+    ) -> Tensor:
         flat = jacobian(small, large, mask).flatten(2)
         covs = [(flat / (self.values.flatten() + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
         return torch.stack(covs)
@@ -242,12 +249,18 @@ class BlockCurvature(Curvature):
                     continue
                 place = order.setdefault(id(value), len(order))
                 tensors[f"block.{index}.spectrum"] = torch.tensor(place)
-                tensors |= {f"spectrum.{place}.{part.name}": getattr(value, part.name) for part in fields(value)}
+                tensors |= {
+                    f"spectrum.{place}.{part.name}": getattr(value, part.name) for part in fields(value)
+                }
         return tensors
 
     @classmethod
     def from_tensors(
-        cls, structure: str, names: list[BlockName], tensors: dict[str, Tensor], devices: Sequence[torch.device]
+        cls,
+        structure: str,
+        names: list[BlockName],
+        tensors: dict[str, Tensor],
+        devices: Sequence[torch.device],
     ) -> BlockCurvature:
         spectra: dict[int, Spectrum] = {}
         blocks: list[Block] = []
@@ -259,7 +272,13 @@ class BlockCurvature(Curvature):
                 continue
             key = int(place)
             if key not in spectra:
-                spectra[key] = Spectrum(*(tensors[f"spectrum.{key}.{f.name}"].to(device) for f in fields(Spectrum)))
-            own = {f.name: tensors[f"block.{index}.{f.name}"].to(device) for f in fields(KronBlock) if f.name != "large"}
+                spectra[key] = Spectrum(
+                    *(tensors[f"spectrum.{key}.{f.name}"].to(device) for f in fields(Spectrum))
+                )
+            own = {
+                f.name: tensors[f"block.{index}.{f.name}"].to(device)
+                for f in fields(KronBlock)
+                if f.name != "large"
+            }
             blocks.append(KronBlock(large=spectra[key], **own))
         return cls(structure, names, blocks)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from laplace_lora_fast.curvature import BlockName, Curvature, Predictor, evidence_root
+from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
 from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.evidence import evidence_root
 from laplace_lora_fast.heads import Inputs
 from laplace_lora_fast.jacobians import JacobianObserver
 from laplace_lora_fast.rows import RowStore
@@ -35,7 +36,9 @@ def random_projection(dim: int, size: int, seed: int, like: Tensor) -> Tensor:
     if size >= dim:
         return torch.eye(dim, dtype=dtype, device=like.device)
     noise = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (torch.linalg.qr(noise).Q * (dim / size) ** 0.5).to(like.device, dtype)
+    basis: Tensor = torch.linalg.qr(noise).Q
+    omega: Tensor = (basis * (dim / size) ** 0.5).to(like.device, dtype)
+    return omega
 
 
 class RowAccumulator(JacobianObserver):
@@ -52,7 +55,8 @@ class RowAccumulator(JacobianObserver):
         super().__init__(sites, [None] * (2 * len(sites)))
         self._means = [weight for site in sites for weight in (site.A, site.B.mT)]
         self._projections = [
-            random_projection(mean.shape[1], sketch_size, seed + index, mean) for index, mean in enumerate(self._means)
+            random_projection(mean.shape[1], sketch_size, seed + index, mean)
+            for index, mean in enumerate(self._means)
         ]
         self._names = [(site.name, side) for site in sites for side in "AB"]
         self._store = RowStore(len(self._names), memory_budget)
@@ -122,7 +126,9 @@ class DualCurvature(Curvature):
         return self.rows[0].shape[0]
 
     def scaled(self, factor: float) -> DualCurvature:
-        return DualCurvature(self.names, self.means, [rows * factor**0.5 for rows in self.rows], self.projections)
+        return DualCurvature(
+            self.names, self.means, [rows * factor**0.5 for rows in self.rows], self.projections
+        )
 
     def kernel(self, weights: Sequence[float]) -> Tensor:
         """Weighted sum of the blocks' kernels Phi_b Phi_b^T, fp64 [R, R]; blocks of weight 0 are not touched."""
@@ -150,7 +156,9 @@ class DualCurvature(Curvature):
     def maximise_evidence(self, keys: Sequence[str], squared_norms: Sequence[float]) -> dict[str, float]:
         """One group: the root of MacKay's condition. Several: L-BFGS on the evidence in log lambda, from that root."""
         groups = list(dict.fromkeys(keys))
-        distances = [sum(n for n, key in zip(squared_norms, keys, strict=True) if key == group) for group in groups]
+        distances = [
+            sum(n for n, key in zip(squared_norms, keys, strict=True) if key == group) for group in groups
+        ]
         values, counts = self.whitened_spectrum(torch.ones(len(keys), dtype=torch.float64))
         common = evidence_root(values, counts, sum(distances), groups[0] if len(groups) == 1 else "")
         if len(groups) == 1:
@@ -159,11 +167,16 @@ class DualCurvature(Curvature):
         traces = kernels.diagonal(dim1=1, dim2=2).sum(1)
         for group, distance, trace in zip(groups, distances, traces, strict=True):
             evidence_root(trace[None], torch.ones(1), distance, group)  # refuses a group without a maximum
-        log_lambda = torch.full((len(groups),), common, dtype=torch.float64).log_().requires_grad_()
+        start = torch.full((len(groups),), common, dtype=torch.float64).log()
+        log_lambda: Tensor = start.requires_grad_()
         optimizer = torch.optim.LBFGS(
-            [log_lambda], max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+            [log_lambda],
+            max_iter=1000,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-15,
+            line_search_fn="strong_wolfe",
         )
-        distance = torch.tensor(distances, dtype=torch.float64)
+        moved = torch.tensor(distances, dtype=torch.float64)
 
         def closure() -> Tensor:
             """Negative evidence and its gradient: half of lambda ||theta||^2 + logdet(I + K)."""
@@ -172,8 +185,9 @@ class DualCurvature(Curvature):
             chol = torch.linalg.cholesky(kernel)
             inverse = torch.cholesky_inverse(chol)
             gamma = weights * torch.einsum("ij,gij->g", inverse, kernels)
-            log_lambda.grad = 0.5 * (distance / weights - gamma)
-            return 0.5 * ((distance / weights).sum() + 2 * chol.diagonal().log().sum())
+            log_lambda.grad = 0.5 * (moved / weights - gamma)
+            loss: Tensor = 0.5 * ((moved / weights).sum() + 2 * chol.diagonal().log().sum())
+            return loss
 
         with torch.enable_grad():
             optimizer.step(closure)
@@ -213,13 +227,17 @@ class DualCurvature(Curvature):
         """Raises ValueError where the block's rows are sketched: its covariance is then not at hand."""
         rows, projection, mean = self.rows[block], self.projections[block], self.means[block]
         if projection.shape[1] < projection.shape[0]:
-            raise ValueError(f"{self.names[block]} is sketched: fit with sketch_size >= {projection.shape[0]}")
+            raise ValueError(
+                f"{self.names[block]} is sketched: fit with sketch_size >= {projection.shape[0]}"
+            )
         weights = (1 / prior_precision).tolist()
         kernel = self.kernel(weights)
-        gain = torch.linalg.solve(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), rows.to(kernel))
+        gain = torch.linalg.solve(
+            kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), rows.to(kernel)
+        )
         r, d = mean.shape
         weight = weights[block]
-        cov = weight * torch.eye(r * d, dtype=torch.float64) - (weight**2 * rows.to(kernel).mT @ gain).cpu()
+        cov: Tensor = weight * torch.eye(r * d, dtype=torch.float64) - (weight**2 * rows.to(kernel).mT @ gain).cpu()
         if self.names[block][1] == "A":
             return cov
         return cov.view(r, d, r, d).permute(1, 0, 3, 2).reshape(r * d, r * d)
@@ -233,7 +251,11 @@ class DualCurvature(Curvature):
 
     @classmethod
     def from_tensors(
-        cls, structure: str, names: list[BlockName], tensors: dict[str, Tensor], devices: Sequence[torch.device]
+        cls,
+        structure: str,
+        names: list[BlockName],
+        tensors: dict[str, Tensor],
+        devices: Sequence[torch.device],
     ) -> DualCurvature:
         means, rows, projections = (
             [tensors[f"block.{index}.{part}"].to(device) for index, device in enumerate(devices)]
@@ -262,7 +284,10 @@ class DualPredictor(JacobianObserver):
         self._dual, self._n_cotangents = dual, n_cotangents
         self._precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
         self._parts: list[int] = parts.tolist()
-        kernels = [dual.kernel([float(other == part) for other in self._parts]) for part in range(len(self._precisions))]
+        kernels = [
+            dual.kernel([float(other == part) for other in self._parts])
+            for part in range(len(self._precisions))
+        ]
         self._solvers = _solvers(torch.stack(kernels), self._precisions)
         self._features: dict[int, list[Tensor]] = {}
         self._cross: Tensor | None = None  # [parts, N, K, R]

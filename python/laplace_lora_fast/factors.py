@@ -184,6 +184,10 @@ class DenseFactor(Factor):
     def _spectrum(self, rank: int | None) -> Spectrum:
         matrix = self._matrix()
         values, vectors = torch.linalg.eigh(matrix)
+        # Directions at the rounding of C are no eigenvectors of anything: they belong to the tail.
+        noise = 8 * torch.finfo(self.dtype).eps * self.dim**0.5 * values[-1]
+        kept = max(1, int((values > noise).sum()))
+        rank = kept if rank is None else min(rank, kept)
         return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), matrix.trace(), rank, self.dtype)
 
 
@@ -259,6 +263,7 @@ class SketchFactor(Factor):
         if mask is not None:
             rows = rows.where(mask[:, None], 0)
         rows = rows.nan_to_num(0, 0, 0)  # `is_finite` tells on them later
+        rows = rows / rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)  # only directions matter here
         warm = min(self._size // 2, len(rows))
         probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
         span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from laplace_lora_fast.errors import InvalidBatchError
-from laplace_lora_fast.heads import Inputs
+from laplace_lora_fast.heads import Inputs, check_outputs
 from laplace_lora_fast.taps import Site, Tap
 
 if TYPE_CHECKING:
@@ -54,7 +53,9 @@ class JacobianObserver(ABC):
         x = self._inputs[self.groups[site]]
         to_a, to_b = (matrix.to(dtype) for matrix in self._maps[site])
         self.observe_jacobian(2 * site, (g.to(dtype) @ to_a)[:, None], x[:, None], mask)  # s V^T B^T g and x
-        self.observe_jacobian(2 * site + 1, (x.to(dtype) @ to_b)[:, None], g[:, None], mask)  # s V^T A x and g
+        self.observe_jacobian(
+            2 * site + 1, (x.to(dtype) @ to_b)[:, None], g[:, None], mask
+        )  # s V^T A x and g
 
     @abstractmethod
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
@@ -79,10 +80,7 @@ class JacobianObserver(ABC):
         outputs, passes = cotangents.shape
         try:
             logits = tap.forward(inputs)
-            if logits.shape[1] != outputs:
-                raise InvalidBatchError(
-                    f"a batch gives {logits.shape[1]} logits per example, those of the fit gave {outputs}"
-                )
+            check_outputs(logits, outputs)
             assert tap.groups is not None
             self.groups = tap.groups
             for k, direction in enumerate(cotangents.to(logits).mT):
@@ -114,7 +112,9 @@ class BlockPredictor(JacobianObserver):
     ) -> None:
         super().__init__(sites, [block.rotation() for block in blocks])
         self._blocks, self._n_cotangents = blocks, n_cotangents
-        rows = [row.unique(return_inverse=True) for row in prior_precisions]  # a grid over groups repeats its values
+        rows = [
+            row.unique(return_inverse=True) for row in prior_precisions
+        ]  # a grid over groups repeats its values
         self._precisions = [(v.to(b.mean.device), i) for (v, i), b in zip(rows, blocks, strict=True)]
         self._waiting: dict[int, list[Tensor]] = {}
         self._covariance: Tensor | None = None

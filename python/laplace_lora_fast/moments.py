@@ -92,5 +92,7 @@ class DiagAccumulator(JacobianObserver):
         for (layer, _), values in zip(self._names, self._sums, strict=True):
             if not values.isfinite().all():
                 raise NumericalError(f"the curvature of layer {layer!r} is not finite: the model overflows")
-        blocks = [DiagBlock(mean.clone(), values) for mean, values in zip(self._means, self._sums, strict=True)]
+        blocks = [
+            DiagBlock(mean.clone(), values) for mean, values in zip(self._means, self._sums, strict=True)
+        ]
         return BlockCurvature("diag", self._names, blocks)

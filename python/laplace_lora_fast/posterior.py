@@ -27,7 +27,7 @@ class Posterior:
         return self.curvature.log_det_ratio(self.prior_precision)
 
     def effective_parameters(self) -> Tensor:
-        """gamma [n_blocks] fp64: how many weights of each block the data determine (MacKay 1992)."""
+        """Gamma [n_blocks] fp64: how many weights of each block the data determine (MacKay 1992)."""
         return self.curvature.effective_parameters(self.prior_precision)
 
     def covariance(self, layer: str, side: str) -> Tensor:
@@ -40,7 +40,9 @@ class Posterior:
         """
         names = self.curvature.names
         if (layer, side) not in names:
-            raise KeyError(f"no block {side!r} in layer {layer!r}; layers: {sorted({name for name, _ in names})}")
+            raise KeyError(
+                f"no block {side!r} in layer {layer!r}; layers: {sorted({name for name, _ in names})}"
+            )
         return self.curvature.covariance(names.index((layer, side)), self.prior_precision)
 
     def sample(self, n: int, generator: torch.Generator) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import Curvature
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
-from laplace_lora_fast.heads import Head, Inputs, device_of
+from laplace_lora_fast.heads import Head, Inputs, check_outputs, device_of
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.progress import track
 from laplace_lora_fast.taps import Observer, Site, Tap
@@ -28,6 +28,7 @@ class LinearisedModel:
     groups: Sequence[int]
     curvature: Curvature
     likelihood: Likelihood
+    n_outputs: int
 
     def tap(self, observer: Observer | None) -> Tap:
         """A tap on the model with the fit's grouping of inputs."""
@@ -89,6 +90,7 @@ def map_logits(
     with linearised.tap(None) as tap:
         for inputs in linearised.batches(track(loader, "predict", progress), checks):
             logits = tap.forward(inputs).detach()
+            check_outputs(logits, linearised.n_outputs)
             logits = logits.to(lk.accumulation_dtype(logits.dtype))
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
             all_logits.append(logits)

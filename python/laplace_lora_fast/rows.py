@@ -56,8 +56,10 @@ class RowStore:
         chunks = self._chunks[block]
         if len(chunks) > 1 and self.place is not Place.DISK:
             self._chunks[block] = chunks = [torch.cat(chunks)]
-        return torch.cat([chunk.to(self._devices[block]) for chunk in chunks]) if len(chunks) > 1 else chunks[0].to(
-            self._devices[block]
+        return (
+            torch.cat([chunk.to(self._devices[block]) for chunk in chunks])
+            if len(chunks) > 1
+            else chunks[0].to(self._devices[block])
         )
 
     def matrices(self) -> Sequence[Tensor]:

@@ -10,7 +10,8 @@ follows from the two streams x and g at the layer itself:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -83,12 +84,16 @@ class Site:
         return f"{self.name}.lora_{side}.{self.adapter}.weight"
 
 
-def find_sites(model: nn.Module, head: Head) -> list[Site]:
+Layers = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site]:
     """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
 
     Args:
         model: a PEFT model.
         head: says whether the language-model head is restricted to answer tokens.
+        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
 
     Raises:
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
@@ -107,7 +112,26 @@ def find_sites(model: nn.Module, head: Head) -> list[Site]:
         raise UnsupportedAdapterError(
             "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
         )
-    return sites
+    return _selected(sites, layers)
+
+
+def _selected(sites: list[Site], layers: Layers) -> list[Site]:
+    if layers is None:
+        return sites
+    if layers == "last":
+        numbered = [re.match(r".*\.\d+\.", site.name) for site in sites]
+        stem = "" if numbered[-1] is None else numbered[-1].group()
+        return [site for site in sites if site.name.startswith(stem)] if stem else [sites[-1]]
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
+    wanted = layers if callable(layers) else set(layers).__contains__
+    chosen = [site for site in sites if wanted(site.name)]
+    unknown = [] if callable(layers) else sorted(set(layers) - {site.name for site in sites})
+    if unknown or not chosen:
+        raise UnsupportedAdapterError(
+            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {sites[0].name!r} is one, for example"
+        )
+    return chosen
 
 
 def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
@@ -129,8 +153,8 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
     if module.disable_adapters:
         raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
     if module.use_dora.get(adapter, False) or adapter in module.lora_variant:
-        variant = module.lora_variant.get(adapter)
-        what = "DoRA" if variant is None else type(variant).__name__.removesuffix("Variant")
+        dora = module.use_dora.get(adapter, False)
+        what = "DoRA" if dora else type(module.lora_variant[adapter]).__name__.removesuffix("Variant")
         raise UnsupportedAdapterError(
             f"layer {name!r} uses a LoRA variant ({what}): only plain LoRA is supported"
         )

@@ -103,7 +103,9 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     console.print(f"The fit cost {ratio:.2f} training epochs. Everything took {total:.0f} s.")
     files.append(out / "results.json")
     results = _results(recipe, epochs, tuned, watch, ratio)
-    results["metrics"] = {data: {method: asdict(m) for method, m in row.items()} for data, row in scores.items()}
+    results["metrics"] = {
+        data: {method: asdict(m) for method, m in row.items()} for data, row in scores.items()
+    }
     files[-1].write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print("Written: " + ", ".join(str(file) for file in files))
 
@@ -140,7 +142,9 @@ def _predict(
         plain = {name: _map_log_probs(la, loader) for name, loader in tests.items()}
     precisions = [tuned.validated, tuned.evidence]
     with watch.phase("predict with the posterior"):
-        laplace = {name: la.predict_loader(loader, prior_precision=precisions)[0] for name, loader in tests.items()}
+        laplace = {
+            name: la.predict_loader(loader, prior_precision=precisions)[0] for name, loader in tests.items()
+        }
     grid = {}
     for name, (log_probs, labels) in plain.items():
         validated, evidence = laplace[name]
