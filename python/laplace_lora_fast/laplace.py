@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast import adapters, predictive, prior, state, validation
-from laplace_lora_fast.errors import InvalidBatchError, NotFittedError, NumericalError
+from laplace_lora_fast.errors import (
+    InvalidBatchError,
+    LaplaceError,
+    NotFittedError,
+    NumericalError,
+    StateError,
+)
 from laplace_lora_fast.fit import Fit, fit_kfac
 from laplace_lora_fast.heads import Head, OutputFn
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
@@ -138,7 +144,10 @@ class LaplaceLoRA:
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
         prior.resolve(value, self._block_names())
-        self._prior_precision = value
+        if isinstance(value, Mapping):
+            self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
+        else:
+            self._prior_precision = float(value)
 
     @property
     def sigma_noise(self) -> float:
@@ -354,6 +363,7 @@ class LaplaceLoRA:
             "memory_budget": self._plan.memory_budget,
             "sketch_size": self._plan.sketch_size,
             "answer_token_ids": None if answers is None else answers.tolist(),
+            "output_fn": self._head.output_fn is not None,
             "prior_precision": self.prior_precision,
             "sigma_noise": self.sigma_noise,
             "seed": self.seed,
@@ -373,13 +383,23 @@ class LaplaceLoRA:
 
         Raises:
             StateError: the file is missing, truncated, of another format, or of another adapter; says which.
+            ValueError: `output_fn` is given and the fit had none, or the other way round.
         """
         fit, prior_mean, settings = state.load(folder)
         settings = dict(settings)
-        precision = settings.pop("prior_precision")
-        la = cls(model, output_fn=output_fn, **settings)
-        la._fit = state.match(fit, la.sites)
-        la.prior_precision = precision
+        if settings.pop("output_fn", False) != (output_fn is not None):
+            raise ValueError(
+                "output_fn must be the one the posterior was fitted with, or None if it had none"
+            )
+        try:
+            precision = settings.pop("prior_precision")
+            la = cls(model, output_fn=output_fn, **settings)
+            la._fit = state.match(fit, la.sites)
+            la.prior_precision = precision
+        except LaplaceError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the posterior's settings do not fit: {error}") from error
         la._prior_mean = prior_mean
         la._versions = _versions(la.sites)
         return la

@@ -41,7 +41,8 @@ class KronBlock:
     def build(cls, layer: str, side: str, large: Spectrum, small: Tensor, mean: Tensor) -> KronBlock:
         """Eigendecomposes the small factor [r, r] (fp64)."""
         values, vectors = torch.linalg.eigh(small)
-        return cls(layer, side, large, values.flip(0).clamp_min(0), vectors.flip(1), mean.clone())
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).contiguous()
+        return cls(layer, side, large, values, vectors, mean.clone(memory_format=torch.contiguous_format))
 
     def scaled(self, curvature: float) -> KronBlock:
         """The block of `curvature` times H."""

@@ -214,9 +214,10 @@ class CovarianceAccumulator:
     def _add(self, index: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
         block = self._blocks[index]
         complete = block.large.rank == block.large.dim
-        projected, row_grams = lk.jacobian_stats(
-            small, large, block.large.vectors, mask, row_grams=not complete
-        )
+        basis = block.large.vectors.to(
+            small.dtype
+        )  # of the fit, whose model may have been in another precision
+        projected, row_grams = lk.jacobian_stats(small, large, basis, mask, row_grams=not complete)
         cov = block.variances(projected, row_grams, self._prior_precisions[index].to(projected.device))
         if self._covariance is None:
             self._covariance = cov.new_zeros(max(self._parts) + 1, *cov.shape)
