@@ -214,9 +214,7 @@ class CovarianceAccumulator:
     def _add(self, index: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
         block = self._blocks[index]
         complete = block.large.rank == block.large.dim
-        basis = block.large.vectors.to(
-            small.dtype
-        )  # of the fit, whose model may have been in another precision
+        basis = block.large.vectors.to(small.dtype)  # the fit may have been in another precision
         projected, row_grams = lk.jacobian_stats(small, large, basis, mask, row_grams=not complete)
         cov = block.variances(projected, row_grams, self._prior_precisions[index].to(projected.device))
         if self._covariance is None:
