@@ -62,6 +62,10 @@ class Block(ABC):
         """(H + lambda I)^power applied to weights [B, r, d]."""
 
     @abstractmethod
+    def is_sound(self) -> bool:
+        """Whether all tensors are finite and have shapes that belong together."""
+
+    @abstractmethod
     def describe(self) -> tuple[int, float]:
         """Rank kept and fraction of the trace in it."""
 
@@ -99,8 +103,11 @@ class KronBlock(Block):
     def kfac(cls, large: Spectrum, small: Tensor, mean: Tensor) -> KronBlock:
         """H = small (x) large; eigendecomposes the small factor [r, r] (fp64)."""
         values, vectors = torch.linalg.eigh(small)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        return cls(mean.clone(), large, values, vectors, values[:, None] * large.values, values * large.tail)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).contiguous()
+        mean = mean.clone(
+            memory_format=torch.contiguous_format
+        )  # strides as `load` gives them: results are bitwise
+        return cls(mean, large, values, vectors, values[:, None] * large.values, values * large.tail)
 
     def scaled(self, factor: float) -> KronBlock:
         small, core, tail = (part * factor for part in (self.small_values, self.core, self.tail))
@@ -117,7 +124,8 @@ class KronBlock(Block):
     def statistics(self, small: Tensor, large: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """P [N, K, r, k] and, unless the large spectrum is complete, D [N, r, K, K] of `jacobian_stats`."""
         complete = self.large.rank == self.large.dim
-        return lk.jacobian_stats(small, large, self.large.vectors, mask, row_grams=not complete)
+        basis = self.large.vectors.to(small.dtype)  # the model may have been in another precision at the fit
+        return lk.jacobian_stats(small, large, basis, mask, row_grams=not complete)
 
     def variances(
         self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
@@ -140,6 +148,17 @@ class KronBlock(Block):
         parts = (weights, self.large.vectors, self.small_vectors, core, tail)
         dtype = self.large.vectors.dtype
         return lk.kron_apply(*(part.to(dtype) for part in parts))
+
+    def is_sound(self) -> bool:
+        (r, d), k, large = self.mean.shape, self.large.values.numel(), self.large
+        shapes = [(large.values, (k,)), (large.vectors, (d, k)), (large.tail, ()), (large.trace, ())]
+        shapes += [
+            (self.small_values, (r,)),
+            (self.small_vectors, (r, r)),
+            (self.core, (r, k)),
+            (self.tail, (r,)),
+        ]
+        return all(tensor.shape == shape and bool(tensor.isfinite().all()) for tensor, shape in shapes)
 
     def describe(self) -> tuple[int, float]:
         return self.large.rank, self.large.captured
@@ -176,6 +195,9 @@ class DiagBlock(Block):
 
     def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
         return weights.to(self.values.dtype) * (self.values + prior_precision) ** power
+
+    def is_sound(self) -> bool:
+        return self.values.shape == self.mean.shape and bool(self.values.isfinite().all())
 
     def describe(self) -> tuple[int, float]:
         return self.values.shape[1], 1.0
@@ -233,6 +255,9 @@ class BlockCurvature(Curvature):
     def covariance(self, block: int, prior_precision: Tensor) -> Tensor:
         transposed = self.names[block][1] == "B"
         return self.blocks[block].covariance(float(prior_precision[block]), transposed)
+
+    def damaged(self) -> list[int]:
+        return [index for index, block in enumerate(self.blocks) if not block.is_sound()]
 
     def describe(self) -> list[tuple[int, float]]:
         return [block.describe() for block in self.blocks]

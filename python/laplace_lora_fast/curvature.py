@@ -90,6 +90,10 @@ class Curvature(ABC):
         """Dense covariance [P, P] fp64 of vec(weight) of one block, row-major in the weight's own orientation."""
 
     @abstractmethod
+    def damaged(self) -> list[int]:
+        """Blocks whose tensors are not finite or have shapes that do not belong together, as from a damaged file."""
+
+    @abstractmethod
     def describe(self) -> list[tuple[int, float]]:
         """For each block the rank its curvature is kept at and the fraction of the trace in it."""
 

@@ -36,7 +36,7 @@ def random_projection(dim: int, size: int, seed: int, like: Tensor) -> Tensor:
     if size >= dim:
         return torch.eye(dim, dtype=dtype, device=like.device)
     noise = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    basis: Tensor = torch.linalg.qr(noise).Q
+    basis: Tensor = torch.linalg.qr(noise).Q.contiguous()
     omega: Tensor = (basis * (dim / size) ** 0.5).to(like.device, dtype)
     return omega
 
@@ -90,7 +90,8 @@ class RowAccumulator(JacobianObserver):
         for (layer, _), matrix in zip(self._names, rows, strict=True):
             if not matrix.isfinite().all():
                 raise NumericalError(f"the Jacobian of layer {layer!r} is not finite: the model overflows")
-        return DualCurvature(self._names, [mean.clone() for mean in self._means], rows, self._projections)
+        means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
+        return DualCurvature(self._names, means, rows, self._projections)
 
     def _append(self, block: int, rows: Tensor) -> None:
         self._reached.add(block)
@@ -99,7 +100,7 @@ class RowAccumulator(JacobianObserver):
 
 def sketched(small: Tensor, large: Tensor, projection: Tensor, mask: Tensor | None) -> Tensor:
     """J Omega of one output of every example, [N, r m]."""
-    projected, _ = lk.jacobian_stats(small, large, projection, mask, row_grams=False)
+    projected, _ = lk.jacobian_stats(small, large, projection.to(small.dtype), mask, row_grams=False)
     return projected.flatten(1)
 
 
@@ -237,10 +238,23 @@ class DualCurvature(Curvature):
         )
         r, d = mean.shape
         weight = weights[block]
-        cov: Tensor = weight * torch.eye(r * d, dtype=torch.float64) - (weight**2 * rows.to(kernel).mT @ gain).cpu()
+        cov: Tensor = (
+            weight * torch.eye(r * d, dtype=torch.float64) - (weight**2 * rows.to(kernel).mT @ gain).cpu()
+        )
         if self.names[block][1] == "A":
             return cov
         return cov.view(r, d, r, d).permute(1, 0, 3, 2).reshape(r * d, r * d)
+
+    def damaged(self) -> list[int]:
+        damaged = []
+        for index, (mean, rows, projection) in enumerate(
+            zip(self.means, self.rows, self.projections, strict=True)
+        ):
+            (r, d), m = mean.shape, projection.shape[1]
+            fits = rows.shape == (self.n_rows, r * m) and projection.shape[0] == d
+            if not (fits and rows.isfinite().all() and projection.isfinite().all()):
+                damaged.append(index)
+        return damaged
 
     def describe(self) -> list[tuple[int, float]]:
         return [(min(self.n_rows, p.shape[1]), 1.0) for p in self.projections]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast import adapters, prior, state
 from laplace_lora_fast.curvature import BlockName
-from laplace_lora_fast.errors import NotFittedError, NumericalError
+from laplace_lora_fast.errors import LaplaceError, NotFittedError, NumericalError, StateError
 from laplace_lora_fast.evidence import evidence_noise
 from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.heads import Head, OutputFn
@@ -143,7 +143,10 @@ class LaplaceLoRA:
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
         prior.resolve(value, self._block_names())
-        self._prior_precision = value
+        if isinstance(value, Mapping):
+            self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
+        else:
+            self._prior_precision = float(value)
 
     @property
     def sigma_noise(self) -> float:
@@ -359,7 +362,8 @@ class LaplaceLoRA:
         settings = {
             "likelihood": self.likelihood.name,
             "answer_token_ids": None if answers is None else answers.tolist(),
-            "layers": [site.name for site in self.sites],
+            "output_fn": self._head.output_fn is not None,
+            "layers": None if self._layers is None else [site.name for site in self.sites],
             "prior_precision": self.prior_precision,
             "sigma_noise": self.sigma_noise,
             **self.options.as_dict(),
@@ -379,9 +383,20 @@ class LaplaceLoRA:
 
         Raises:
             StateError: the file is missing, truncated, of another format, or of another adapter; says which.
+            ValueError: `output_fn` is given and the fit had none, or the other way round.
         """
         saved = state.load(folder)
-        la = cls(model, output_fn=output_fn, **saved.settings)
+        settings = saved.settings
+        if settings.pop("output_fn", False) != (output_fn is not None):
+            raise ValueError(
+                "output_fn must be the one the posterior was fitted with, or None if it had none"
+            )
+        try:
+            la = cls(model, output_fn=output_fn, **settings)
+        except LaplaceError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise StateError(f"the posterior's settings do not fit: {error}") from error
         la._fit, la._prior_mean = saved.restore(la.sites)
         la._versions = _versions(la.sites)
         return la

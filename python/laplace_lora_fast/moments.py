@@ -69,7 +69,12 @@ class DiagAccumulator(JacobianObserver):
         super().__init__(sites, [None] * (2 * len(sites)))
         self._names = [(site.name, side) for site in sites for side in "AB"]
         self._means = [weight for site in sites for weight in (site.A, site.B.mT)]
-        self._sums = [torch.zeros_like(mean, dtype=lk.accumulation_dtype(mean.dtype)) for mean in self._means]
+        self._sums = [
+            torch.zeros_like(
+                mean, dtype=lk.accumulation_dtype(mean.dtype), memory_format=torch.contiguous_format
+            )
+            for mean in self._means
+        ]
 
     def start(self, groups: list[int]) -> None:
         self.groups = groups
@@ -92,7 +97,6 @@ class DiagAccumulator(JacobianObserver):
         for (layer, _), values in zip(self._names, self._sums, strict=True):
             if not values.isfinite().all():
                 raise NumericalError(f"the curvature of layer {layer!r} is not finite: the model overflows")
-        blocks = [
-            DiagBlock(mean.clone(), values) for mean, values in zip(self._means, self._sums, strict=True)
-        ]
+        means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
+        blocks = [DiagBlock(mean, values) for mean, values in zip(means, self._sums, strict=True)]
         return BlockCurvature("diag", self._names, blocks)

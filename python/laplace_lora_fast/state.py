@@ -90,6 +90,10 @@ class Saved:
             prior_mean = [self.tensors[f"prior_mean.{index}"] for index in range(count)] or None
         except KeyError as error:
             raise StateError(f"{self.path} lacks {error}") from error
+        for index in curvature.damaged():
+            raise StateError(
+                f"the posterior of layer {names[index][0]!r} has tensors of wrong shapes or values that are not finite"
+            )
         check_weights(
             curvature,
             sites,
@@ -119,10 +123,18 @@ def load(folder: str | PathLike[str]) -> Saved:
                 raise StateError(
                     f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
                 )
+            header = json.loads(metadata.get("header", ""))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
-    return Saved(path, json.loads(metadata["header"]), tensors)
+    except json.JSONDecodeError as error:
+        raise StateError(f"{path} has a damaged header: {error}") from error
+    missing = {"settings", "structure", "names", "groups", "n_examples", "n_outputs", "log_likelihood"} - set(
+        header
+    )
+    if missing:
+        raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
+    return Saved(path, header, tensors)
 
 
 def check_weights(curvature: Curvature, sites: Sequence[Site], error: type[LaplaceError], what: str) -> None:

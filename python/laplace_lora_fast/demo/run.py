@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from laplace_lora_fast import LaplaceLoRA
@@ -90,8 +91,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
         la.fit(train)
     tuned = _tune(la, val, watch)
     console.print(
-        f"    prior precision {tuned.validated:.3g} by held-out NLL ({len(val_rows)} examples), {tuned.evidence:.3g} by "
-        f"the evidence; temperature {tuned.temperature:.3g}"
+        f"    on {len(val_rows)} held-out examples: prior precision {tuned.validated:.3g}, temperature "
+        f"{tuned.temperature:.3g}; by the evidence: prior precision {tuned.evidence:.3g}"
     )
     grid = _predict(la, tests, tuned, watch)
     with watch.phase("plot"):
@@ -107,7 +108,7 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
         data: {method: asdict(m) for method, m in row.items()} for data, row in scores.items()
     }
     files[-1].write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    console.print("Written: " + ", ".join(str(file) for file in files))
+    console.print("Written: " + ", ".join(escape(str(file)) for file in files))
 
 
 def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
