@@ -368,7 +368,7 @@ class LaplaceLoRA:
             "sigma_noise": self.sigma_noise,
             "seed": self.seed,
         }
-        state.save(folder, self._fitted(), self._prior_mean, settings)
+        state.save(folder, *self.snapshot(), settings)
 
     @classmethod
     def load(
@@ -394,15 +394,27 @@ class LaplaceLoRA:
         try:
             precision = settings.pop("prior_precision")
             la = cls(model, output_fn=output_fn, **settings)
-            la._fit = state.match(fit, la.sites)
-            la.prior_precision = precision
+            la.restore(fit, precision, prior_mean)
         except LaplaceError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
-        la._prior_mean = prior_mean
-        la._versions = _versions(la.sites)
         return la
+
+    def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
+        """The fit, and the prior mean of each block (None for zero): with the prior precision, the whole posterior."""
+        return self._fitted(), self._prior_mean
+
+    def restore(self, fit: Fit, prior_precision: PriorPrecision, prior_mean: list[Tensor] | None) -> None:
+        """Takes over a posterior that was fitted on this adapter elsewhere, in the form `snapshot` gives.
+
+        Raises:
+            StateError: the fit is of another adapter; names the layer.
+            ValueError: the prior precision is not positive or does not cover the layers.
+        """
+        matched = state.match(fit, self.sites)
+        self.prior_precision = prior_precision
+        self._fit, self._prior_mean, self._versions = matched, prior_mean, _versions(self.sites)
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
