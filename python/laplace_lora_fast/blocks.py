@@ -30,7 +30,7 @@ class Block(ABC):
     mean: Tensor
 
     @abstractmethod
-    def scaled(self, factor: float) -> Block:
+    def scaled(self, factor: float | Tensor) -> Block:
         """The block of `factor` times H."""
 
     @abstractmethod
@@ -109,7 +109,7 @@ class KronBlock(Block):
         )  # strides as `load` gives them: results are bitwise
         return cls(mean, large, values, vectors, values[:, None] * large.values, values * large.tail)
 
-    def scaled(self, factor: float) -> KronBlock:
+    def scaled(self, factor: float | Tensor) -> KronBlock:
         small, core, tail = (part * factor for part in (self.small_values, self.core, self.tail))
         return replace(self, small_values=small, core=core, tail=tail)
 
@@ -176,7 +176,7 @@ class DiagBlock(Block):
     mean: Tensor
     values: Tensor
 
-    def scaled(self, factor: float) -> DiagBlock:
+    def scaled(self, factor: float | Tensor) -> DiagBlock:
         return replace(self, values=self.values * factor)
 
     def rotation(self) -> None:
@@ -216,7 +216,7 @@ class BlockCurvature(Curvature):
         self.structure, self.names, self.blocks = structure, list(names), list(blocks)
         self.means = [block.mean for block in blocks]
 
-    def scaled(self, factor: float) -> BlockCurvature:
+    def scaled(self, factor: float | Tensor) -> BlockCurvature:
         return BlockCurvature(self.structure, self.names, [block.scaled(factor) for block in self.blocks])
 
     def whitened_spectrum(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:

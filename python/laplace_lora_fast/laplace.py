@@ -368,7 +368,7 @@ class LaplaceLoRA:
             "sigma_noise": self.sigma_noise,
             **self.options.as_dict(),
         }
-        state.save(folder, self._fitted(), self._prior_mean, settings)
+        state.save(folder, *self.snapshot(), settings)
 
     @classmethod
     def load(
@@ -397,9 +397,21 @@ class LaplaceLoRA:
             raise
         except (TypeError, ValueError) as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
-        la._fit, la._prior_mean = saved.restore(la.sites)
-        la._versions = _versions(la.sites)
+        la.restore(*saved.rebuild(la.sites))
         return la
+
+    def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
+        """The fit, and the prior mean of each block (None for zero): with the prior precision, the whole posterior."""
+        return self._fitted(), self._prior_mean
+
+    def restore(self, fit: Fit, prior_mean: list[Tensor] | None) -> None:
+        """Takes over a posterior that was fitted on this adapter elsewhere, in the form `snapshot` gives.
+
+        Raises:
+            StateError: the fit is of another adapter, or damaged; names the layer.
+        """
+        state.check(fit.curvature, self.sites)
+        self._fit, self._prior_mean, self._versions = fit, prior_mean, _versions(self.sites)
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from laplace_lora_fast.blocks import BlockCurvature
-from laplace_lora_fast.curvature import Curvature
+from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.dual import DualCurvature
 from laplace_lora_fast.errors import LaplaceError, StateError
 from laplace_lora_fast.fit import Fit
@@ -69,19 +69,14 @@ class Saved:
     def settings(self) -> dict[str, Any]:
         return dict(self.header["settings"])
 
-    def restore(self, sites: Sequence[Site]) -> tuple[Fit, list[Tensor] | None]:
+    def rebuild(self, sites: Sequence[Site]) -> tuple[Fit, list[Tensor] | None]:
         """The fit on the devices of these LoRA layers, and the prior mean of each block (None for zero).
 
         Raises:
-            StateError: layers, shapes or MAP weights differ, or something is missing; names it.
+            StateError: layers differ or a tensor is missing; names it.
         """
         names = [(layer, side) for layer, side in self.header["names"]]
-        expected = [(site.name, side) for site in sites for side in "AB"]
-        if names != expected:
-            odd = sorted({layer for layer, _ in set(names) ^ set(expected)})[:3]
-            raise StateError(
-                f"the posterior was fitted on other LoRA layers than the model has; differing: {odd}"
-            )
+        _check_names(names, sites)
         kind = DualCurvature if self.header["structure"] == DualCurvature.structure else BlockCurvature
         devices = [site.A.device for site in sites for _ in "AB"]
         try:
@@ -90,21 +85,8 @@ class Saved:
             prior_mean = [self.tensors[f"prior_mean.{index}"] for index in range(count)] or None
         except KeyError as error:
             raise StateError(f"{self.path} lacks {error}") from error
-        for index in curvature.damaged():
-            raise StateError(
-                f"the posterior of layer {names[index][0]!r} has tensors of wrong shapes or values that are not finite"
-            )
-        check_weights(
-            curvature,
-            sites,
-            StateError,
-            "differ from those the posterior was fitted on: load the same adapter",
-        )
-        header = self.header
-        fit = Fit(
-            curvature, header["groups"], header["n_examples"], header["n_outputs"], header["log_likelihood"]
-        )
-        return fit, prior_mean
+        rest = {key: self.header[key] for key in ("groups", "n_examples", "n_outputs", "log_likelihood")}
+        return Fit(curvature, **rest), prior_mean
 
 
 def load(folder: str | PathLike[str]) -> Saved:
@@ -135,6 +117,32 @@ def load(folder: str | PathLike[str]) -> Saved:
     if missing:
         raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
     return Saved(path, header, tensors)
+
+
+def check(curvature: Curvature, sites: Sequence[Site]) -> None:
+    """Refuses a curvature that is damaged or does not belong to the adapter.
+
+    Raises:
+        StateError: names the layer.
+    """
+    _check_names(curvature.names, sites)
+    for index in curvature.damaged():
+        layer = curvature.names[index][0]
+        raise StateError(
+            f"the posterior of layer {layer!r} has tensors of wrong shapes or values that are not finite"
+        )
+    check_weights(
+        curvature, sites, StateError, "differ from those the posterior was fitted on: load the same adapter"
+    )
+
+
+def _check_names(names: Sequence[BlockName], sites: Sequence[Site]) -> None:
+    expected = [(site.name, side) for site in sites for side in "AB"]
+    if list(names) != expected:
+        odd = sorted({layer for layer, _ in set(names) ^ set(expected)})[:3]
+        raise StateError(
+            f"the posterior was fitted on other LoRA layers than the model has; differing: {odd}"
+        )
 
 
 def check_weights(curvature: Curvature, sites: Sequence[Site], error: type[LaplaceError], what: str) -> None:
