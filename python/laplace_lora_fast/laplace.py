@@ -70,7 +70,9 @@ class LaplaceLoRA:
         output_fn: instead: (model output, batch) -> logits [N, C]. Models with a `logits` [N, C] output
             (sequence classification) need neither.
         structure: of the curvature: "kfac".
-        kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023).
+        kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023). "paper" is
+            the convention of the code behind the Laplace-LoRA paper, to compare with published results: pads count,
+            and the curvature is too large by the padded length of a batch.
         fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
