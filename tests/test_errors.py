@@ -446,6 +446,28 @@ def test_a_layer_whose_tokens_are_not_those_of_the_mask():
         la.fit([batch], progress=False)
 
 
+class ChangesItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = 2 * x
+        first = self.first(hidden)
+        hidden += 1
+        return self.head(first * self.second(hidden))
+
+
+@pytest.mark.parametrize("targets", [("first",), ("first", "second")])
+def test_an_input_that_is_changed_in_place_after_its_layer(targets):
+    """Training such a model is legal when dropout or a cast makes PEFT work on a copy."""
+    model, batch = tiny.adapt(ChangesItsInput(), targets=targets, r=2), {"x": torch.randn(3, 4, dtype=DTYPE)}
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"input of layer 'base_model.model.first' is changed in place"
+    ):
+        LaplaceLoRA(model).fit([batch], progress=False)
+
+
 def test_detached_logits():
     la = LaplaceLoRA(tiny.tiny_llama(), output_fn=lambda out, _: out.logits[:, -1, :3].detach())
     with pytest.raises(UnsupportedAdapterError, match="do not depend on any LoRA layer"):

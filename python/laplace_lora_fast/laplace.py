@@ -62,7 +62,9 @@ class LaplaceLoRA:
             weights and fit `memory_budget`, else "kfac".
         layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
             output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
-        kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023).
+        kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023). "paper" is
+            the convention of the code behind the Laplace-LoRA paper, to compare with published results: pads count,
+            and the curvature is too large by the padded length of a batch.
         fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.

@@ -285,7 +285,8 @@ class Tap:
         self.reached: set[int] = set()  # sites that saw a gradient
         self._forward_phase = False
         self._seen: dict[int, int] = {}
-        self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
+        self._shown: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what was observed -> its site and version
         self._inputs: Inputs | None = None
         self._stack = ExitStack()
 
@@ -320,7 +321,8 @@ class Tap:
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Runs the model and shows the observer every distinct input. Returns logits [N, C] with their graph."""
-        self._inputs, self._seen, self._leaders = inputs, {}, WeakIdKeyDictionary()
+        self._inputs, self._seen = inputs, {}
+        self._leaders, self._shown = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         self._forward_phase = True
         try:
             with self._autocast:
@@ -329,6 +331,12 @@ class Tap:
             self._forward_phase = False
         if self.observer is None:
             return logits
+        for x, (index, version) in self._shown.items():  # what the observer has kept
+            if x._version != version:
+                raise UnsupportedAdapterError(
+                    f"the input of layer {self.sites[index].name!r} is changed in place after the layer ran: "
+                    "exclude the layer in LoraConfig"
+                )
         if self.groups is None:
             self.groups = [self._seen.get(index, index) for index in range(len(self.sites))]
         if not logits.requires_grad:
@@ -386,7 +394,9 @@ class Tap:
             leader = index  # shared now, apart in the first batch: it has its own factor
         self._seen[index] = leader
         if leader == index:
-            observer.observe_input(index, *self._tokens(site, x.detach()))
+            tokens, mask = self._tokens(site, x.detach())
+            self._shown[tokens] = index, tokens._version
+            observer.observe_input(index, tokens, mask)
 
     @torch.no_grad()
     def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
