@@ -4,14 +4,15 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test
 
-# A first run installs; stamp files keep later ones from doing so again.
+# A first run installs; stamp files keep later ones from doing so again. Passive waiting: threads that spin at
+# barriers make everything several times slower as soon as another process wants the same cores.
 demo: $(VENV)/.demo-stamp
-	$(BIN)/laplace-lora demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/laplace-lora demo
 
 test:
 	bash .ci/run
 
-# torch at a fixed version first: without it pip would resolve a build with gigabytes of GPU libraries.
+# torch first and at a fixed version: the package's looser requirement could fetch another, much larger build.
 $(VENV)/.torch-stamp:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install torch==2.13.0
