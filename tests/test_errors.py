@@ -539,6 +539,9 @@ def test_evidence_without_a_maximum():
 
 
 def test_link_and_predict_arguments(fitted):
+    for call in (fitted.predict, fitted.logit_distribution):
+        with pytest.raises(ValueError, match="prior_precision is an empty list"):
+            call(tiny.batch(2), prior_precision=[])
     for link in ("softmax", "", None):
         with pytest.raises(ValueError, match="link_approx must be one of"):
             fitted.predict(tiny.batch(2), link_approx=link)
@@ -609,6 +612,29 @@ def test_adapter_switched_merged_or_disabled_after_fit():
 DATA = pytest.param(
     "data", marks=pytest.mark.xfail(strict=True, reason="a write through .data does not count as a version")
 )
+
+
+def test_another_adapter_fitted_with_the_prior_of_the_first():
+    model = add_other(tiny.tiny_llama(), ("k_proj",))
+    layers = {site.name: 2.0 for site in LaplaceLoRA(model).sites}
+    centred = LaplaceLoRA(model, prior_mean=model.state_dict(), **ANSWERS).fit(
+        [tiny.batch(3)], progress=False
+    )
+    by_layer = LaplaceLoRA(model, prior_precision=layers, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    expected = [la.predict(tiny.batch(2)) for la in (centred, by_layer)]
+    model.set_adapter("other")
+    with pytest.raises(UnsupportedAdapterError, match="prior_mean belongs to adapter 'default'"):
+        centred.fit([tiny.batch(3)], progress=False)
+    with pytest.raises(ValueError, match="prior_precision"):
+        by_layer.fit([tiny.batch(3)], progress=False)
+    model.set_adapter("default")
+    for la, probs in zip((centred, by_layer), expected, strict=True):
+        assert torch.equal(la.predict(tiny.batch(2)), probs)
+    model.set_adapter("other")
+    other = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    model.set_adapter("default")
+    other.fit([tiny.batch(3)], progress=False)  # a scalar prior fits any adapter
+    assert set(other.factors) == set(layers)
 
 
 @pytest.mark.parametrize("how", ["in place", DATA, "replaced", "optimizer", "loaded"])

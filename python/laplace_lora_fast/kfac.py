@@ -140,7 +140,7 @@ class KfacAccumulator:
                 raise NumericalError(
                     f"the curvature of layer {site.name!r} is not finite: the model overflows or a batch holds NaN"
                 )
-            rows = float(self._rows[group])
+            rows = float(self._rows.get(group, 1))  # none where the layer never ran
             if group not in spectra:
                 spectra[group] = x.spectrum(self._rank).scaled(1 / rows)
             square = site.scaling**2

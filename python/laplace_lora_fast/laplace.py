@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from laplace_lora_fast import adapters, prior, state
 from laplace_lora_fast.curvature import BlockName
-from laplace_lora_fast.errors import LaplaceError, NotFittedError, NumericalError, StateError
+from laplace_lora_fast.errors import (
+    LaplaceError,
+    NotFittedError,
+    NumericalError,
+    StateError,
+    UnsupportedAdapterError,
+)
 from laplace_lora_fast.evidence import evidence_noise
 from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.heads import Head, OutputFn
@@ -144,7 +150,7 @@ class LaplaceLoRA:
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
-        prior.resolve(value, self._block_names())
+        prior.resolve(value, _block_names(self.sites))
         if isinstance(value, Mapping):
             self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
         else:
@@ -181,8 +187,18 @@ class LaplaceLoRA:
         Raises:
             InvalidBatchError: the loader is empty, or a batch is unusable.
             NumericalError: a layer's curvature is not finite.
+            UnsupportedAdapterError: the active adapter is one this does not cover, or not the one of `prior_mean`.
+            ValueError: `prior_precision` names other layers than the active adapter has.
         """
         sites = find_sites(self.model, self._head, self._layers)
+        weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
+        if weights != former:
+            if self._prior_mean is not None:
+                raise UnsupportedAdapterError(
+                    f"prior_mean belongs to adapter {self.sites[0].adapter!r}, now {sites[0].adapter!r} is active: "
+                    "make a new LaplaceLoRA"
+                )
+            prior.resolve(self.prior_precision, _block_names(sites))
         options = self.options
         objective = Objective(
             self.model,
@@ -268,7 +284,7 @@ class LaplaceLoRA:
             check_choice("prior_structure", prior_structure, [m.value for m in PriorStructure])
         )
         check_choice("method", method, ["marglik", "val_nll"])
-        keys = prior.group_keys(structure, self._block_names())
+        keys = prior.group_keys(structure, _block_names(self.sites))
         if tune_sigma_noise and (method != "marglik" or self.likelihood.name != "regression"):
             raise ValueError("tune_sigma_noise needs likelihood='regression' and method='marglik'")
         if method == "marglik":
@@ -432,13 +448,10 @@ class LaplaceLoRA:
             self._versions = versions
         return self._fit
 
-    def _block_names(self) -> list[BlockName]:
-        return [(site.name, side) for site in self.sites for side in "AB"]
-
     def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
         """The prior precision of each block; None for the current one."""
         value = self.prior_precision if prior_precision is None else prior_precision
-        return prior.resolve(value, self._block_names())
+        return prior.resolve(value, _block_names(self.sites))
 
     def _log_likelihood(self, fit: Fit, at_unit_noise: float) -> float:
         if self.likelihood.name != "regression":
@@ -516,6 +529,8 @@ class LaplaceLoRA:
         """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
         several = isinstance(prior_precision, Sequence)
         tried = prior_precision if isinstance(prior_precision, Sequence) else [prior_precision]
+        if not tried:
+            raise ValueError("prior_precision is an empty list")
         precisions = torch.stack([self._resolve(value) for value in tried], 1)
         mean, cov, labels = distribution(
             self._linearised(), precisions, loader, cotangents, "predict", progress
@@ -532,6 +547,10 @@ class LaplaceLoRA:
 def _likelihood(name: str) -> Likelihood:
     kinds: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Categorical, Gaussian)}
     return kinds[check_choice("likelihood", name, list(kinds))]()
+
+
+def _block_names(sites: Sequence[Site]) -> list[BlockName]:
+    return [(site.name, side) for site in sites for side in "AB"]
 
 
 def _versions(sites: Sequence[Site]) -> list[tuple[int, int]]:
