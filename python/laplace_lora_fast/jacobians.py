@@ -43,6 +43,7 @@ class JacobianObserver(ABC):
             b, a = site.scaling * site.B.double(), site.scaling * site.A.double().mT
             self._maps.append((b if to_a is None else b @ to_a, a if to_b is None else a @ to_b))
         self._inputs: dict[int, Tensor] = {}
+        self._small_b: dict[int, Tensor] = {}
         self.groups: Sequence[int] = []
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
@@ -52,10 +53,11 @@ class JacobianObserver(ABC):
         dtype = lk.accumulation_dtype(g.dtype)
         x = self._inputs[self.groups[site]]
         to_a, to_b = (matrix.to(dtype) for matrix in self._maps[site])
-        self.observe_jacobian(2 * site, (g.to(dtype) @ to_a)[:, None], x[:, None], mask)  # s V^T B^T g and x
-        self.observe_jacobian(
-            2 * site + 1, (x.to(dtype) @ to_b)[:, None], g[:, None], mask
-        )  # s V^T A x and g
+        if site not in self._small_b:  # the same in every backward pass
+            self._small_b[site] = (x.to(dtype) @ to_b)[:, None]  # s V^T A x
+        small_a = (g.to(dtype) @ to_a)[:, None]  # s V^T B^T g
+        self.observe_jacobian(2 * site, small_a, x[:, None], mask)
+        self.observe_jacobian(2 * site + 1, self._small_b[site], g[:, None], mask)
 
     @abstractmethod
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
@@ -92,6 +94,7 @@ class JacobianObserver(ABC):
     def forget(self) -> None:
         """Drops what is held of the current batch."""
         self._inputs.clear()
+        self._small_b.clear()
 
 
 class BlockPredictor(JacobianObserver):

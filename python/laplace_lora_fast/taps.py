@@ -292,7 +292,8 @@ class Tap:
 
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
-            stack.enter_context(_evaluation_mode(self.model))
+            checkpointing = _checkpointing_layers(self.model)
+            stack.enter_context(_evaluation_mode(self.model, checkpointing))
             stack.enter_context(_frozen(self.model))
             stack.enter_context(self.head.installed())
             stack.enter_context(torch.inference_mode(False))
@@ -308,9 +309,7 @@ class Tap:
                     self._forward_hook(self.observer, index), with_kwargs=True
                 )
                 stack.callback(handle.remove)
-            if self.observer is not None and _checkpoints_reentrantly(
-                self.model
-            ):  # its segments need an input that requires grad
+            if self.observer is not None and _reentrant(checkpointing):  # needs an input that requires grad
                 embedding = _input_embeddings(self.model)
                 stack.callback(embedding.register_forward_hook(lambda *a: self._start_graph(a[-1])).remove)
             self._stack = stack.pop_all()
@@ -443,10 +442,8 @@ def _input_embeddings(model: nn.Module) -> nn.Module:
     return embedding
 
 
-def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    functions = (
-        getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointing_layers(model)
-    )
+def _reentrant(checkpointing: list[nn.Module]) -> bool:
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in checkpointing)
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
@@ -462,17 +459,21 @@ def _has_own_dropout(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module, checkpointing: list[nn.Module]) -> Iterator[None]:
     """Evaluation mode, except that transformers' checkpointed layers keep the flag that makes them checkpoint."""
-    flags = [(module, module.training) for module in model.modules()]
+    were_training = [module for module in model.modules() if module.training]
+    were_not = [layer for layer in checkpointing if not layer.training]
     try:
-        model.eval()
-        for layer in _checkpointing_layers(model):
+        for module in were_training:
+            module.training = False
+        for layer in checkpointing:
             layer.training = not _has_own_dropout(layer)
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module in were_training:
+            module.training = True
+        for layer in were_not:
+            layer.training = False
 
 
 @contextmanager
