@@ -190,7 +190,8 @@ class DiagBlock(Block):
         self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
     ) -> Tensor:
         flat = jacobian(small, large, mask).flatten(2)
-        covs = [(flat / (self.values.flatten() + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
+        values = self.values.flatten().to(flat)  # the fit may have been in another precision
+        covs = [(flat / (values + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
         return torch.stack(covs)
 
     def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
