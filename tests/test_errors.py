@@ -306,6 +306,28 @@ def test_batches(fitted, name):
                 call()
 
 
+STRUCTURES = ["ekfac", "diag", "dual", "auto"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_batches_of_other_structures(structure):
+    model, good = tiny.tiny_llama(targets=("q_proj", "lm_head")).train(), tiny.batch(3)
+    la = LaplaceLoRA(model, structure=structure, **ANSWERS).fit([tiny.batch(6, seed=4)], progress=False)
+    with nothing_changes(la, good):
+        for name in ("tuple", "no examples", "labels too large", "mask with an empty row", "NaN"):
+            make, match = BATCHES[name]
+            bad = make(tiny.batch(3))
+            for loader in ([bad], [good, bad], [bad, good]):
+                with pytest.raises(InvalidBatchError, match=match):
+                    la.fit(loader, progress=False)
+            with pytest.raises(InvalidBatchError, match=match):
+                la.predict(bad)
+        with pytest.raises(InvalidBatchError, match="train_loader yielded no batch"):
+            la.fit([], progress=False)
+        with pytest.raises(InvalidBatchError, match="at least 2 logits"):
+            LaplaceLoRA(tiny.tiny_llama_classifier(1), structure=structure).fit([good], progress=False)
+
+
 def test_a_failed_first_fit_is_no_fit():
     la = LaplaceLoRA(tiny.tiny_llama(), **ANSWERS)
     with pytest.raises(InvalidBatchError):
@@ -401,11 +423,19 @@ class Huge(nn.Module):
         return self.head(self.inner(1e30 * x) * 1e-30)
 
 
-@pytest.mark.parametrize("kfac", ["expand", "reduce"])
-@pytest.mark.parametrize("factor", ["dense", "sketch"])
-def test_curvature_that_overflows(factor, kfac):
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kfac": kfac, "factor": factor, "structure": structure}
+        for kfac in ("expand", "reduce")
+        for factor in ("dense", "sketch")
+        for structure in ("kfac", "ekfac")
+    ],
+    ids=str,
+)
+def test_curvature_that_overflows(kwargs):
     model = tiny.adapt(Huge(), dtype=torch.float32, targets=("head", "inner"), r=2)
-    la = LaplaceLoRA(model, factor=factor, kfac=kfac, sketch_size=2)
+    la = LaplaceLoRA(model, sketch_size=2, **kwargs)
     with pytest.raises(NumericalError, match=r"'base_model.model.inner'.*not finite"):
         la.fit([{"x": torch.randn(5, 4)}], progress=False)
     with pytest.raises(NotFittedError):
