@@ -112,13 +112,12 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
 
 
 def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
-    titles = {task.IN_DISTRIBUTION: "in distribution"} | dict.fromkeys(task.OUT_OF_DISTRIBUTION, "out of distribution")
-    return {
-        f"{name.replace('_', ' ')}, {kind}": make_batches(
-            tokenizer, task.load_examples(f"{name}.test")[: recipe.n_test], recipe.batch_size
-        )
-        for name, kind in titles.items()
-    }
+    kinds = dict.fromkeys(task.OUT_OF_DISTRIBUTION, "out of distribution")
+    sets = {}
+    for name, kind in ({task.IN_DISTRIBUTION: "in distribution"} | kinds).items():
+        rows = task.load_examples(f"{name}.test")[: recipe.n_test]
+        sets[f"{name.replace('_', ' ')}, {kind}"] = make_batches(tokenizer, rows, recipe.batch_size)
+    return sets
 
 
 def _tune(la: LaplaceLoRA, val: Loader, watch: Stopwatch) -> Tuned:
