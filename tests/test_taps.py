@@ -389,9 +389,6 @@ def test_autocast_of_the_caller_does_not_reach_links(link):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="laplace_kernels.kron_apply runs its products under the caller's autocast"
-)
 def test_autocast_of_the_caller_does_not_reach_samples():
     model, batch = tiny.tiny_llama(dtype=torch.float32), tiny.batch(4)
     la = LaplaceLoRA(model, **ANSWERS).fit([batch], progress=False)
