@@ -389,6 +389,26 @@ def test_autocast_of_the_caller_does_not_reach_links(link):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", ["dense", "sketch"])
+def test_autocast_of_the_caller_does_not_reach_what_is_left_of_a_fit(factor):
+    """Factors keep a few rows back until the end, after the last pass."""
+    model, loader = (
+        tiny.tiny_llama(dtype=torch.float32, targets=("lm_head",)),
+        [tiny.batch(12), tiny.batch(3)],
+    )
+    recorder, head, xs = Recorder(), Head(model, tiny.ANSWERS), []
+    with torch.autocast("cpu", torch.bfloat16):
+        with Tap(model, head, find_sites(model, head), recorder) as tap:
+            for batch in loader:
+                tap.forward(head.inputs(batch, torch.device("cpu"), DeferredChecks()))
+                xs.append(recorder.inputs[0][0][:, 0])
+        la = LaplaceLoRA(model, kfac="reduce", factor=factor, sketch_size=16, rank=16, **ANSWERS)
+        la.fit(loader, progress=False)
+    rows = torch.cat(xs).double()
+    got = la.factors["base_model.model.lm_head"].A.input_factor.double()
+    torch.testing.assert_close(got, rows.mT @ rows / 15, rtol=1e-5, atol=1e-5)
+
+
 def test_autocast_of_the_caller_does_not_reach_samples():
     model, batch = tiny.tiny_llama(dtype=torch.float32), tiny.batch(4)
     la = LaplaceLoRA(model, **ANSWERS).fit([batch], progress=False)
