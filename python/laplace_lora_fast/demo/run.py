@@ -85,8 +85,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     with watch.phase(f"fine-tune, {recipe.epochs} epochs"):
         epochs = task.fine_tune(model, train, answers, recipe)
     losses = " ".join(f"{epoch.loss:.4f}" for epoch in epochs)
-    console.print(f"    {len(train_rows)} examples, known by heart in the end: loss by epoch {losses}")
-    la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed)
+    console.print(f"    loss on the {len(train_rows)} training examples, by epoch: {losses}")
+    la = LaplaceLoRA(model, answer_token_ids=answers, structure="auto", seed=recipe.seed)
     with watch.phase("fit the posterior"):
         la.fit(train)
     tuned = _tune(la, val, watch)
