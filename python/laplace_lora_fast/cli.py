@@ -79,7 +79,9 @@ def fit(
         typer.Option(help="val_nll, marglik, or a number. Default: val_nll with --val, else marglik."),
     ] = None,
     prior_structure: Annotated[str, typer.Option(help="scalar, ab or (marglik only) layerwise.")] = "scalar",
-    structure: Annotated[str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")] = "kfac",
+    structure: Annotated[
+        str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")
+    ] = "kfac",
     kfac: Annotated[str, typer.Option(help="reduce, expand or paper.")] = "reduce",
     fisher: Annotated[str, typer.Option(help="exact, mc or empirical.")] = "exact",
     factor: Annotated[str, typer.Option(help="dense, sketch or auto.")] = "auto",
