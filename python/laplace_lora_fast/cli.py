@@ -155,9 +155,7 @@ def evaluate(
     rows = read_rows(data)
     peft_model, tokenizer = _load(model, adapter, device, dtype)
     la = LaplaceLoRA.load(posterior, peft_model)
-    fitted_answers = la._head.answer_token_ids
-    expected = None if fitted_answers is None else fitted_answers.tolist()
-    _same_answers(answer_token_ids(tokenizer, rows), expected, data)
+    _same_answers(answer_token_ids(tokenizer, rows), la.answer_token_ids, data)
     loader = make_batches(tokenizer, rows, batch_size)
     predictions = {}
     for method, link in (("MAP", "map"), ("Laplace", link_approx)):

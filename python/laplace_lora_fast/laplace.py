@@ -168,6 +168,12 @@ class LaplaceLoRA:
         self._sigma_noise = float(value)
 
     @property
+    def answer_token_ids(self) -> list[int] | None:
+        """The tokens whose logits are the classes, or None."""
+        answers = self._head.answer_token_ids
+        return None if answers is None else answers.tolist()
+
+    @property
     def parameters_left_alone(self) -> list[str]:
         """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
         return parameters_left_alone(self.model, self.sites)
@@ -370,10 +376,9 @@ class LaplaceLoRA:
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
-        answers = self._head.answer_token_ids
         settings = {
             "likelihood": self.likelihood.name,
-            "answer_token_ids": None if answers is None else answers.tolist(),
+            "answer_token_ids": self.answer_token_ids,
             "output_fn": self._head.output_fn is not None,
             "layers": None if self._layers is None else [site.name for site in self.sites],
             "prior_precision": self.prior_precision,
