@@ -1,5 +1,85 @@
-"""Everything is declared in pyproject.toml."""
+"""Builds laplace_kernels._cuda where nvcc is; everything else is declared in pyproject.toml.
 
-from setuptools import setup
+LAPLACE_KERNELS_BUILD_CUDA=0 skips the CUDA kernels, =1 makes a missing nvcc an error.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = ["csrc/launch.cu", "csrc/bind.cpp"]
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.*h"))
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None where the CUDA kernels are not to be built."""
+    setting = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
+    if setting == "0":
+        print("laplace_kernels: building without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=0)", file=sys.stderr)
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda")]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if nvcc is None and setting == "1":
+        raise SystemExit("laplace_kernels: LAPLACE_KERNELS_BUILD_CUDA=1, but nvcc was not found")
+    if nvcc is None:
+        print("laplace_kernels: building without CUDA kernels (nvcc was not found)", file=sys.stderr)
+    return nvcc
+
+
+def ninja_file(nvcc: str, target: Path) -> str:
+    """The build of the extension module, for ninja."""
+    import pybind11  # present at build time, declared in pyproject.toml
+
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    # a plain sm_90 in the list stands for sm_90a
+    architectures = [arch for arch in ARCHITECTURES if arch.rstrip("a") in known]
+    codes = " ".join(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in architectures)
+    names = ", ".join(architectures)
+    print(f"laplace_kernels: building CUDA kernels for {names} with {nvcc}", file=sys.stderr)
+    includes = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+    common = f"-O3 -std=c++17 -DLK_ARCHITECTURES='\"{names}\"'"
+    return f"""\
+rule cuda
+  command = {nvcc} {common} {codes} --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule cxx
+  command = c++ {common} -fPIC -fvisibility=hidden -Wall {includes} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule link
+  command = {nvcc} -shared -cudart static -o $out $in
+build launch.o: cuda {ROOT / "csrc/launch.cu"}
+build bind.o: cxx {ROOT / "csrc/bind.cpp"}
+build {target}: link launch.o bind.o
+"""
+
+
+class BuildCuda(build_ext):
+    """Builds the one extension with nvcc and ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compiles and links `ext` to where setuptools expects it; a failure is an error."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        for path in (target.parent, folder):
+            path.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(NVCC, target))
+        ninja = shutil.which("ninja") or "ninja"
+        subprocess.run([ninja, "-C", str(folder)], check=True)
+
+
+NVCC = find_nvcc()
+setup(
+    ext_modules=[Extension("laplace_kernels._cuda", SOURCES, depends=HEADERS)] if NVCC else [],
+    cmdclass={"build_ext": BuildCuda},
+)

@@ -6,9 +6,13 @@
 
 #ifdef __CUDACC__
 #define LK_FN __host__ __device__ __forceinline__
-#define LK_UNROLL _Pragma("unroll")
 #else
 #define LK_FN inline
+#endif
+
+#ifdef __CUDA_ARCH__
+#define LK_UNROLL _Pragma("unroll")
+#else
 #define LK_UNROLL
 #endif
 
