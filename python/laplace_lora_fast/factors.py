@@ -259,6 +259,7 @@ class SketchFactor(Factor):
         if mask is not None:
             rows = rows.where(mask[:, None], 0)
         rows = rows.nan_to_num(0, 0, 0)  # `is_finite` tells on them later
+        rows = rows / rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)  # only directions matter here
         warm = min(self._size // 2, len(rows))
         probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
         span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration

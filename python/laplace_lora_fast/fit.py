@@ -84,6 +84,10 @@ def fit_kfac(
                 assert tap.groups is not None
                 accumulator.start(tap.groups)
                 n_outputs = logits.shape[1]
+            if logits.shape[1] != n_outputs:
+                raise InvalidBatchError(
+                    f"batch {index} gives {logits.shape[1]} logits per example, the first one gave {n_outputs}"
+                )
             outputs = logits.detach().to(lk.accumulation_dtype(logits.dtype))
             likelihood.check(outputs)
             checks.require(outputs.isfinite().all(), f"batch {index} gives logits that are not finite")

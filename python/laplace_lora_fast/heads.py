@@ -145,9 +145,6 @@ class Head:
         else:
             logits = output.logits if hasattr(output, "logits") else output
             if self.answer_token_ids is not None:
-                if self.output_layer is None:
-                    assert inputs.last is not None
-                    logits = logits[torch.arange(inputs.batch_size, device=logits.device), inputs.last]
                 logits = logits.flatten(0, -2).index_select(-1, self.answer_token_ids.to(logits.device))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != inputs.batch_size:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -186,8 +183,12 @@ def _batch_shape(batch: Mapping[str, Any]) -> tuple[int, int | None]:
     """Batch size and sequence length (None for inputs that are not token sequences)."""
     for key in ("input_ids", "inputs_embeds"):
         if isinstance(batch.get(key), Tensor):
-            n, length = batch[key].shape[:2]
-            return n, length
+            shape = batch[key].shape
+            if len(shape) < 2 or shape[1] == 0:
+                raise InvalidBatchError(
+                    f"{key} has shape {tuple(shape)}, expected [N, T] with at least one token"
+                )
+            return shape[0], shape[1]
     tensors = [
         v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 0 and k not in _NOT_FOR_THE_MODEL
     ]
@@ -207,14 +208,17 @@ def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks)
 
 
 def _checked_answers(model: nn.Module, ids: Sequence[int]) -> Tensor:
-    with torch.inference_mode(False):  # the graph of the logits keeps them
-        answers = torch.as_tensor(list(ids))
+    try:
+        with torch.inference_mode(False):  # the graph of the logits keeps them
+            answers = torch.as_tensor(list(ids))
+    except (TypeError, ValueError):
+        answers = torch.empty(0)
     if answers.dim() != 1 or len(answers) < 2 or answers.is_floating_point():
         raise ValueError(f"answer_token_ids must be at least two integers, got {ids!r}")
     if len(set(answers.tolist())) < len(answers):
         raise ValueError(f"answer_token_ids repeats a token: {answers.tolist()}")
     get = getattr(model, "get_output_embeddings", None)
-    if get is None:
+    if get is None or get() is None:
         raise ValueError("answer_token_ids needs a causal language model")
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if size is not None and not (int(answers.min()) >= 0 and int(answers.max()) < size):

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast import adapters, predictive, prior, state, validation
-from laplace_lora_fast.errors import InvalidBatchError, NotFittedError, NumericalError
+from laplace_lora_fast.errors import (
+    InvalidBatchError,
+    LaplaceError,
+    NotFittedError,
+    NumericalError,
+    StateError,
+)
 from laplace_lora_fast.fit import Fit, fit_kfac
 from laplace_lora_fast.heads import Head, OutputFn
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
@@ -117,10 +123,8 @@ class LaplaceLoRA:
         for name, value in (("mc_samples", mc_samples), ("sketch_size", sketch_size), ("rank", rank)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not sigma_noise > 0:
-            raise ValueError(f"sigma_noise must be positive, got {sigma_noise}")
         self.rank, self.mc_samples, self.seed = rank, mc_samples, seed
-        self.sigma_noise = float(sigma_noise)
+        self.sigma_noise = sigma_noise
         self._plan = FactorPlan(kind, memory_budget, sketch_size, seed)
         self._head = Head(model, answer_token_ids, output_fn)
         self.sites = find_sites(model, self._head)
@@ -140,7 +144,21 @@ class LaplaceLoRA:
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
         prior.resolve(value, self._block_names())
-        self._prior_precision = value
+        if isinstance(value, Mapping):
+            self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
+        else:
+            self._prior_precision = float(value)
+
+    @property
+    def sigma_noise(self) -> float:
+        """The noise standard deviation of the regression likelihood."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"sigma_noise must be positive and finite, got {value}")
+        self._sigma_noise = float(value)
 
     @property
     def parameters_left_alone(self) -> list[str]:
@@ -345,11 +363,12 @@ class LaplaceLoRA:
             "memory_budget": self._plan.memory_budget,
             "sketch_size": self._plan.sketch_size,
             "answer_token_ids": None if answers is None else answers.tolist(),
+            "output_fn": self._head.output_fn is not None,
             "prior_precision": self.prior_precision,
             "sigma_noise": self.sigma_noise,
             "seed": self.seed,
         }
-        state.save(folder, self._fitted(), self._prior_mean, settings)
+        state.save(folder, *self.snapshot(), settings)
 
     @classmethod
     def load(
@@ -364,16 +383,38 @@ class LaplaceLoRA:
 
         Raises:
             StateError: the file is missing, truncated, of another format, or of another adapter; says which.
+            ValueError: `output_fn` is given and the fit had none, or the other way round.
         """
         fit, prior_mean, settings = state.load(folder)
         settings = dict(settings)
-        precision = settings.pop("prior_precision")
-        la = cls(model, output_fn=output_fn, **settings)
-        la._fit = state.match(fit, la.sites)
-        la.prior_precision = precision
-        la._prior_mean = prior_mean
-        la._versions = _versions(la.sites)
+        if settings.pop("output_fn", False) != (output_fn is not None):
+            raise ValueError(
+                "output_fn must be the one the posterior was fitted with, or None if it had none"
+            )
+        try:
+            precision = settings.pop("prior_precision")
+            la = cls(model, output_fn=output_fn, **settings)
+            la.restore(fit, precision, prior_mean)
+        except LaplaceError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the posterior's settings do not fit: {error}") from error
         return la
+
+    def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
+        """The fit, and the prior mean of each block (None for zero): with the prior precision, the whole posterior."""
+        return self._fitted(), self._prior_mean
+
+    def restore(self, fit: Fit, prior_precision: PriorPrecision, prior_mean: list[Tensor] | None) -> None:
+        """Takes over a posterior that was fitted on this adapter elsewhere, in the form `snapshot` gives.
+
+        Raises:
+            StateError: the fit is of another adapter; names the layer.
+            ValueError: the prior precision is not positive or does not cover the layers.
+        """
+        matched = state.match(fit, self.sites)
+        self.prior_precision = prior_precision
+        self._fit, self._prior_mean, self._versions = matched, prior_mean, _versions(self.sites)
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
@@ -460,7 +501,8 @@ class LaplaceLoRA:
             raise ValueError(
                 "method='val_nll' tunes prior_structure 'scalar' or 'ab': a few held-out examples decide no more"
             )
-        if len(grid) < 2 or any(a >= b for a, b in pairwise(grid)) or not grid[0] > 0:
+        ascending = len(grid) > 1 and all(a < b for a, b in pairwise(grid))
+        if not (ascending and grid[0] > 0 and grid[-1] < math.inf):
             raise ValueError("grid must hold at least two ascending positive values")
         keys = prior.group_keys(structure, self._block_names())
         names = list(dict.fromkeys(keys))
@@ -533,7 +575,13 @@ class LaplaceLoRA:
     def _linearised(self) -> LinearisedModel:
         fit = self._fitted()
         return LinearisedModel(
-            self.model, self._head, self.sites, fit.groups, self.posterior.blocks, self.likelihood
+            self.model,
+            self._head,
+            self.sites,
+            fit.groups,
+            self.posterior.blocks,
+            self.likelihood,
+            fit.n_outputs,
         )
 
 

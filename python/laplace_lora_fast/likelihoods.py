@@ -245,6 +245,8 @@ def _laplace_bridge(mean: Tensor, cov: Tensor) -> Tensor:
 
 
 def _monte_carlo(mean: Tensor, cov: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     values, vectors = torch.linalg.eigh(cov)  # unlike Cholesky, at ease with a singular covariance
     root = vectors * values.clamp_min(0).sqrt()[..., None, :]
     noise = torch.randn(n_samples, mean.shape[-1], generator=generator, dtype=torch.float64).to(mean)

@@ -149,9 +149,9 @@ def wilson_interval(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Lower and upper ends, [B] each.
     """
-    z2 = _Z95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z95 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)).sqrt()
+    n, z2 = count.double(), _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n**2)).sqrt()
     return centre - half, centre + half
 
 

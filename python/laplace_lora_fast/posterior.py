@@ -41,9 +41,10 @@ class KronBlock:
     def build(cls, layer: str, side: str, large: Spectrum, small: Tensor, mean: Tensor) -> KronBlock:
         """Eigendecomposes the small factor [r, r] (fp64)."""
         values, vectors = torch.linalg.eigh(small)
-        return cls(layer, side, large, values.flip(0).clamp_min(0), vectors.flip(1), mean.clone())
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).contiguous()
+        return cls(layer, side, large, values, vectors, mean.clone(memory_format=torch.contiguous_format))
 
-    def scaled(self, curvature: float) -> KronBlock:
+    def scaled(self, curvature: float | Tensor) -> KronBlock:
         """The block of `curvature` times H."""
         return replace(self, small_values=self.small_values * curvature)
 

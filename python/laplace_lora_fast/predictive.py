@@ -32,6 +32,7 @@ class LinearisedModel:
     groups: Sequence[int]
     blocks: Sequence[KronBlock]
     likelihood: Likelihood
+    n_outputs: int
 
     def tap(self, observer: Observer | None) -> Tap:
         """A tap on the model with the fit's grouping of inputs."""
@@ -45,6 +46,15 @@ class LinearisedModel:
             yield inputs
         if inputs is None:
             raise InvalidBatchError("the loader yielded no batch")
+
+    def forward(self, tap: Tap, inputs: Inputs) -> Tensor:
+        """Logits [N, C] with their graph. Raises InvalidBatchError if C is not the fit's."""
+        logits = tap.forward(inputs)
+        if logits.shape[1] != self.n_outputs:
+            raise InvalidBatchError(
+                f"a batch gives {logits.shape[1]} logits per example, those of the fit gave {self.n_outputs}"
+            )
+        return logits
 
 
 def distribution(
@@ -80,7 +90,7 @@ def distribution(
     means, covs, targets = [], [], []
     with linearised.tap(observer) as tap:
         for inputs in linearised.batches(track(loader, what, progress), checks):
-            logits, cov = observer.run(tap, inputs, cotangents)
+            logits, cov = observer.run(linearised, tap, inputs, cotangents)
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
             means.append(logits @ cotangents.to(logits))
             covs.append(cov)
@@ -96,7 +106,7 @@ def map_logits(
     all_logits, targets = [], []
     with linearised.tap(None) as tap:
         for inputs in linearised.batches(track(loader, "predict", progress), checks):
-            logits = tap.forward(inputs).detach()
+            logits = linearised.forward(tap, inputs).detach()
             logits = logits.to(lk.accumulation_dtype(logits.dtype))
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
             all_logits.append(logits)
@@ -151,10 +161,13 @@ class CovarianceAccumulator:
         self._small_a: dict[int, list[Tensor]] = {}
         self._jacobian_b: dict[int, list[Tensor]] = {}
 
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, linearised: LinearisedModel, tap: Tap, inputs: Inputs, cotangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One forward and K backward passes over a batch.
 
         Args:
+            linearised: the model.
             tap: entered, with this accumulator as its observer.
             inputs: the batch.
             cotangents: [C, K], the directions of the outputs to look at.
@@ -164,7 +177,7 @@ class CovarianceAccumulator:
         """
         self._covariance = None
         try:
-            logits = tap.forward(inputs)
+            logits = linearised.forward(tap, inputs)
             assert tap.groups is not None
             self._groups = tap.groups
             directions = cotangents.to(logits)
@@ -201,9 +214,8 @@ class CovarianceAccumulator:
     def _add(self, index: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
         block = self._blocks[index]
         complete = block.large.rank == block.large.dim
-        projected, row_grams = lk.jacobian_stats(
-            small, large, block.large.vectors, mask, row_grams=not complete
-        )
+        basis = block.large.vectors.to(small.dtype)  # the fit may have been in another precision
+        projected, row_grams = lk.jacobian_stats(small, large, basis, mask, row_grams=not complete)
         cov = block.variances(projected, row_grams, self._prior_precisions[index].to(projected.device))
         if self._covariance is None:
             self._covariance = cov.new_zeros(max(self._parts) + 1, *cov.shape)

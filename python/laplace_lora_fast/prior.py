@@ -54,9 +54,15 @@ def resolve(prior_precision: PriorPrecision, names: Sequence[BlockName]) -> Tens
         missing, unknown = sorted(set(keys) - set(prior_precision)), sorted(set(prior_precision) - set(keys))
         if missing or unknown:
             raise ValueError(f"prior_precision: no value for {missing[:3]}, unknown keys {unknown[:3]}")
-        values = [float(prior_precision[key]) for key in keys]
+        given = [prior_precision[key] for key in keys]
     else:
-        values = [float(prior_precision)] * len(names)
+        given = [prior_precision] * len(names)
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"prior_precision must be a number or a dict of numbers, got {prior_precision!r}"
+        ) from error
     bad = [value for value in values if not (math.isfinite(value) and value > 0)]
     if bad:
         raise ValueError(f"prior_precision must be positive and finite, got {bad[0]}")

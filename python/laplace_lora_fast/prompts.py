@@ -40,8 +40,10 @@ def read_rows(path: str | Path) -> list[PromptRow]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidBatchError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: not UTF-8") from error
     rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise InvalidBatchError(f"{path}: holds no rows")

@@ -83,10 +83,14 @@ def load(folder: str | PathLike[str]) -> tuple[Fit, list[Tensor] | None, dict[st
                 raise StateError(
                     f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
                 )
-            header = json.loads(metadata["header"])
+            header = json.loads(metadata.get("header", ""))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
+    except json.JSONDecodeError as error:
+        raise StateError(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise StateError(f"{path} has a damaged header")
     try:
         return _rebuild(header, tensors)
     except KeyError as error:
@@ -133,6 +137,10 @@ def match(fit: Fit, sites: Sequence[Site]) -> Fit:
                 f"layer {site.name!r} has lora_{block.side} of shape {tuple(weight.shape)}, "
                 f"the posterior {tuple(block.mean.shape)}"
             )
+        if not _sound(block):
+            raise StateError(
+                f"the posterior of layer {site.name!r} holds tensors of other shapes or values that are not finite"
+            )
         if not same_weights(weight, block.mean):
             raise StateError(
                 f"the adapter's weights of layer {site.name!r} differ from those the posterior was fitted on: "
@@ -146,6 +154,15 @@ def match(fit: Fit, sites: Sequence[Site]) -> Fit:
         small = (getattr(block, field).to(device) for field in _BLOCK_TENSORS)
         blocks.append(KronBlock(block.layer, block.side, moved[id(block.large)], *small))
     return Fit(blocks, fit.groups, fit.n_examples, fit.n_outputs, fit.log_likelihood)
+
+
+def _sound(block: KronBlock) -> bool:
+    """Shapes that belong together, values that are finite."""
+    (r, d), large = block.mean.shape, block.large
+    k = large.values.numel()
+    shapes = [(large.values, (k,)), (large.vectors, (d, k)), (large.tail, ()), (large.trace, ())]
+    shapes += [(block.small_values, (r,)), (block.small_vectors, (r, r))]
+    return all(tensor.shape == shape and bool(tensor.isfinite().all()) for tensor, shape in shapes)
 
 
 def map_weight(site: Site, side: str) -> Tensor:

@@ -10,7 +10,7 @@ follows from the two streams x and g at the layer itself:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -129,8 +129,8 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
     if module.disable_adapters:
         raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
     if module.use_dora.get(adapter, False) or adapter in module.lora_variant:
-        variant = module.lora_variant.get(adapter)
-        what = "DoRA" if variant is None else type(variant).__name__.removesuffix("Variant")
+        dora = module.use_dora.get(adapter, False)
+        what = "DoRA" if dora else type(module.lora_variant[adapter]).__name__.removesuffix("Variant")
         raise UnsupportedAdapterError(
             f"layer {name!r} uses a LoRA variant ({what}): only plain LoRA is supported"
         )
@@ -188,6 +188,25 @@ def read_adapter(
     return weights
 
 
+class Tapped(Protocol):
+    """A layer whose streams can be tapped: `Site`, or a layer without LoRA."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name in `model.named_modules()`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer: its first argument is x, its output is y."""
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Indices of the output features that carry gradient, or None for all of them."""
+
+    def check(self) -> None:
+        """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
+
+
 class Observer(Protocol):
     """What listens to a tap. Called without autograd and autocast; `mask` is None where every token is real."""
 
@@ -233,7 +252,7 @@ class Tap:
         self,
         model: nn.Module,
         head: Head,
-        sites: list[Site],
+        sites: Sequence[Tapped],
         observer: Observer | None,
         groups: list[int] | None = None,
     ) -> None:
@@ -267,7 +286,7 @@ class Tap:
             if self.observer is not None and _checkpoints_reentrantly(
                 self.model
             ):  # its segments need an input that requires grad
-                embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+                embedding = _input_embeddings(self.model)
                 stack.callback(embedding.register_forward_hook(lambda *a: self._start_graph(a[-1])).remove)
             self._stack = stack.pop_all()
         return self
@@ -355,7 +374,7 @@ class Tap:
             self.reached.add(index)
             observer.observe_gradient(index, g, mask)
 
-    def _tokens(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Views a stream as [N, T, d] and finds its mask [N, T]."""
         inputs = self._inputs
         assert inputs is not None
@@ -381,6 +400,13 @@ class Tap:
 
 def _checkpointing_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module:
+    """Of the outermost module that knows them: `model` may be a plain wrapper."""
+    owner = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
+    embedding: nn.Module = owner.get_input_embeddings()  # type: ignore[operator]
+    return embedding
 
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:

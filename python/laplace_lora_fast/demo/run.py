@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from laplace_lora_fast import LaplaceLoRA
@@ -90,8 +91,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
         la.fit(train)
     tuned = _tune(la, val, watch)
     console.print(
-        f"    prior precision {tuned.validated:.3g} by held-out NLL ({len(val_rows)} examples), {tuned.evidence:.3g} by "
-        f"the evidence; temperature {tuned.temperature:.3g}"
+        f"    on {len(val_rows)} held-out examples: prior precision {tuned.validated:.3g}, temperature "
+        f"{tuned.temperature:.3g}; by the evidence: prior precision {tuned.evidence:.3g}"
     )
     grid = _predict(la, tests, tuned, watch)
     with watch.phase("plot"):
@@ -103,9 +104,11 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     console.print(f"The fit cost {ratio:.2f} training epochs. Everything took {total:.0f} s.")
     files.append(out / "results.json")
     results = _results(recipe, epochs, tuned, watch, ratio)
-    results["metrics"] = {data: {method: asdict(m) for method, m in row.items()} for data, row in scores.items()}
+    results["metrics"] = {
+        data: {method: asdict(m) for method, m in row.items()} for data, row in scores.items()
+    }
     files[-1].write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    console.print("Written: " + ", ".join(str(file) for file in files))
+    console.print("Written: " + ", ".join(escape(str(file)) for file in files))
 
 
 def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
@@ -140,7 +143,9 @@ def _predict(
         plain = {name: _map_log_probs(la, loader) for name, loader in tests.items()}
     precisions = [tuned.validated, tuned.evidence]
     with watch.phase("predict with the posterior"):
-        laplace = {name: la.predict_loader(loader, prior_precision=precisions)[0] for name, loader in tests.items()}
+        laplace = {
+            name: la.predict_loader(loader, prior_precision=precisions)[0] for name, loader in tests.items()
+        }
     grid = {}
     for name, (log_probs, labels) in plain.items():
         validated, evidence = laplace[name]
