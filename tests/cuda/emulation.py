@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 import subprocess
 import tempfile
 from ctypes import c_float, c_int32, c_int64, c_uint64
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,18 +40,31 @@ class Sketch(ctypes.Structure):
     ]
 
 
+needs_host_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compiled with the host compiler on first use: no CUDA takes part."""
-    target = Path(tempfile.mkdtemp(prefix="laplace-emulator-")) / "emulator.so"
-    source = Path(__file__).parent / "emulator"
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{source}"]
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", *includes]
+    return build(Path(tempfile.mkdtemp(prefix="laplace-emulator-")))
+
+
+def build(folder: Path, mutation: tuple[str, str, str] | None = None) -> ctypes.CDLL:
+    """Compiles the emulation in `folder`; with a mutation (file of csrc, old text, new text) of the kernels."""
+    csrc = ROOT / "csrc"
+    if mutation is not None:
+        csrc = shutil.copytree(csrc, folder / "csrc")
+        file, old, new = mutation
+        text = (csrc / file).read_text()
+        assert text.count(old) == 1, f"{old!r} is not in {file} once"
+        (csrc / file).write_text(text.replace(old, new))
+    source, target = Path(__file__).parent / "emulator", folder / "emulator.so"
+    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{csrc}", f"-I{source}"]
     subprocess.run([*command, str(source / "emulator.cpp"), "-o", str(target)], check=True)
     lib = ctypes.CDLL(str(target))
     for name in ("emulate_sketch_cluster", "emulate_sketch_tiles", "emulate_gram_group"):
         getattr(lib, name).restype = ctypes.c_char_p
-    for name in ("columns_per_rank", "table_bytes", "fill_table"):
+    for name in ("columns_per_rank", "table_bytes", "fill_table", "cached_tokens"):
         getattr(lib, name).restype = c_int64
     return lib
 

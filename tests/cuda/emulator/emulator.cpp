@@ -116,6 +116,7 @@ int64_t fill_table(lk::GramTable* table, const lk::Gram* grams, int64_t first, i
   return lk::fill_table(*table, grams, first, count, processors, split);
 }
 int find_member(const lk::GramTable* table, int64_t index) { return lk::find_member(*table, index); }
+int64_t cached_tokens(int64_t tokens, int64_t d) { return lk::cached_tokens(tokens, d); }
 int64_t table_bytes() { return sizeof(lk::GramTable); }
 
 // Rounds pairs of floats, and splits them: for comparison with torch's conversions.

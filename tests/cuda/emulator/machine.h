@@ -55,6 +55,10 @@ class Scheduler {
   int current() const { return current_; }
   void sleep() { swapcontext(&fibers_[current_].context, &main_); }
   void wake(int fiber) { ready_.push_back(fiber); }
+  void give_way() {  // others may run first
+    wake(current_);
+    sleep();
+  }
   bool coin() { return random() & 1; }
 
   std::mt19937_64 random;
@@ -215,7 +219,10 @@ class Machine {
   void add(float* to, float value) const { *to += value; }
 
   void sync() { block_.all.meet(); }
-  void cluster_arrive() { ticket_ = launch_.cluster.arrive(); }
+  void cluster_arrive() {
+    ticket_ = launch_.cluster.arrive();
+    launch_.scheduler->give_way();
+  }
   void cluster_wait() { launch_.cluster.wait(ticket_); }
   void fence_async() {}
   void store_remote(int rank, uint32_t to, const Quad& quad) {
