@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = ["csrc/launch.cu", "csrc/bind.cpp"]
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.*h"))
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -25,7 +25,9 @@ def find_nvcc() -> str | None:
     """Path of nvcc, or None where the CUDA kernels are not to be built."""
     setting = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
     if setting == "0":
-        print("laplace_kernels: building without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=0)", file=sys.stderr)
+        print(
+            "laplace_kernels: building without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=0)", file=sys.stderr
+        )
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda")]
@@ -41,7 +43,9 @@ def ninja_file(nvcc: str, target: Path) -> str:
     """The build of the extension module, for ninja."""
     import pybind11  # present at build time, declared in pyproject.toml
 
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     # a plain sm_90 in the list stands for sm_90a
     architectures = [arch for arch in ARCHITECTURES if arch.rstrip("a") in known]
     codes = " ".join(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in architectures)
@@ -57,11 +61,16 @@ rule cxx
   command = c++ {common} -fPIC -fvisibility=hidden -Wall {includes} -MD -MF $out.d -c $in -o $out
   depfile = $out.d
 rule link
-  command = {nvcc} -shared -cudart static -o $out $in
-build launch.o: cuda {ROOT / "csrc/launch.cu"}
-build bind.o: cxx {ROOT / "csrc/bind.cpp"}
-build {target}: link launch.o bind.o
+  command = {nvcc} {codes} -shared -cudart static -o $out $in
+build launch.o: cuda {escaped(ROOT / "csrc/launch.cu")}
+build bind.o: cxx {escaped(ROOT / "csrc/bind.cpp")}
+build {escaped(target)}: link launch.o bind.o
 """
+
+
+def escaped(path: Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
 class BuildCuda(build_ext):

@@ -120,14 +120,22 @@ class SketchCluster {
       const auto* x = reinterpret_cast<const uint16_t*>(sketch_.x);
       const auto* mask = reinterpret_cast<const uint8_t*>(sketch_.mask);
       constexpr int kChunks = Tiling::kPanels * 8;  // of 16 bytes per row
+      constexpr int kCopies = kChunks * Tiling::kTokens / Tiling::kThreads;
+      static_assert(kCopies * Tiling::kThreads == kChunks * Tiling::kTokens, "every thread copies as much");
+      int bytes[kCopies];  // known for all before the first copy starts, so that reads of the mask overlap
       LK_UNROLL
-      for (int chunk = thread_; chunk < kChunks * Tiling::kTokens; chunk += Tiling::kThreads) {
-        const int row = chunk / kChunks, panel = chunk % kChunks / 8, place = chunk % 8;
-        const int64_t token = token0 + row, column = first_ + panel * kPanelColumns + place * kChunkElements;
+      for (int i = 0; i < kCopies; ++i) {
+        const int chunk = thread_ + i * Tiling::kThreads;
+        const int64_t token = token0 + chunk / kChunks, column = first_ + chunk % kChunks * kChunkElements;
         const bool keep = token < sketch_.tokens && (mask == nullptr || mask[token] != 0);
-        const int bytes = keep ? chunk_bytes(column, last_, 2) : 0;
-        machine_.copy_async(Tiling::x_panel(step, panel) + swizzled(row, place * kChunkBytes),
-                            bytes > 0 ? x + token * sketch_.x_stride + column : x, bytes);
+        bytes[i] = keep ? chunk_bytes(column, last_, 2) : 0;
+      }
+      LK_UNROLL
+      for (int i = 0; i < kCopies; ++i) {
+        const int chunk = thread_ + i * Tiling::kThreads, row = chunk / kChunks, place = chunk % kChunks;
+        const uint16_t* from = x + (token0 + row) * sketch_.x_stride + first_ + place * kChunkElements;
+        machine_.copy_async(Tiling::x_panel(step, place / 8) + swizzled(row, place % 8 * kChunkBytes),
+                            bytes[i] > 0 ? from : x, bytes[i]);
       }
     }
     machine_.commit_copies();
@@ -297,6 +305,8 @@ class SketchCluster {
   LK_FN void begin_products() {
     LK_UNROLL
     for (int block = 0; block < Tiling::kBlocks; ++block) {
+      machine_.keep(z_[block][0]);
+      machine_.keep(z_[block][1]);
       LK_UNROLL
       for (int panel = 0; panel < Tiling::kGroupPanels; ++panel) machine_.begin_products(y_[block][panel]);
     }

@@ -37,7 +37,8 @@ template <class Machine>
 LK_FN void load_right(Machine& machine, uint32_t to, const SketchTiles& s, int64_t k0, int64_t last_row, int64_t n0) {
   const auto* right = reinterpret_cast<const float*>(s.right);
   LK_UNROLL
-  for (int chunk = machine.thread(); chunk < kTile * kTile / 4; chunk += kTileThreads) {
+  for (int i = 0; i < kTile * kTile / 4 / kTileThreads; ++i) {
+    const int chunk = machine.thread() + i * kTileThreads;
     const int row = chunk / (kTile / 4), column = chunk % (kTile / 4) * 4;
     const int bytes = k0 + row < last_row ? chunk_bytes(n0 + column, s.m, sizeof(float)) : 0;
     machine.copy_async(to + static_cast<uint32_t>((row * kRightPitch + column) * sizeof(float)),

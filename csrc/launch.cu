@@ -29,6 +29,7 @@ template <class Element, class Tiling>
 __global__ void __launch_bounds__(Tiling::kThreads, 1)
     gram_sketch_cluster_kernel(const __grid_constant__ Sketch sketch) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  if (__cvta_generic_to_shared(shared_memory) % 1024 != 0) __trap();  // the swizzle counts rows by address
   Cluster cluster;
   SketchCluster<Element, Tiling, Cluster>(cluster, sketch).run();
 #endif

@@ -33,20 +33,27 @@ struct Rows {
 // Copies the tile at (token, column) to shared memory. What is masked or outside becomes zeros and is not read.
 template <class Machine>
 LK_FN void load_tile(Machine& machine, uint32_t to, const Rows& rows, int64_t token0, int64_t column0) {
+  constexpr int kCopies = kTile * 8 / kTileThreads;
+  int bytes[kCopies];  // known for all before the first copy starts, so that reads of the mask overlap
   LK_UNROLL
-  for (int chunk = machine.thread(); chunk < kTile * 8; chunk += kTileThreads) {
-    const int row = chunk / 8, place = chunk % 8;
-    const int64_t token = token0 + row, column = column0 + place * kChunkElements;
+  for (int i = 0; i < kCopies; ++i) {
+    const int chunk = machine.thread() + i * kTileThreads;
+    const int64_t token = token0 + chunk / 8, column = column0 + chunk % 8 * kChunkElements;
     const bool keep = token < rows.last_token && (rows.mask == nullptr || rows.mask[token] != 0);
-    const int bytes = keep ? chunk_bytes(column, rows.last_column, 2) : 0;
-    const uint16_t* from = bytes > 0 ? rows.x + token * rows.stride + column : rows.x;
+    bytes[i] = keep ? chunk_bytes(column, rows.last_column, 2) : 0;
+  }
+  LK_UNROLL
+  for (int i = 0; i < kCopies; ++i) {
+    const int chunk = machine.thread() + i * kTileThreads, row = chunk / 8, place = chunk % 8;
+    const uint16_t* from =
+        bytes[i] > 0 ? rows.x + (token0 + row) * rows.stride + column0 + place * kChunkElements : rows.x;
     const uint32_t target = to + swizzled(row, place * kChunkBytes);
     if (rows.aligned) {
-      machine.copy_async(target, from, bytes);
+      machine.copy_async(target, from, bytes[i]);
     } else {
       auto* elements = reinterpret_cast<uint16_t*>(machine.shared() + target);
       LK_UNROLL
-      for (int i = 0; i < kChunkElements; ++i) elements[i] = 2 * i < bytes ? from[i] : uint16_t{0};
+      for (int e = 0; e < kChunkElements; ++e) elements[e] = 2 * e < bytes[i] ? from[e] : uint16_t{0};
     }
   }
 }

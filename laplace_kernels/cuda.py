@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels of csrc/ as a backend: `gram_group_`, `gram_sketch_`, and both for a whole model in one call.
+"""The compiled CUDA kernels of csrc/ as a backend: `gram_group_`, `gram_sketch_`, and both in one call for a model.
 
 They have been compiled, and run on an emulation of a GPU, but never on a GPU: "auto" does not choose them, and
 `use_backend("cuda")` does. `pip install` builds them where nvcc is.
@@ -95,7 +95,7 @@ def _gram_sketch(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha
 
 
 def _flush(grams: Sequence[Gram], sketches: Sequence[Sketch]) -> None:
-    X = (*grams, *sketches)[0].X
+    X = grams[0].X if grams else sketches[0].X
     copies: list[Tensor] = []  # what the kernels read besides the arguments, alive until they are launched
     packed_grams = b"".join(_pack_gram(gram, copies) for gram in grams)
     packed_sketches = b"".join(_pack_sketch(sketch, copies) for sketch in sketches)
@@ -169,16 +169,21 @@ def _library() -> Any:
 
 def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     try:
-        library = _library()
+        _library()
     except ImportError as error:
         return f"laplace_kernels._cuda is not there: install where nvcc is ({error})"
-    if device.type != "cuda" or torch.version.cuda is None:
-        return "it needs an NVIDIA GPU"
     if dtype not in _DTYPES:
         return f"it reads bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return _needs_gpu(device)
+
+
+def _needs_gpu(device: torch.device) -> str:
+    """Why kernels cannot run on `device`, empty when they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it needs an NVIDIA GPU"
     try:
         with torch.cuda.device(device):
-            return str(library.refusal())
+            return str(_library().refusal())
     except RuntimeError as error:  # no driver, no such device
         return str(error)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 class Gram(ctypes.Structure):
     """`lk::Gram` of csrc/updates.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_uint64) for name in ("c", "x", "mask")),
         *((name, c_int64) for name in ("tokens", "c_stride", "x_stride")),
         ("d", c_int32),
@@ -31,7 +31,7 @@ class Gram(ctypes.Structure):
 class Sketch(ctypes.Structure):
     """`lk::Sketch` of csrc/updates.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_uint64) for name in ("y", "x", "omega", "mask")),
         *((name, c_int64) for name in ("tokens", "y_stride", "x_stride", "omega_stride")),
         *((name, c_int32) for name in ("d", "m")),
@@ -71,9 +71,7 @@ def build(folder: Path, mutation: tuple[str, str, str] | None = None) -> ctypes.
 
 def gram(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> Gram:
     address = 0 if mask is None else mask.data_ptr()
-    return Gram(
-        C.data_ptr(), X.data_ptr(), address, X.shape[0], C.stride(0), X.stride(0), X.shape[1], alpha
-    )
+    return Gram(C.data_ptr(), X.data_ptr(), address, X.shape[0], C.stride(0), X.stride(0), X.shape[1], alpha)
 
 
 def sketch(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: float) -> Sketch:
@@ -91,9 +89,7 @@ def gram_sketch_cluster_(
     fp16 = X.dtype == torch.float16
     update = sketch(Y, X, Omega, mask, alpha)
     _check(
-        library().emulate_sketch_cluster(
-            ctypes.byref(update), fp16, tiling, ranks, clusters, c_uint64(seed)
-        )
+        library().emulate_sketch_cluster(ctypes.byref(update), fp16, tiling, ranks, clusters, c_uint64(seed))
     )
 
 

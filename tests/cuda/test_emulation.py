@@ -13,8 +13,8 @@ from tests.kernels import inputs, oracles
 pytestmark = emulation.needs_host_compiler
 DTYPES = [torch.bfloat16, torch.float16]
 dtypes = st.sampled_from(DTYPES)
-# rounding of Omega and Z to two parts: 2^-17 each in bf16, more in fp16 on a cluster
-TOLERANCE = 2e-5
+# Omega and Z enter the products in two parts each, with a rounding error of 2^-18; fp32 sums add theirs
+TOLERANCE = 1e-5
 
 
 def rows(T, d, dtype, generator, aligned=True):
@@ -46,7 +46,9 @@ def sketch_problem(T, d, m, dtype, masked, seed, aligned=True):
 
 
 def check_sketch(Y, X, Omega, mask, alpha):
-    oracles.assert_near(Y, 1 + alpha * oracles.gram_sketch(X, Omega, mask), TOLERANCE)
+    exact = 1 + alpha * oracles.gram_sketch(X, Omega, mask)
+    kept = oracles.kept(X, mask).abs()
+    assert ((Y - exact).abs() <= TOLERANCE * (1 + kept.T @ (kept @ Omega.double().abs()))).all()
     assert untouched(Y, 7.0)
 
 
@@ -66,9 +68,7 @@ def test_cluster_sketch(tokens, m, ranks, clusters, dtype, masked, alpha, seed, 
     tiling = data.draw(st.sampled_from([2] if m > 64 else [0, 1, 2]))
     d = data.draw(st.integers(1, ranks * (512 if tiling == 1 else 256)))
     problem = sketch_problem(tokens, d, m, dtype, masked, seed)
-    emulation.gram_sketch_cluster_(
-        *problem, alpha, tiling=tiling, ranks=ranks, clusters=clusters, seed=seed
-    )
+    emulation.gram_sketch_cluster_(*problem, alpha, tiling=tiling, ranks=ranks, clusters=clusters, seed=seed)
     check_sketch(*problem, alpha)
 
 
@@ -113,7 +113,7 @@ def test_large_and_small_numbers_keep_their_precision(serve, dtype, scale):
         emulation.gram_sketch_tiles_(Y, X, Omega, mask)
     exact = oracles.gram_sketch(X, Omega)
     assert torch.isfinite(Y).all()
-    assert ((Y.double() - exact).abs().amax(0) <= TOLERANCE * exact.abs().amax(0)).all()
+    assert ((Y - exact).abs().amax(0) <= TOLERANCE * exact.abs().amax(0)).all()
 
 
 def test_one_cluster_gives_the_same_bits_in_every_order_of_threads():
@@ -156,7 +156,7 @@ def test_group_splits_tokens_among_processors_and_launches_beyond_its_table():
 
 
 MUTATIONS = {  # a defect in a kernel that the emulation has to notice
-    "a wait for copies": ("gram_sketch_cluster.h", "wait_copies<Tiling::kStages - 2>", "wait_copies<Tiling::kStages - 1>"),
+    "a wait for copies": ("gram_sketch_cluster.h", "<Tiling::kStages - 2>", "<Tiling::kStages - 1>"),
     "a buffer of Z": ("gram_sketch_cluster.h", "step % 2) * kZBytes", "step % 1) * kZBytes"),
     "a barrier before copies are read": ("tile.h", "machine.sync();", ""),
     "an operand of ldmatrix": ("layout.h", "lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8", "lane % 16, lane / 16 * 8"),
@@ -181,4 +181,4 @@ def test_the_emulation_notices(defect, monkeypatch, tmp_path):
         exact = 1 + oracles.gram_sketch(X, Omega)
         errors = [(result.double() - exact).abs().max() / exact.abs().max() for result in (Y, Z)]
         worst = max(worst, *(torch.tensor(errors).nan_to_num(torch.inf).tolist()))
-    assert worst > 100 * TOLERANCE
+    assert worst > 1e-3

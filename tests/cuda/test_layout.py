@@ -93,7 +93,9 @@ def test_a_tiling_serves_what_fits_and_nothing_else(lib):
 def test_every_unit_of_z_has_one_owner_and_one_slot(lib):
     for threads, tokens, ranks in itertools.product((128, 256), (16, 32, 64), (1, 2, 4, 8, 16)):
         units = threads * tokens // 8
-        numbers = [lib.unit_of(quad, thread, threads) for quad in range(tokens // 8) for thread in range(threads)]
+        numbers = [
+            lib.unit_of(quad, thread, threads) for quad in range(tokens // 8) for thread in range(threads)
+        ]
         assert numbers == list(range(units))
         places = [(lib.unit_owner(u, units, ranks), lib.unit_slot(u, units, ranks)) for u in numbers]
         assert places == list(itertools.product(range(ranks), range(units // ranks)))
@@ -131,18 +133,20 @@ def test_parts_cover_the_tokens_once(lib):
 
 
 class Member(ctypes.Structure):
-    _fields_ = [("gram", emulation.Gram), ("parts", c_int), ("first_tile", c_int)]  # noqa: RUF012
+    _fields_ = [("gram", emulation.Gram), ("parts", c_int), ("first_tile", c_int)]
 
 
 class Table(ctypes.Structure):
-    _fields_ = [("count", c_int), ("tiles", c_int), ("members", Member * 500)]  # noqa: RUF012
+    _fields_ = [("count", c_int), ("tiles", c_int), ("members", Member * 500)]
 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("count", [1, 7, 500, 501, 1203])
 def test_tables_hold_every_tile_of_every_member_once(lib, count, split):
     assert ctypes.sizeof(Table) == lib.table_bytes() <= 32764
-    sizes = [(SEED.choice((0, 1, 64, 65, 200, 700)), SEED.choice((0, 1, 511, 513, 5000))) for _ in range(count)]
+    sizes = [
+        (SEED.choice((0, 1, 64, 65, 200, 700)), SEED.choice((0, 1, 511, 513, 5000))) for _ in range(count)
+    ]
     grams = (emulation.Gram * count)(
         *(emulation.Gram(i, 0, 0, tokens, d, d, d, 1.0) for i, (d, tokens) in enumerate(sizes))
     )
@@ -173,7 +177,9 @@ def triangle(d):
 def test_rounding_is_that_of_torch(lib, dtype):
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32)
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 65504, 65519, 65520, 6e-8, 3e-8, 2.9e-8, -6.1e-5])
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, 65504, 65519, 65520, 6e-8, 3e-8, 2.9e-8, -6.1e-5]
+    )
     values = torch.cat([bits.view(torch.float32), torch.randn(50_000, generator=generator), special])
     values = torch.cat([values, torch.arange(2**16).to(torch.int16).view(dtype).float()])
     values = values[~values.isnan()].contiguous()
