@@ -128,7 +128,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     for method, precision in (("Laplace (validated)", validated), ("Laplace (evidence)", evidence)):
         log_probs[method] = torch.cat([la.predict(b, prior_precision=precision) for b in test]).log()
     for method, values in log_probs.items():
-        scores = results["metrics"]["tweets, shifted"][method]
+        scores = results["metrics"]["tweets, out of distribution"][method]
         assert scores["nll"] == pytest.approx(-values.numpy()[np.arange(10), labels].mean(), rel=1e-3), method
         assert math.isfinite(scores["brier"])
 

@@ -306,6 +306,28 @@ def test_batches(fitted, name):
                 call()
 
 
+STRUCTURES = ["ekfac", "diag", "dual", "auto"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_batches_of_other_structures(structure):
+    model, good = tiny.tiny_llama(targets=("q_proj", "lm_head")).train(), tiny.batch(3)
+    la = LaplaceLoRA(model, structure=structure, **ANSWERS).fit([tiny.batch(6, seed=4)], progress=False)
+    with nothing_changes(la, good):
+        for name in ("tuple", "no examples", "labels too large", "mask with an empty row", "NaN"):
+            make, match = BATCHES[name]
+            bad = make(tiny.batch(3))
+            for loader in ([bad], [good, bad], [bad, good]):
+                with pytest.raises(InvalidBatchError, match=match):
+                    la.fit(loader, progress=False)
+            with pytest.raises(InvalidBatchError, match=match):
+                la.predict(bad)
+        with pytest.raises(InvalidBatchError, match="train_loader yielded no batch"):
+            la.fit([], progress=False)
+        with pytest.raises(InvalidBatchError, match="at least 2 logits"):
+            LaplaceLoRA(tiny.tiny_llama_classifier(1), structure=structure).fit([good], progress=False)
+
+
 def test_a_failed_first_fit_is_no_fit():
     la = LaplaceLoRA(tiny.tiny_llama(), **ANSWERS)
     with pytest.raises(InvalidBatchError):
@@ -401,11 +423,19 @@ class Huge(nn.Module):
         return self.head(self.inner(1e30 * x) * 1e-30)
 
 
-@pytest.mark.parametrize("kfac", ["expand", "reduce"])
-@pytest.mark.parametrize("factor", ["dense", "sketch"])
-def test_curvature_that_overflows(factor, kfac):
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kfac": kfac, "factor": factor, "structure": structure}
+        for kfac in ("expand", "reduce")
+        for factor in ("dense", "sketch")
+        for structure in ("kfac", "ekfac")
+    ],
+    ids=str,
+)
+def test_curvature_that_overflows(kwargs):
     model = tiny.adapt(Huge(), dtype=torch.float32, targets=("head", "inner"), r=2)
-    la = LaplaceLoRA(model, factor=factor, kfac=kfac, sketch_size=2)
+    la = LaplaceLoRA(model, sketch_size=2, **kwargs)
     with pytest.raises(NumericalError, match=r"'base_model.model.inner'.*not finite"):
         la.fit([{"x": torch.randn(5, 4)}], progress=False)
     with pytest.raises(NotFittedError):
@@ -444,6 +474,28 @@ def test_a_layer_whose_tokens_are_not_those_of_the_mask():
     batch = {"x": torch.randn(3, 5, 4, dtype=DTYPE), "attention_mask": torch.ones(3, 5)}
     with pytest.raises(InvalidBatchError, match=r"'base_model.model.shared'.*\(3, 4, 4\)"):
         la.fit([batch], progress=False)
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = 2 * x
+        first = self.first(hidden)
+        hidden += 1
+        return self.head(first * self.second(hidden))
+
+
+@pytest.mark.parametrize("targets", [("first",), ("first", "second")])
+def test_an_input_that_is_changed_in_place_after_its_layer(targets):
+    """Training such a model is legal when dropout or a cast makes PEFT work on a copy."""
+    model, batch = tiny.adapt(ChangesItsInput(), targets=targets, r=2), {"x": torch.randn(3, 4, dtype=DTYPE)}
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"input of layer 'base_model.model.first' is changed in place"
+    ):
+        LaplaceLoRA(model).fit([batch], progress=False)
 
 
 def test_detached_logits():
@@ -517,6 +569,9 @@ def test_evidence_without_a_maximum():
 
 
 def test_link_and_predict_arguments(fitted):
+    for call in (fitted.predict, fitted.logit_distribution):
+        with pytest.raises(ValueError, match="prior_precision is an empty list"):
+            call(tiny.batch(2), prior_precision=[])
     for link in ("softmax", "", None):
         with pytest.raises(ValueError, match="link_approx must be one of"):
             fitted.predict(tiny.batch(2), link_approx=link)
@@ -587,6 +642,29 @@ def test_adapter_switched_merged_or_disabled_after_fit():
 DATA = pytest.param(
     "data", marks=pytest.mark.xfail(strict=True, reason="a write through .data does not count as a version")
 )
+
+
+def test_another_adapter_fitted_with_the_prior_of_the_first():
+    model = add_other(tiny.tiny_llama(), ("k_proj",))
+    layers = {site.name: 2.0 for site in LaplaceLoRA(model).sites}
+    centred = LaplaceLoRA(model, prior_mean=model.state_dict(), **ANSWERS).fit(
+        [tiny.batch(3)], progress=False
+    )
+    by_layer = LaplaceLoRA(model, prior_precision=layers, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    expected = [la.predict(tiny.batch(2)) for la in (centred, by_layer)]
+    model.set_adapter("other")
+    with pytest.raises(UnsupportedAdapterError, match="prior_mean belongs to adapter 'default'"):
+        centred.fit([tiny.batch(3)], progress=False)
+    with pytest.raises(ValueError, match="prior_precision"):
+        by_layer.fit([tiny.batch(3)], progress=False)
+    model.set_adapter("default")
+    for la, probs in zip((centred, by_layer), expected, strict=True):
+        assert torch.equal(la.predict(tiny.batch(2)), probs)
+    model.set_adapter("other")
+    other = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    model.set_adapter("default")
+    other.fit([tiny.batch(3)], progress=False)  # a scalar prior fits any adapter
+    assert set(other.factors) == set(layers)
 
 
 @pytest.mark.parametrize("how", ["in place", DATA, "replaced", "optimizer", "loaded"])

@@ -402,18 +402,21 @@ def test_autocast_of_the_caller_does_not_reach_samples():
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_a_layer_no_gradient_reaches_is_reported_and_keeps_the_prior():
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("factor", ["dense", "sketch"])
+def test_a_layer_no_gradient_reaches_is_reported_and_keeps_the_prior(factor, runs):
     class TwoTowers(nn.Module):
         def __init__(self):
             super().__init__()
             self.used, self.idle, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
 
         def forward(self, x):
-            self.idle(x)
+            if runs:
+                self.idle(x)
             return self.head(self.used(x))
 
     model = tiny.adapt(TwoTowers(), targets=("used", "idle"), r=2)
-    la = LaplaceLoRA(model, prior_precision=3.0)
+    la = LaplaceLoRA(model, prior_precision=3.0, factor=factor, sketch_size=2)
     with pytest.warns(UserWarning, match=r"no gradient reached \['base_model.model.idle'\]"):
         la.fit([{"x": torch.randn(5, 4, dtype=torch.float64)}], progress=False)
     for side in "AB":

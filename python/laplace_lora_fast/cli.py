@@ -193,7 +193,7 @@ def doctor() -> None:
     console.print(names)
     table = Table(title="Kernels")
     for heading in ("op", "device", "inputs", "backend", "why", "passed over"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading in ("op", "backend"))
     for device in devices:
         for op in OPS:
             for dtypes, choice in _choices(explain, op, device):

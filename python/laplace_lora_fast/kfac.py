@@ -6,6 +6,10 @@ factors X, Z and gradient factors G (Martens and Grosse 2015). Tokens share the 
     expand   X = 1/M sum over tokens of x x^T              G = sum over tokens of g g^T
     reduce   X = 1/N sum over examples of xbar xbar^T      G = sum over examples of gbar gbar^T
              xbar = mean of x over real tokens             gbar = sum of g over real tokens
+    paper    X = 1/N sum over all positions of x x^T       G = sum over all positions of g g^T
+
+with M real tokens in N examples. "paper" is what the code behind the Laplace-LoRA paper computes: like expand, but the
+input factor counts pads and is not divided by the sequence length, so its curvature is larger by the padded length.
 
 z and g_A are linear images of x and g, so two of the four factors are free: Z = A X A^T and G_A = s^2 B^T G B.
 """
@@ -20,9 +24,9 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum
-from laplace_lora_fast.posterior import KronBlock
 from laplace_lora_fast.taps import Site
 
 
@@ -31,6 +35,7 @@ class Kfac(str, Enum):
 
     EXPAND = "expand"
     REDUCE = "reduce"
+    PAPER = "paper"
 
 
 class FactorKind(str, Enum):
@@ -75,10 +80,11 @@ class KfacAccumulator:
         sites: the tapped layers.
         mode: expand or reduce.
         plan: dense or sketched.
+        rank: leading eigenpairs to keep of each large factor; None for the kind's default.
     """
 
-    def __init__(self, sites: Sequence[Site], mode: Kfac, plan: FactorPlan) -> None:
-        self._sites, self._mode, self._plan = sites, mode, plan
+    def __init__(self, sites: Sequence[Site], mode: Kfac, plan: FactorPlan, rank: int | None) -> None:
+        self._sites, self._mode, self._plan, self._rank = sites, mode, plan, rank
         self._inputs: dict[int, Factor] = {}
         self._gradients: list[Factor] = []
         self._rows: dict[int, Tensor | int] = {}
@@ -111,22 +117,22 @@ class KfacAccumulator:
             self._first_inputs.append((group, x, mask))
 
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
-        if self._mode is Kfac.EXPAND:
-            self._gradients[site].add_tokens(g, mask)
-        else:
-            self._gradients[site].add_rows(_token_sum(g, mask))
+        add_gradient(self._gradients[site], self._mode, g, mask)
 
-    def blocks(self, rank: int | None) -> list[KronBlock]:
-        """Eigendecomposes every block's curvature, A before B, site by site.
+    def finish_pass(self, n: int) -> None:
+        """Nothing waits."""
 
-        Args:
-            rank: leading eigenpairs to keep of each large factor; None for all of a dense one.
+    def finish_batch(self) -> None:
+        """Nothing waits."""
+
+    def curvature(self) -> BlockCurvature:
+        """Eigendecomposes every block's curvature.
 
         Raises:
             NumericalError: a factor is not finite; names the layer.
         """
         spectra: dict[int, Spectrum] = {}
-        blocks = []
+        blocks: list[KronBlock] = []
         for index, site in enumerate(self._sites):
             group = self._groups[index]
             x, g = self._inputs[group], self._gradients[index]
@@ -134,15 +140,16 @@ class KfacAccumulator:
                 raise NumericalError(
                     f"the curvature of layer {site.name!r} is not finite: the model overflows or a batch holds NaN"
                 )
-            rows = float(self._rows[group])
+            rows = float(self._rows.get(group, 1))  # none where the layer never ran
             if group not in spectra:
-                spectra[group] = x.spectrum(rank).scaled(1 / rows)
+                spectra[group] = x.spectrum(self._rank).scaled(1 / rows)
             square = site.scaling**2
             a, b = site.A.double(), site.B.double()
-            blocks.append(KronBlock.build(site.name, "A", spectra[group], square * g.quadratic(b), site.A))
+            blocks.append(KronBlock.kfac(spectra[group], square * g.quadratic(b), site.A))
             z = x.quadratic(a.mT) * (square / rows)
-            blocks.append(KronBlock.build(site.name, "B", g.spectrum(rank), z, site.B.mT))
-        return blocks
+            blocks.append(KronBlock.kfac(g.spectrum(self._rank), z, site.B.mT))
+        names = [(site.name, side) for site in self._sites for side in "AB"]
+        return BlockCurvature("kfac", names, blocks)
 
     def _factor(self, dense: bool, exact: list[Tensor], dtype: torch.dtype, stream: int) -> Factor:
         if dense:
@@ -150,17 +157,32 @@ class KfacAccumulator:
         return SketchFactor(self._plan.sketch_size, torch.cat(exact, 1), dtype, self._plan.seed + stream)
 
     def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        if self._mode is Kfac.EXPAND:
-            self._inputs[group].add_tokens(x, mask)
-            rows = x.shape[0] * x.shape[1] if mask is None else mask.sum()
-        else:
-            mean = _token_sum(x, mask)
-            mean /= x.shape[1] if mask is None else mask.sum(1, keepdim=True)
-            self._inputs[group].add_rows(mean)
-            rows = x.shape[0]
+        rows = add_input(self._inputs[group], self._mode, x, mask)
         self._rows[group] = (
             self._rows.get(group, 0) + rows
         )  # on the device, if anywhere: nothing waits for it
+
+
+def add_input(factor: Factor, mode: Kfac, x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Adds inputs x [N, T, d] with mask [N, T] to a factor. Returns by how much its divisor grows."""
+    if mode is Kfac.REDUCE:
+        mean = _token_sum(x, mask)
+        mean /= x.shape[1] if mask is None else mask.sum(1, keepdim=True)
+        factor.add_rows(mean)
+        return x.shape[0]
+    if mode is Kfac.PAPER:
+        factor.add_tokens(x, None)
+        return x.shape[0]
+    factor.add_tokens(x, mask)
+    return x.shape[0] * x.shape[1] if mask is None else mask.sum()
+
+
+def add_gradient(factor: Factor, mode: Kfac, g: Tensor, mask: Tensor | None) -> None:
+    """Adds output gradients g [N, T, d] with mask [N, T] to a factor."""
+    if mode is Kfac.REDUCE:
+        factor.add_rows(_token_sum(g, mask))
+    else:
+        factor.add_tokens(g, None if mode is Kfac.PAPER else mask)
 
 
 def _token_sum(x: Tensor, mask: Tensor | None) -> Tensor:

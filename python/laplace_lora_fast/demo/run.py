@@ -112,7 +112,7 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
 
 
 def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
-    titles = {task.IN_DISTRIBUTION: "in distribution"} | dict.fromkeys(task.OUT_OF_DISTRIBUTION, "shifted")
+    titles = {task.IN_DISTRIBUTION: "in distribution"} | dict.fromkeys(task.OUT_OF_DISTRIBUTION, "out of distribution")
     return {
         f"{name.replace('_', ' ')}, {kind}": make_batches(
             tokenizer, task.load_examples(f"{name}.test")[: recipe.n_test], recipe.batch_size

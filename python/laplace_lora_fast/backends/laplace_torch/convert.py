@@ -9,11 +9,11 @@ import torch
 from laplace.utils import Kron
 from torch import Tensor
 
+from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NotFittedError, StateError
 from laplace_lora_fast.factors import Spectrum
 from laplace_lora_fast.fit import Fit
 from laplace_lora_fast.laplace import LaplaceLoRA
-from laplace_lora_fast.posterior import KronBlock
 
 
 def to_kron(la: LaplaceLoRA) -> Kron:
@@ -59,9 +59,9 @@ def to_state_dict(la: LaplaceLoRA) -> dict[str, Any]:
             "laplace-torch's state holds the training loss: fit with 'labels' in every batch"
         )
     posterior = la.posterior
-    like = fit.blocks[0].mean
+    like, sides = fit.curvature.means[0], [side for _, side in fit.curvature.names]
     prior = posterior.prior_precision.to(like)
-    mean = [_flat(block, block.mean) for block in fit.blocks]
+    mean = [_flat(side, value) for side, value in zip(sides, fit.curvature.means, strict=True)]
     return {
         "mean": torch.cat(mean),
         "H": kron.kfacs,
@@ -69,7 +69,10 @@ def to_state_dict(la: LaplaceLoRA) -> dict[str, Any]:
         "prior_mean": like.new_zeros(())
         if centre is None
         else torch.cat(
-            [_flat(block, value).to(like) for block, value in zip(fit.blocks, centre, strict=True)]
+            [
+                _flat(side, value.expand(mean.shape)).to(like)
+                for side, value, mean in zip(sides, centre, fit.curvature.means, strict=True)
+            ]
         ),
         "prior_precision": prior[:1] if bool((prior == prior[0]).all()) else prior,
         "sigma_noise": like.new_tensor(la.sigma_noise),
@@ -119,13 +122,9 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
         large, small = (inputs, gradient) if side == "A" else (gradient, inputs)
         if (len(small), len(large)) != tuple(weight.shape):
             raise StateError(f"layer {site.name!r} has other shapes than the state's factors")
-        blocks.append(
-            KronBlock.build(
-                site.name, side, _spectrum(large, weight.dtype), small, _oriented(mean, side, weight)
-            )
-        )
+        blocks.append(KronBlock.kfac(_spectrum(large, weight.dtype), small, _oriented(mean, side, weight)))
     fit = Fit(
-        blocks=blocks,
+        curvature=BlockCurvature("kfac", [(site.name, side) for site, side, _ in weights], blocks),
         groups=list(range(len(la.sites))),
         n_examples=int(state["n_data"]),
         n_outputs=int(state["n_outputs"]),
@@ -139,7 +138,8 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
         for (_, side, weight), part in zip(weights, centre.split(sizes), strict=True)
     ]
     precision = _prior_precision(torch.as_tensor(state["prior_precision"]).reshape(-1).tolist(), la)
-    la.restore(fit, precision, means if bool(centre.any()) else None)
+    la.restore(fit, means if bool(centre.any()) else None)
+    la.prior_precision = precision
     la.sigma_noise = float(state["sigma_noise"])
     return la
 
@@ -160,11 +160,9 @@ def _oriented(flat: Tensor, side: str, weight: Tensor) -> Tensor:
     return flat.reshape(r, d) if side == "A" else flat.reshape(d, r).mT
 
 
-def _flat(block: KronBlock, value: Tensor) -> Tensor:
+def _flat(side: str, value: Tensor) -> Tensor:
     """The inverse of `_oriented`."""
-    return (
-        value.expand(block.mean.shape) if block.side == "A" else value.expand(block.mean.shape).mT
-    ).flatten()
+    return (value if side == "A" else value.mT).flatten()
 
 
 def _prior_precision(values: list[float], la: LaplaceLoRA) -> float | dict[str, float]:
