@@ -52,8 +52,7 @@ class Kernel:
 def installed() -> Path | None:
     """The library in the source tree, if it is newer than what it is made of."""
     found = [ROOT / f"laplace_kernels/_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
-    newest = max(source.stat().st_mtime for source in sources)
+    newest = max(source.stat().st_mtime for source in (ROOT / "csrc").iterdir() if source.suffix != ".md")
     return next((path for path in found if path.exists() and path.stat().st_mtime > newest), None)
 
 
