@@ -153,8 +153,7 @@ class SketchCluster {
       split<Element>(scale * omega(row, panel * kPanelColumns + offset),
                      scale * omega(row, panel * kPanelColumns + offset + 1), part[0], part[1]);
       for (int p = 0; p < 2; ++p) {
-        const uint32_t place = Tiling::omega_panel(panel, row / 64, p) + swizzled(row % 64, offset * 2);
-        *reinterpret_cast<uint32_t*>(machine_.shared() + place) = part[p];
+        machine_.store(Tiling::omega_panel(panel, row / 64, p) + swizzled(row % 64, offset * 2), part[p]);
       }
     }
     machine_.fence_async();

@@ -87,7 +87,10 @@ class Cluster : public Block {
   __device__ __forceinline__ void cluster_wait() const {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }
-  // Makes this thread's writes to shared memory visible to the tensor cores, once threads have met.
+  __device__ __forceinline__ void store(uint32_t to, uint32_t word) const {
+    *reinterpret_cast<uint32_t*>(shared_memory + to) = word;
+  }
+  // Makes this thread's stores and finished copies visible to asynchronous products, once threads have met.
   __device__ __forceinline__ void fence_async() const {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }

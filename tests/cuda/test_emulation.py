@@ -160,6 +160,7 @@ MUTATIONS = {  # a defect in a kernel that the emulation has to notice
     "a buffer of Z": ("gram_sketch_cluster.h", "step % 2) * kZBytes", "step % 1) * kZBytes"),
     "a barrier before copies are read": ("tile.h", "machine.sync();", ""),
     "an operand of ldmatrix": ("layout.h", "lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8", "lane % 16, lane / 16 * 8"),
+    "a fence": ("gram_sketch_cluster.h", "machine_.fence_async();\n    machine_.sync();", "machine_.sync();"),
     "a late product": (
         "gram_sketch_cluster.h",
         "      finish_accumulating();\n      machine_.cluster_arrive();",
@@ -172,13 +173,17 @@ MUTATIONS = {  # a defect in a kernel that the emulation has to notice
 def test_the_emulation_notices(defect, monkeypatch, tmp_path):
     monkeypatch.setattr(emulation, "library", lambda: mutant)
     mutant = emulation.build(tmp_path, MUTATIONS[defect])
-    worst = 0.0
-    for seed in range(6):
-        Y, X, Omega, mask = sketch_problem(300, 200, 20, torch.bfloat16, False, seed)
-        emulation.gram_sketch_cluster_(Y, X, Omega, mask, ranks=2, seed=seed)
-        Z = torch.ones_like(Omega)
-        emulation.gram_sketch_tiles_(Z, X, Omega, mask, seed=seed)
-        exact = 1 + oracles.gram_sketch(X, Omega)
-        errors = [(result.double() - exact).abs().max() / exact.abs().max() for result in (Y, Z)]
-        worst = max(worst, *(torch.tensor(errors).nan_to_num(torch.inf).tolist()))
-    assert worst > 1e-3
+    assert any(mutant_is_wrong(seed) for seed in range(6))
+
+
+def mutant_is_wrong(seed):
+    problem = sketch_problem(300, 200, 20, torch.bfloat16, False, seed)
+    try:
+        emulation.gram_sketch_cluster_(*problem, ranks=2, seed=seed)
+        check_sketch(*problem, 1.0)
+        problem[0].fill_(1.0)
+        emulation.gram_sketch_tiles_(*problem, seed=seed)
+        check_sketch(*problem, 1.0)
+    except AssertionError:
+        return True
+    return False

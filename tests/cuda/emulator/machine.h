@@ -5,7 +5,8 @@
 // is late leaves NaN in its place until then. A missing wait, a missing barrier or a buffer reused too early thus gives
 // wrong numbers for some seed. Layouts of fragments, ldmatrix and descriptors follow the PTX manual, not csrc/layout.h.
 //
-// Not modelled: the memory model (fences are no-ops), bank conflicts, time.
+// An asynchronous product that reads what its writer has not fenced is an error. Not modelled: the rest of the memory
+// model (everything else is sequentially consistent), bank conflicts, time.
 #pragma once
 
 #include <ucontext.h>
@@ -137,11 +138,12 @@ struct BlockState {
   uint32_t bytes = 0;
   Barrier all, warps[32], groups[8];
   Thread* threads = nullptr;
-  uint64_t group_products[8] = {};
+  std::vector<int> unfenced;  // per 16 bytes: writes that asynchronous products do not see yet
 
   void init(Scheduler* scheduler, int threads_per_block, uint32_t shared_bytes) {
     bytes = shared_bytes;
     storage.assign(shared_bytes + 1024, 0xFF);  // NaN
+    unfenced.assign(shared_bytes / 16, 0);
     shared = storage.data() + (1024 - reinterpret_cast<uintptr_t>(storage.data()) % 1024) % 1024;
     all.init(scheduler, threads_per_block);
     for (auto& warp : warps) warp.init(scheduler, 32);
@@ -157,6 +159,7 @@ struct BlockState {
     uint32_t address = start + outer / 8 * stride + outer % 8 * 128 + inner * 2;
     address ^= (address >> 7 & 7) << 4;
     if (address < kBase || address - kBase + 2 > bytes) throw std::runtime_error("operand outside shared memory");
+    if (unfenced[(address - kBase) / 16] != 0) throw std::runtime_error("a product reads what is not fenced");
     uint16_t bits;
     std::memcpy(&bits, shared + address - kBase, 2);
     return element(bits, narrow);
@@ -168,8 +171,10 @@ struct Thread {
     uint32_t to;
     const void* from;
     int bytes;
+    bool done;
   };
   std::vector<std::vector<Copy>> groups{1};  // of copies; the last one is open
+  std::vector<uint32_t> written;             // stores and finished copies since the last fence
   std::vector<Product> products;
   void* slot = nullptr;  // what this thread brings to a meeting of its warp
   uint32_t address = 0;
@@ -224,7 +229,16 @@ class Machine {
     launch_.scheduler->give_way();
   }
   void cluster_wait() { launch_.cluster.wait(ticket_); }
-  void fence_async() {}
+  void store(uint32_t to, uint32_t word) {
+    block_.check(to, sizeof word);
+    std::memcpy(block_.shared + to, &word, sizeof word);
+    ++block_.unfenced[to / 16];
+    state_.written.push_back(to / 16);
+  }
+  void fence_async() {
+    for (uint32_t chunk : state_.written) --block_.unfenced[chunk];
+    state_.written.clear();
+  }
   void store_remote(int rank, uint32_t to, const Quad& quad) {
     block_.check(to, sizeof quad);
     std::memcpy(launch_.blocks.at(rank).shared + to, &quad, sizeof quad);
@@ -234,15 +248,23 @@ class Machine {
     block_.check(to, 16);
     if (bytes < 0 || bytes > 16) throw std::runtime_error("a copy is of 0 to 16 bytes");
     if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) throw std::runtime_error("unaligned copy");
-    if (launch_.scheduler->coin()) return execute({to, from, bytes});
-    std::memset(block_.shared + to, 0xFF, 16);
-    state_.groups.back().push_back({to, from, bytes});
+    const bool now = launch_.scheduler->coin();
+    std::memset(block_.shared + to, now ? 0 : 0xFF, 16);
+    if (now && bytes > 0) std::memcpy(block_.shared + to, from, bytes);
+    ++block_.unfenced[to / 16];
+    state_.groups.back().push_back({to, from, bytes, now});
   }
   void commit_copies() { state_.groups.emplace_back(); }
   template <int pending>
   void wait_copies() {
     for (size_t i = 0; i + pending + 1 < state_.groups.size(); ++i) {
-      for (const auto& copy : state_.groups[i]) execute(copy);
+      for (const auto& copy : state_.groups[i]) {
+        if (!copy.done) {
+          std::memset(block_.shared + copy.to, 0, 16);
+          if (copy.bytes > 0) std::memcpy(block_.shared + copy.to, copy.from, copy.bytes);
+        }
+        state_.written.push_back(copy.to / 16);
+      }
       state_.groups[i].clear();
     }
   }
@@ -335,10 +357,6 @@ class Machine {
   Barrier& group() const { return block_.groups[thread_ / 128]; }
   void meet_warp(const std::function<void(Thread*)>& act) {
     block_.warps[thread_ / 32].meet([&] { act(warp()); });
-  }
-  void execute(const Thread::Copy& copy) {
-    std::memset(block_.shared + copy.to, 0, 16);
-    if (copy.bytes > 0) std::memcpy(block_.shared + copy.to, copy.from, copy.bytes);
   }
 
   // All products that the warpgroup has issued, for its 128 threads.
