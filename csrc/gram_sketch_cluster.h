@@ -33,7 +33,8 @@ struct Tiling {
   static constexpr int kGroupPanels = panels / kGroups;  // panels of Y a warpgroup accumulates
   static constexpr int kMaxRanks = 16;
 
-  // One block of Omega: the warpgroups share the panels of the first product, and both have a part of Z. Two: a block each.
+  // One block of Omega: the warpgroups share the panels of the first product and both have a part of Z. Two blocks: one
+  // for each warpgroup.
   static constexpr int kContributions = blocks == 1 ? kGroups : 1;  // parts of Z from each thread block
   static constexpr int kUnitThreads = blocks * 128;
   static constexpr int kUnits = kUnitThreads * tokens / 8;

@@ -1,5 +1,5 @@
-// gram_sketch_ anywhere: two launches per block of tokens, Z = X Omega and Y += alpha * X^T Z, the block small enough to
-// stay in the L2 cache between them. It serves what the cluster kernel (gram_sketch_cluster.h) cannot: GPUs other than
+// gram_sketch_ anywhere: two launches per block of tokens, Z = X Omega and Y += alpha * X^T Z, the block small enough
+// to stay in the L2 cache between them. It serves what the cluster kernel (gram_sketch_cluster.h) cannot: GPUs other than
 // Hopper, rows that are not aligned, d or m beyond a cluster's memory.
 //
 // Omega and Z are fp32 and enter the products in two bf16 parts. fp16 rows do too, which is exact.

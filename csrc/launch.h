@@ -21,8 +21,8 @@ std::string refusal();
 // Floats of device memory that `flush` needs for these sketches.
 int64_t workspace_floats(const std::vector<Sketch>& sketches, bool fp16);
 
-// Issues every update: all Gram matrices in as few launches as their table allows, then the sketches. Waits for nothing.
-// Deterministic: every accumulator gets its sums in an order that is the same in every run.
+// Issues every update: all Gram matrices in as few launches as their table allows, then the sketches. Waits for
+// nothing. Deterministic: every accumulator gets its sums in an order that is the same in every run.
 void flush(const std::vector<Gram>& grams, const std::vector<Sketch>& sketches, bool fp16, uint64_t workspace,
            bool deterministic, uint64_t stream);
 

@@ -106,8 +106,8 @@ class Cluster : public Block {
   }
   __device__ __forceinline__ uint64_t descriptor(uint32_t offset) const { return panel_descriptor(address(offset)); }
 
-  // Products are asynchronous from `begin_products` to `finish_products`, which name the accumulators, as `keep` does the
-  // left operands before and after, so that the compiler computes and uses them outside only.
+  // Products are asynchronous from `begin_products` to `finish_products`, which name the accumulators, as `keep` does
+  // the left operands before and after, so that the compiler computes and uses them outside only.
   template <int n>
   __device__ __forceinline__ void begin_products(float (&accumulator)[n]) const {
     touch(accumulator);

@@ -27,6 +27,8 @@ struct alignas(16) Quad {
 };
 
 // Whether every row of X starts at a multiple of 16 bytes, so that 16 bytes can be copied at once.
-LK_FN bool rows_aligned(uint64_t x, int64_t stride) { return (x | static_cast<uint64_t>(stride * 2)) % kChunkBytes == 0; }
+LK_FN bool rows_aligned(uint64_t x, int64_t stride) {
+  return (x | static_cast<uint64_t>(stride * 2)) % kChunkBytes == 0;
+}
 
 }  // namespace lk

@@ -1,5 +1,6 @@
 // The kernels of csrc on the emulated machine, and their index maps, for ctypes.
-#include <algorithm>
+#include <cstdio>
+#include <memory>
 
 #include "gram_group.h"
 #include "gram_sketch_tiles.h"
@@ -70,7 +71,8 @@ const char* emulate_sketch_cluster(const lk::Sketch* sketch, int fp16, int tilin
 
 const char* emulate_sketch_tiles(const lk::Sketch* sketch, int fp16, float* workspace, int64_t block_tokens, int parts,
                                  uint64_t seed) {
-  return guarded([&] { (fp16 ? sketch_tiles<lk::Fp16> : sketch_tiles<lk::Bf16>)(*sketch, workspace, block_tokens, parts, seed); });
+  const auto run = fp16 ? sketch_tiles<lk::Fp16> : sketch_tiles<lk::Bf16>;
+  return guarded([&] { run(*sketch, workspace, block_tokens, parts, seed); });
 }
 
 // Returns an error or nullptr; `launches` counts the tables.
@@ -81,7 +83,9 @@ const char* emulate_gram_group(const lk::Gram* grams, int64_t count, int fp16, i
     *launches = 0;
     for (int64_t first = 0; first < count;) {
       first = lk::fill_table(*table, grams, first, count, processors, split);
-      if (table->tiles > 0) ++*launches, (fp16 ? gram_group<lk::Fp16> : gram_group<lk::Bf16>)(*table, seed);
+      if (table->tiles == 0) continue;
+      ++*launches;
+      (fp16 ? gram_group<lk::Fp16> : gram_group<lk::Bf16>)(*table, seed);
     }
   });
 }
@@ -112,7 +116,8 @@ void tiling_shape(int tiling, int64_t* m, int64_t* columns, int64_t* shared_byte
   });
 }
 int tiling_ranks(int tiling, int64_t d, int64_t m) { return lk::cluster_ranks(tiling, d, m); }
-int64_t fill_table(lk::GramTable* table, const lk::Gram* grams, int64_t first, int64_t count, int processors, int split) {
+int64_t fill_table(lk::GramTable* table, const lk::Gram* grams, int64_t first, int64_t count, int processors,
+                   int split) {
   return lk::fill_table(*table, grams, first, count, processors, split);
 }
 int find_member(const lk::GramTable* table, int64_t index) { return lk::find_member(*table, index); }
