@@ -19,6 +19,7 @@ from laplace_lora_fast import (
     NumericalError,
     UnsupportedAdapterError,
 )
+from laplace_lora_fast.errors import DeferredChecks
 from tests import tiny
 
 ANSWERS = {"answer_token_ids": tiny.ANSWERS}
@@ -326,6 +327,34 @@ def test_batches_of_other_structures(structure):
             la.fit([], progress=False)
         with pytest.raises(InvalidBatchError, match="at least 2 logits"):
             LaplaceLoRA(tiny.tiny_llama_classifier(1), structure=structure).fit([good], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("structure", "factor"),
+    [("kfac", "dense"), ("kfac", "sketch"), ("ekfac", "dense"), ("diag", "auto"), ("dual", "auto")],
+)
+def test_conditions_that_wait_for_the_device(structure, factor, monkeypatch):
+    model, good = tiny.tiny_llama(targets=("q_proj", "lm_head")), tiny.batch(3)
+    la = LaplaceLoRA(model, structure=structure, factor=factor, sketch_size=4, **ANSWERS)
+    la.fit([tiny.batch(6, seed=4)], progress=False)
+    with nothing_changes(la, good), monkeypatch.context() as patch:
+        patch.setattr(
+            DeferredChecks, "require", lambda self, ok, message: self._pending.append((ok, message))
+        )
+        for name in ("labels too large", "labels negative", "mask with an empty row", "NaN"):
+            make, match = BATCHES[name]
+            bad = make(tiny.batch(3))
+            for call in (
+                lambda: la.fit([bad, good], progress=False),  # noqa: B023
+                lambda: la.fit([good, bad], progress=False),  # noqa: B023
+                lambda: la.predict(bad),  # noqa: B023
+                lambda: la.predict(bad, link_approx="mc"),  # noqa: B023
+                lambda: la.predict_loader([bad, good], link_approx="map", progress=False),  # noqa: B023
+                lambda: la.logit_distribution(bad),  # noqa: B023
+                lambda: la.optimize_prior_precision("val_nll", val_loader=[bad], progress=False),  # noqa: B023
+            ):
+                with pytest.raises(InvalidBatchError, match=match):
+                    call()
 
 
 def test_a_failed_first_fit_is_no_fit():

@@ -112,7 +112,7 @@ class Factor(ABC):
         return self._quadratic(basis)
 
     def spectrum(self, rank: int | None) -> Spectrum:
-        """The `rank` leading eigenpairs and the tail, computed in fp64; None for the kind's default."""
+        """The `rank` leading eigenpairs and the tail; None for the kind's default."""
         if not self._accumulated():
             return _spectrum_of_rows(self._rows(), rank)
         self._flush()
@@ -181,13 +181,14 @@ class DenseFactor(Factor):
 
     def _spectrum(self, rank: int | None) -> Spectrum:
         assert self._lower is not None
-        matrix = self._lower.double()
-        values, vectors = torch.linalg.eigh(matrix)  # reads the lower triangle only
+        # Reads the lower triangle only. In C's own precision, whose rounding the accumulation has left in C anyway.
+        values, vectors = torch.linalg.eigh(self._lower)
+        values, trace = values.double(), self._lower.diagonal().sum(dtype=torch.float64)
         # Directions at the rounding of C are no eigenvectors of anything: they belong to the tail.
         noise = 8 * torch.finfo(self.dtype).eps * self.dim**0.5 * values[-1]
         kept = max(1, int((values > noise).sum()))
         rank = kept if rank is None else min(rank, kept)
-        return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), matrix.trace(), rank, self.dtype)
+        return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), trace, rank, self.dtype)
 
 
 class SketchFactor(Factor):

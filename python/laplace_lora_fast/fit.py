@@ -126,8 +126,10 @@ class Objective:
         checks.settle()
         self._warn_of_idle_sites(tap)
         assert tap.groups is not None
+        with torch.autocast(device.type, enabled=False):
+            curvature = accumulator.curvature()
         return Fit(
-            curvature=accumulator.curvature(),
+            curvature=curvature,
             groups=tap.groups,
             n_examples=n_examples,
             n_outputs=n_outputs,

@@ -70,7 +70,8 @@ class LaplaceLoRA:
             output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
         kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023). "paper" is
             the convention of the code behind the Laplace-LoRA paper, to compare with published results: pads count,
-            and the curvature is too large by the padded length of a batch.
+            and the curvature is too large by the padded length of a batch. With LoRA on the output head, pass
+            `output_fn` there: with `answer_token_ids` the head sees the last position only.
         fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.

@@ -47,4 +47,5 @@ class Posterior:
 
     def sample(self, n: int, generator: torch.Generator) -> list[Tensor]:
         """Draws n weights of every block, each [n, r, d] in the block's orientation (lora_B transposed)."""
-        return self.curvature.sample(n, generator, self.prior_precision)
+        with torch.autocast(self.curvature.means[0].device.type, enabled=False):
+            return self.curvature.sample(n, generator, self.prior_precision)

@@ -416,6 +416,9 @@ class Tap:
             return x[:, None], None
         if x.dim() == 2 and length is not None and x.shape[0] == n * length:
             x = x.view(n, length, -1)
+        between = x.shape[1:-1]
+        if length is not None and len(between) > 1 and length in between and between.numel() == length:
+            x = x.flatten(1, -2)  # axes of size 1 beside the tokens
         if x.dim() >= 3 and x.shape[0] == n:
             if length is None:
                 return x.flatten(1, -2), None

@@ -43,8 +43,8 @@ def model_evidence(
         values = torch.outer(_gram_values(B), _gram_values(L)).to(s2.device)
         logdet = logdet + (s2 * values).log1p().sum()
         size = max(A.shape + S.shape)
-    weights = [model.get_parameter(f"{name}.weight").detach().double().to(s2.device) for name in factors]
-    squares = torch.stack([weight.square().sum() for weight in weights])
+    weights = [model.get_parameter(f"{name}.weight").detach().double() for name in factors]
+    squares = torch.stack([weight.square().sum().to(s2.device) for weight in weights])
     if compat:
         evidence: Tensor = LL + squares.sqrt().sum() / s2 + (logdet - n_lora * size * s2.log()) / 2
     else:
@@ -96,7 +96,7 @@ def jacobian_mean(
     with Tap(model, head, sites, observer) as tap:
         logits = tap.forward(head.inputs(batch_inputs, device_of(model), checks))
         n, classes = logits.shape
-        observer.run(tap, logits, torch.eye(classes).expand(n, -1, -1))
+        observer.run(tap, logits, torch.eye(classes, device=logits.device).expand(n, -1, -1))
     checks.settle()
     jacobian = {
         name: torch.stack(values, 1).reshape(n, classes, *parameter.shape)
@@ -137,15 +137,16 @@ def variance(
     """
     total: Tensor | None = None
     for name, (A, S) in factors.items():
-        L, B = (part.double() for part in _small_and_large(A, S, n_lora, n_kfac))
+        small, large = _small_and_large(A, S, n_lora, n_kfac)
         G = _jacobian_of(name, jacobian).double()
-        G = G if G.shape[-1] == n_lora else G.mT  # [N, C, d, r]
+        G = G if small is A else G.mT  # [N, C, d, r]
+        L, B, prior = (part.to(G) for part in (small, large, s2))
         b, Q = torch.linalg.eigh(B.mT @ B)
         t, R = torch.linalg.eigh(L.mT @ L)
-        projected = ((B @ Q).mT.to(G.device) @ G @ (L @ R).to(G.device)).flatten(2)  # [N, C, k r]
-        weights = 1 / (1 + s2 * torch.outer(b, t).flatten().to(s2.device))
+        projected = ((B @ Q).mT @ G @ (L @ R)).flatten(2)  # [N, C, k r]
+        weights = 1 / (1 + prior * torch.outer(b, t).flatten())
         flat = G.flatten(2)
-        block = s2 * flat @ flat.mT - s2**2 * (projected * weights.to(projected)) @ projected.mT
+        block = prior * flat @ flat.mT - prior**2 * (projected * weights) @ projected.mT
         total = block if total is None else total + block
     if total is None or total.shape[1] != n_logits:
         raise ValueError(

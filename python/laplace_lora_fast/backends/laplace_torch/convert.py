@@ -20,15 +20,19 @@ def to_kron(la: LaplaceLoRA) -> Kron:
     """The curvature of a fitted posterior at unit noise, as dense factors [gradient, input] of every LoRA weight.
 
     Args:
-        la: fitted, of structure "kfac".
+        la: fitted, structure="kfac".
 
     Returns:
         Factors in the order of the model's LoRA parameters. Low-rank factors become dense, with their tail.
 
     Raises:
-        ValueError: an adapted language-model head is fitted on its answer rows only, so it has no factor of all rows.
+        ValueError: the structure is another one, or an adapted language-model head is fitted on its answer rows only,
+            so it has no factor of all rows.
         NotFittedError: before `fit`.
     """
+    structure = la.snapshot()[0].curvature.structure
+    if structure != "kfac":
+        raise ValueError(f"structure {structure!r} is no Kronecker product: fit with structure='kfac'")
     for site in la.sites:
         if site.rows is not None:
             raise ValueError(
@@ -89,7 +93,8 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
     """Gives `la` the posterior in a `KronLaplace.state_dict()` over the same LoRA weights, as if it had been fitted.
 
     Args:
-        la: over the same model and adapter; its prior mean, prior precision and noise are overwritten.
+        la: over the same model and adapter, structure="kfac"; its prior mean, prior precision and noise are
+            overwritten.
         state: laplace-torch's.
 
     Returns:
@@ -98,7 +103,10 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
     Raises:
         StateError: the state is of another class, likelihood or adapter, its temperature is not 1, or its prior
             precision is neither one number, one a layer, nor one for all lora_A and one for all lora_B.
+        ValueError: `la` has another structure.
     """
+    if la.options.structure != "kfac":
+        raise ValueError(f"laplace-torch's factors are structure='kfac', not {la.options.structure!r}")
     if (
         state["cls_name"] != "KronLaplace"
         or state["likelihood"] != la.likelihood.name

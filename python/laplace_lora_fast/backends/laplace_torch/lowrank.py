@@ -11,6 +11,7 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+import laplace_kernels as lk
 from laplace_lora_fast.backends.laplace_torch.curvature import FastEF, FastGGN, X
 from laplace_lora_fast.backends.linear import BatchHead, likelihood_of
 from laplace_lora_fast.blocks import BlockCurvature, KronBlock
@@ -187,6 +188,11 @@ class LowRankKronLaplace(ParametricLaplace):
                 f"lowrank_kron treats exactly the active adapter's LoRA weights; differing: {odd}. Set requires_grad "
                 "on those and on nothing else"
             )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the prior: never half precision, whatever the base model is in."""
+        return lk.accumulation_dtype(self.params[0].dtype)
 
     def _init_H(self) -> None:
         self.H: LowRankKron | None = None
