@@ -41,5 +41,6 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("workspace_floats", &workspace_floats, py::arg("sketches"), py::arg("fp16"),
              "Floats of device memory that flush needs.");
   module.def("flush", &flush, py::arg("grams"), py::arg("sketches"), py::arg("fp16"), py::arg("workspace"),
-             py::arg("deterministic"), py::arg("stream"), "Issues every update on the stream of the current device.");
+             py::arg("deterministic"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+             "Issues every update on the stream of the current device.");
 }

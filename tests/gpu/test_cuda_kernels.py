@@ -20,7 +20,8 @@ from tests.kernels import inputs, oracles
 
 SANITIZER = os.environ.get("LAPLACE_KERNELS_SANITIZER", "")
 DTYPES = [torch.bfloat16, torch.float16]
-TOLERANCE = 1e-5  # of the sum of magnitudes: Omega and Z are used to 16 bits
+# Of the sum of magnitudes. Omega and Z are used to 16 bits; tensor cores truncate what they add, once per 16 products.
+TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -75,7 +76,7 @@ def test_gram_sketch_of_large_and_small_numbers(dtype, scale):
     Omega = (torch.randn(768, 32, generator=generator) * torch.logspace(-9, 4, 32)).cuda()
     Y = lk.gram_sketch_(torch.zeros(768, 32, device="cuda"), X, Omega)
     exact = oracles.gram_sketch(X, Omega)
-    assert ((Y - exact).abs().amax(0) <= 5 * TOLERANCE * exact.abs().amax(0)).all()
+    assert ((Y - exact).abs().amax(0) <= TOLERANCE * exact.abs().amax(0)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +99,7 @@ def test_gram_group(dtype):
     Cs = [torch.ones(d, d, device="cuda") for _, d in shapes]
     lk.gram_group_(Cs, Xs, masks, [2.0] * len(Cs))
     for C, X, mask in zip(Cs, Xs, masks, strict=True):
-        oracles.assert_near(C.tril(), (1 + 2 * oracles.gram(X, mask)).tril())
+        oracles.assert_near(C.tril(), (1 + 2 * oracles.gram(X, mask)).tril(), TOLERANCE)
         assert (C.triu(1) == torch.ones_like(C).triu(1)).all()
 
 
@@ -113,7 +114,7 @@ def test_a_flush_on_another_stream_waits_for_its_inputs():
         X.copy_(source)
         cuda.flush([cuda.Gram(C, X)], [cuda.Sketch(Y, X, Omega)])
     stream.synchronize()
-    oracles.assert_near(C.tril(), (1 + oracles.gram(X)).tril())
+    oracles.assert_near(C.tril(), (1 + oracles.gram(X)).tril(), TOLERANCE)
     check_sketch(Y, X, Omega, None)
 
 
@@ -145,7 +146,7 @@ def test_nothing_waits_for_the_device_and_a_graph_captures_it():
     Y.fill_(1.0)
     graph.replay()
     torch.cuda.synchronize()
-    oracles.assert_near(C.tril(), (1 + oracles.gram(X)).tril())
+    oracles.assert_near(C.tril(), (1 + oracles.gram(X)).tril(), TOLERANCE)
     check_sketch(Y, X, Omega, None)
 
 
