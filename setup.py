@@ -6,6 +6,7 @@ LAPLACE_KERNELS_BUILD_CUDA=0 skips the CUDA kernels, =1 makes a missing nvcc an 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,24 +19,34 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ["csrc/launch.cu", "csrc/bind.cpp"]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+OLDEST = (12, 1)  # the first with more than 4 KB of kernel parameters
 
 
 def find_nvcc() -> str | None:
     """Path of nvcc, or None where the CUDA kernels are not to be built."""
     setting = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
-    if setting == "0":
-        print(
-            "laplace_kernels: building without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=0)", file=sys.stderr
-        )
-        return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
-    if nvcc is None and setting == "1":
-        raise SystemExit("laplace_kernels: LAPLACE_KERNELS_BUILD_CUDA=1, but nvcc was not found")
-    if nvcc is None:
-        print("laplace_kernels: building without CUDA kernels (nvcc was not found)", file=sys.stderr)
-    return nvcc
+    if setting == "0":
+        obstacle = "LAPLACE_KERNELS_BUILD_CUDA=0"
+    elif nvcc is None:
+        obstacle = "nvcc was not found"
+    elif release(nvcc) < OLDEST:
+        obstacle = f"{nvcc} is older than CUDA {OLDEST[0]}.{OLDEST[1]}"
+    else:
+        return nvcc
+    if setting == "1":
+        raise SystemExit(f"laplace_kernels: LAPLACE_KERNELS_BUILD_CUDA=1, but {obstacle}")
+    print(f"laplace_kernels: building without CUDA kernels ({obstacle})", file=sys.stderr)
+    return None
+
+
+def release(nvcc: str) -> tuple[int, int]:
+    """Major and minor version of the CUDA toolkit."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def ninja_file(nvcc: str, target: Path) -> str:
