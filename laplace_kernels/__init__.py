@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from laplace_kernels import checks, dispatch, reference
+from laplace_kernels import checks, cuda, dispatch, reference
 from laplace_kernels.checks import accumulation_dtype
 from laplace_kernels.dispatch import OPS, Choice, backends, explain, use_backend
 
@@ -41,6 +41,8 @@ __all__ = [
     "mirror_",
     "use_backend",
 ]
+
+dispatch.register_backend(cuda.BACKEND)
 
 
 def gram_(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:

@@ -134,9 +134,9 @@ def served_by_sevens(dtype=torch.float32):
 
 @pytest.mark.usefixtures("mirrored")
 def test_a_backend_outside_auto_serves_only_when_asked_for():
-    assert lk.backends() == ("sevens", "reference")
+    assert lk.backends()[0] == "sevens"
     assert not served_by_sevens()
-    assert lk.explain("gram_").others == {"sevens": "it serves only when asked for"}
+    assert lk.explain("gram_").others["sevens"] == "it serves only when asked for"
     with lk.use_backend("sevens"):
         assert served_by_sevens()
         assert lk.explain("gram_").reason == "it was asked for"

@@ -1,0 +1,207 @@
+"""The compiled library: what the compiler made of the kernels for each architecture, and life without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import laplace_kernels as lk
+from laplace_kernels import cuda
+
+ROOT = Path(__file__).parents[2]
+TILINGS = 3
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+
+
+def disassembler() -> str | None:
+    """The CUDA toolkit's cuobjdump, or the one in Triton's wheel."""
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else ROOT
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(bundled))
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
+needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed")
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture."""
+
+    registers: int = 0
+    stack: int = 0
+    instructions: Counter[str] | None = None
+
+
+def installed() -> Path | None:
+    """The library in the source tree, if it is newer than what it is made of."""
+    found = [ROOT / f"laplace_kernels/_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    newest = max(source.stat().st_mtime for source in (ROOT / "csrc").iterdir() if source.suffix != ".md")
+    return next((path for path in found if path.exists() and path.stat().st_mtime > newest), None)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """Path of an up-to-date library, built now if need be."""
+    folder = tmp_path_factory.mktemp("build")
+    path = installed()
+    if path is None:
+        build(folder, LAPLACE_KERNELS_BUILD_CUDA="1")
+        (path,) = folder.glob("lib/laplace_kernels/_cuda*.so")
+    return path
+
+
+def build(folder: Path, prelude: str = "pass", **environment: str) -> str:
+    """Runs setup.py's build of the extension; returns what it printed."""
+    arguments = ["setup.py", "-q", "build_ext", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
+    code = f"import runpy, shutil, sys; sys.argv = {arguments!r}; {prelude}; runpy.run_path('setup.py')"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+@functools.cache
+def kernels(path: Path) -> dict[tuple[str, str], Kernel]:
+    """(architecture, kernel with its template arguments) -> resources and instructions."""
+    found: dict[tuple[str, str], Kernel] = {}
+    arch = kernel = ""
+    for line in dump("--dump-resource-usage", path).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r" Function (\w+):", line):
+            kernel = short_name(match[1])
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found[arch, kernel] = Kernel(int(match[1]), int(match[2]) + int(match[3]), Counter())
+    for line in dump("-sass", path).splitlines():
+        if match := re.search(r"code for (\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            kernel = short_name(match[1])
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
+            counts = found[arch, kernel].instructions
+            assert counts is not None
+            counts[match[1]] += 1
+            counts["tnspB"] += ".tnspB" in line
+    return found
+
+
+def dump(option: str, path: Path) -> str:
+    return subprocess.run(
+        [str(disassembler()), option, str(path)], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def short_name(mangled: str) -> str:
+    match = re.search(r"(gram_group|gram_sketch_tiles|gram_sketch_cluster)_kernelI(\w+)", mangled)
+    assert match, mangled
+    arguments = re.findall(r"Bf16|Fp16|(?<=L[ib])\d+", match[2])  # types and numbers
+    return " ".join([match[1], *arguments])
+
+
+@needs_nvcc
+@needs_disassembler
+def test_every_kernel_is_there_for_every_architecture(library):
+    built = {arch for arch, _ in kernels(library)}
+    known = subprocess.run(
+        [str(nvcc()), "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert built == {arch for arch in ARCHITECTURES if arch.rstrip("a") in known} >= {"sm_80", "sm_90a"}
+    names = {name for _, name in kernels(library)}
+    counts = Counter(name.split()[0] for name in names)
+    assert counts == {"gram_group": 2, "gram_sketch_tiles": 4, "gram_sketch_cluster": 2 * TILINGS}
+    assert len(kernels(library)) == len(names) * len(built)
+
+
+@needs_nvcc
+@needs_disassembler
+def test_nothing_spills(library):
+    for (arch, name), kernel in kernels(library).items():
+        where = f"{name} on {arch}"
+        assert kernel.stack == 0, where
+        assert kernel.instructions["LDL"] == kernel.instructions["STL"] == 0, where
+        # 64 K registers for one block of 256 threads, for three of 128
+        assert kernel.registers <= (255 if "cluster" in name else 168), where
+
+
+@needs_nvcc
+@needs_disassembler
+def test_portable_kernels_use_tensor_cores_and_asynchronous_copies(library):
+    for (arch, name), kernel in kernels(library).items():
+        if "cluster" not in name:
+            for instruction in ("HMMA", "LDSM", "LDGSTS"):
+                assert kernel.instructions[instruction] > 0, f"{name} on {arch}: no {instruction}"
+
+
+@needs_nvcc
+@needs_disassembler
+def test_the_cluster_kernel_uses_what_hopper_has(library):
+    for (arch, name), kernel in kernels(library).items():
+        if "cluster" in name and arch == "sm_90a":
+            counts = kernel.instructions
+            for instruction in ("HGMMA", "tnspB", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "FENCE"):
+                assert counts[instruction] > 0, f"{name}: no {instruction}"
+            # products stay in flight: the compiler serialises them when it cannot prove registers untouched
+            assert counts["HGMMA"] > 4 * counts["WARPGROUP"], f"{name}: {counts}"
+        elif "cluster" in name:
+            assert kernel.instructions["HGMMA"] == 0
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_imports_and_fails_cleanly(library):
+    loader = importlib.machinery.ExtensionFileLoader("laplace_kernels._cuda", str(library))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    assert module.architectures.startswith("sm_80, sm_90a")
+    for call in (module.refusal, lambda: module.flush(bytes(56), b"", False, 0, False, 0)):
+        with pytest.raises(RuntimeError, match=r"^cudaGetDevice: .* \(cudaError\w+\)$"):
+            call()
+    with pytest.raises(ValueError, match="grams must be a whole number of 56-byte updates, got 55 bytes"):
+        module.flush(bytes(55), b"", False, 0, False, 0)
+    assert cuda._GRAM.size == 56
+
+
+def test_a_build_without_nvcc_says_so(tmp_path):
+    output = build(
+        tmp_path, prelude="shutil.which = lambda *args, **kwargs: None", LAPLACE_KERNELS_BUILD_CUDA=""
+    )
+    assert "laplace_kernels: building without CUDA kernels (nvcc was not found)" in output
+    assert not list(tmp_path.glob("**/*.so"))
+
+
+def test_a_build_can_be_told_to_leave_cuda_alone(tmp_path):
+    assert "building without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=0)" in build(
+        tmp_path, LAPLACE_KERNELS_BUILD_CUDA="0"
+    )
+    assert not list(tmp_path.glob("**/*.so"))
+
+
+def test_a_missing_library_is_explained(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'laplace_kernels._cuda'")
+
+    monkeypatch.setattr(cuda, "_library", missing)
+    with lk.use_backend("cuda"):
+        reason = lk.explain("gram_sketch_", "cuda:0", torch.bfloat16).reason
+    assert reason.startswith("cuda was asked for, but laplace_kernels._cuda is not there")
