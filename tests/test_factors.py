@@ -139,6 +139,17 @@ def test_merge_adds_the_data(make: object, first: int, second: int) -> None:
     torch.testing.assert_close(left.spectrum(9).dense(), both.mT @ both, atol=1e-7, rtol=1e-7)
 
 
+@pytest.mark.parametrize("make", [lambda: dense(9), lambda: sketch(9, 9)])
+def test_merging_into_an_empty_factor_leaves_the_other_alone(make: object) -> None:
+    left, right = make(), make()  # type: ignore[operator]
+    right.add_rows(rows(30, 9, 1))
+    before = right.spectrum(9).dense()
+    left.merge(right)
+    left.add_rows(rows(30, 9, 2))
+    assert left.spectrum(9).trace > before.trace()
+    torch.testing.assert_close(right.spectrum(9).dense(), before)
+
+
 def test_merge_refuses_another_kind() -> None:
     with pytest.raises(NumericalError, match="sketch"):
         dense(4).merge(sketch(4, 2))

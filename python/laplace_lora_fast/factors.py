@@ -170,10 +170,8 @@ class DenseFactor(Factor):
 
     def _merge(self, other: Factor) -> None:
         assert isinstance(other, DenseFactor)
-        if self._lower is None or other._lower is None:
-            self._lower = other._lower if self._lower is None else self._lower
-        else:
-            self._lower += other._lower
+        if other._lower is not None:
+            self._lower = other._lower.clone() if self._lower is None else self._lower.add_(other._lower)
 
     def _quadratic(self, basis: Tensor) -> Tensor:
         assert self._lower is not None
@@ -229,14 +227,15 @@ class SketchFactor(Factor):
 
     def _merge(self, other: Factor) -> None:
         assert isinstance(other, SketchFactor)
-        if self._sketch is None or other._sketch is None:
-            self._sketch = other._sketch if self._sketch is None else self._sketch
-        elif torch.equal(self._sketch[0], other._sketch[0]):
-            self._sketch[1].add_(other._sketch[1])
-        else:
+        if other._sketch is None:
+            return
+        if self._sketch is None:
+            self._sketch = other._sketch[0], torch.zeros_like(other._sketch[1])
+        if not torch.equal(self._sketch[0], other._sketch[0]):
             raise NumericalError(
                 "sketches with different Omega do not add up: share the first one's before the data"
             )
+        self._sketch[1].add_(other._sketch[1])
         self._trace += other._trace
 
     def _quadratic(self, basis: Tensor) -> Tensor:

@@ -115,6 +115,8 @@ class Objective:
                     tap.backward(logits, cotangents[:, :, k], last=k == cotangents.shape[2] - 1)
                     accumulator.finish_pass(inputs.batch_size)
                 accumulator.finish_batch()
+                if index == 0:
+                    self._refuse_gradients_of_pads(tap, checks)
                 n_examples += inputs.batch_size
                 if targets is None or log_likelihood is None:
                     log_likelihood = None
@@ -135,6 +137,15 @@ class Objective:
             n_outputs=n_outputs,
             log_likelihood=None if log_likelihood is None else float(log_likelihood),
         )
+
+    def _refuse_gradients_of_pads(self, tap: Tap, checks: DeferredChecks) -> None:
+        """What is masked must not matter: BERT, say, pools the first position, a pad if padding is on the left."""
+        for index, leak in tap.from_pads.items():
+            checks.require(
+                ~leak,
+                f"the logits depend on padded positions of layer {self.sites[index].name!r}: pad on the other side, or "
+                "use batches without padding",
+            )
 
     def _warn_of_idle_sites(self, tap: Tap) -> None:
         idle = [site.name for index, site in enumerate(self.sites) if index not in tap.reached]

@@ -291,6 +291,9 @@ class Tap:
         self.model, self.head, self.sites, self.observer = model, head, sites, observer
         self.groups = groups
         self.reached: set[int] = set()  # sites that saw a gradient
+        self.from_pads: dict[
+            int, Tensor
+        ] = {}  # of a site's first masked gradient: whether pads have one, a bool
         self._forward_phase = False
         self._seen: dict[int, int] = {}
         self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
@@ -413,6 +416,8 @@ class Tap:
             if site.rows is not None:
                 g = g.index_select(-1, site.rows.to(g.device))
             self.reached.add(index)
+            if mask is not None and index not in self.from_pads:
+                self.from_pads[index] = ((g.abs().amax(-1) > 0) & ~mask).any()
             observer.observe_gradient(index, g, mask)
 
     def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
