@@ -98,7 +98,7 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
                 tiles,
                 tokens_per_split,
                 HAS_MASK=mask is not None,
-                PRECISION=launch.fp32_precision(arch),
+                PRECISION=launch.fp32_precision(arch, X.dtype),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 TOKENS=tile.tokens,

@@ -51,10 +51,10 @@ def gram_group_(
             table.to(device, non_blocking=True),
             members[0][1],
             len(rows),
-            ALIGNED=all(X.data_ptr() % 16 == 0 and X.stride(0) % 16 == 0 for _, X, *_ in members),
+            ALIGNED=all(n % 16 == 0 for _, X, *_ in members for n in (X.data_ptr(), X.stride(0), X.shape[1])),
             FIELDS=_FIELDS,
             MEMBERS=triton.next_power_of_2(len(rows)),
-            PRECISION=launch.fp32_precision(arch),
+            PRECISION=launch.fp32_precision(arch, dtype),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             TOKENS=tile.tokens,
@@ -104,6 +104,7 @@ def _gram_group(
     if ALIGNED:
         x = tl.multiple_of(x, 16)
         x_stride = tl.multiple_of(x_stride, 16)
+        d = tl.multiple_of(d, 16)
 
     row, column = lower_tile(tl.program_id(0) - tl.load(entry + 8).to(tl.int32), ROWS // COLUMNS)
     i = row * ROWS + tl.arange(0, ROWS)

@@ -30,11 +30,18 @@ class Tiles:
     warps: int
 
 
-TILES = {  # chosen by register and shared memory use; no timing stands behind them yet
+# Chosen by register and shared memory use; no timing stands behind them yet.
+BF16_TILES = {
     "sm_80": Tiles(project=(64, 64), accumulate=(32, 64), stages=3, warps=4),
     "sm_90": Tiles(project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
     "sm_100": Tiles(project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
     "gfx942": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=4),
+}
+FP32_TILES = {
+    "sm_80": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=8),
+    "sm_90": Tiles(project=(64, 32), accumulate=(32, 64), stages=3, warps=8),
+    "sm_100": Tiles(project=(64, 32), accumulate=(32, 64), stages=3, warps=8),
+    "gfx942": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=8),
 }
 _CACHED_BYTES = 24 << 20  # of X per block of tokens: half of the L2 cache of an H100
 _MAX_COLUMNS = 64  # of Omega per program
@@ -66,13 +73,13 @@ def _launch_block(
     T, d = X.shape
     m = Omega.shape[1]
     arch = launch.architecture(X.device)
-    tiles = TILES[arch]
+    tiles = (BF16_TILES if X.dtype == torch.bfloat16 else FP32_TILES)[arch]
     columns = min(_MAX_COLUMNS, max(16, triton.next_power_of_2(m)))
     column_blocks = triton.cdiv(m, columns)
     options = {
         "HAS_MASK": mask is not None,
         "PARTS": Z.shape[0],
-        "PRECISION": launch.fp32_precision(arch),
+        "PRECISION": launch.fp32_precision(arch, X.dtype),
         "COLUMNS": columns,
         "num_stages": tiles.stages,
         "num_warps": tiles.warps,

@@ -21,24 +21,31 @@ from laplace_kernels import reference
 from laplace_kernels.triton import launch
 
 MAX_BASIS, MAX_CLASSES = 128, 32
-_CLASS_ROWS = 32  # classes x rows per program, at least 8 for the tensor core
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens and columns of `large` per step, and how the loop over tokens is pipelined."""
+    """Tokens and columns of `large` and classes x rows of `small` per step, and how the steps are pipelined."""
 
     tokens: int
     width: int
+    class_rows: int
     stages: int
     warps: int
 
 
-TILES = {  # chosen by register and shared memory use; no timing stands behind them yet
-    "sm_80": Tile(64, 64, 3, 4),
-    "sm_90": Tile(128, 64, 4, 4),
-    "sm_100": Tile(128, 64, 4, 4),
-    "gfx942": Tile(64, 64, 2, 4),
+# Chosen by register and shared memory use; no timing stands behind them yet.
+TILES = {
+    "sm_80": Tile(64, 64, 16, 3, 8),
+    "sm_90": Tile(64, 64, 32, 4, 8),
+    "sm_100": Tile(64, 64, 32, 3, 8),
+    "gfx942": Tile(64, 64, 16, 2, 8),
+}
+FP32_TILES = {
+    "sm_80": Tile(32, 32, 32, 2, 8),
+    "sm_90": Tile(32, 32, 32, 2, 8),
+    "sm_100": Tile(32, 32, 32, 2, 8),
+    "gfx942": Tile(32, 64, 16, 2, 8),
 }
 
 
@@ -54,9 +61,10 @@ def jacobian_stats(
     small, large = launch.contiguous_rows(small), launch.contiguous_rows(large)
     device = large.device
     arch = launch.architecture(device)
-    tile = TILES[arch]
+    low_precision = large.dtype == small.dtype and large.dtype != torch.float32
+    tile = (TILES if low_precision else FP32_TILES)[arch]
     classes = triton.next_power_of_2(C)
-    rows = min(max(triton.next_power_of_2(r), 8 // classes), _CLASS_ROWS // classes)
+    rows = min(max(triton.next_power_of_2(r), 8 // classes), max(1, tile.class_rows // classes))
     row_groups = triton.cdiv(r, rows)
     wanted = triton.cdiv(2 * launch.multiprocessors(device), N * row_groups)
     splits = min(wanted, triton.cdiv(d, tile.width))
@@ -87,7 +95,7 @@ def jacobian_stats(
             ROW_GRAMS=row_grams,
             C=C,
             LARGE_CLASSES=Cl,
-            PRECISION=launch.fp32_precision(arch),
+            PRECISION=launch.fp32_precision(arch, large.dtype),
             CLASSES=classes,
             ROWS=rows,
             BASIS=max(16, triton.next_power_of_2(k)),
@@ -144,46 +152,47 @@ def _jacobian_stats(
     small += n * small_example_stride
     large += n * large_example_stride
     mask += n * T
+    steps = tl.cdiv(T, TOKENS)
 
-    projection = tl.zeros((CLASSES * ROWS, BASIS), tl.float32)
+    projection = tl.zeros((BASIS, CLASSES * ROWS), tl.float32)
     gram = tl.zeros((CLASSES * ROWS, CLASSES * ROWS), tl.float32)
     for first_column in tl.range(split * WIDTH, d, tl.num_programs(1) * WIDTH):
         i = first_column + tl.arange(0, WIDTH)
         tile = tl.zeros((WIDTH, CLASSES * ROWS), tl.float32)
-        for large_class in tl.static_range(LARGE_CLASSES):
-            here = exists if LARGE_CLASSES == 1 else exists & (c == large_class)
-            for first in tl.range(0, T, TOKENS):
-                t = first + tl.arange(0, TOKENS)
-                keep = t < T
-                if HAS_MASK:
-                    keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
-                row = t[:, None].to(tl.int64)
-                g = tl.load(
-                    large + large_class * large_class_stride + row * large_token_stride + i[None, :],
-                    mask=keep[:, None] & (i < d)[None, :],
-                    other=0.0,
-                )
-                s = tl.load(
-                    small + c[None, :] * small_class_stride + row * small_token_stride + j[None, :],
-                    mask=keep[:, None] & here[None, :],
-                    other=0.0,
-                )
-                if g.dtype == s.dtype and g.dtype != tl.float32:
-                    tile = tl.dot(g.T, s, tile)
-                else:
-                    tile = tl.dot(g.to(tl.float32).T, s.to(tl.float32), tile, input_precision=PRECISION)
+        for step in tl.range(0, LARGE_CLASSES * steps):  # one loop over classes and tokens, to be pipelined as one
+            large_class = step // steps
+            t = step % steps * TOKENS + tl.arange(0, TOKENS)
+            keep = t < T
+            if HAS_MASK:
+                keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
+            row = t[:, None].to(tl.int64)
+            g = tl.load(
+                large + large_class * large_class_stride + row * large_token_stride + i[None, :],
+                mask=keep[:, None] & (i < d)[None, :],
+                other=0.0,
+            )
+            here = exists & ((c == large_class) | (LARGE_CLASSES == 1))
+            s = tl.load(
+                small + c[None, :] * small_class_stride + row * small_token_stride + j[None, :],
+                mask=keep[:, None] & here[None, :],
+                other=0.0,
+            )
+            if g.dtype == s.dtype and g.dtype != tl.float32:
+                tile = tl.dot(g.T, s, tile)
+            else:
+                tile = tl.dot(g.to(tl.float32).T, s.to(tl.float32), tile, input_precision=PRECISION)
         u = tl.load(
-            basis + i[:, None].to(tl.int64) * basis_row_stride + column[None, :] * basis_column_stride,
-            mask=(i < d)[:, None] & (column < k)[None, :],
+            basis + i[None, :].to(tl.int64) * basis_row_stride + column[:, None] * basis_column_stride,
+            mask=(i < d)[None, :] & (column < k)[:, None],
             other=0.0,
         )
-        projection = tl.dot(tile.T, u.to(tl.float32), projection, input_precision=PRECISION)
+        projection = tl.dot(u.to(tl.float32), tile, projection, input_precision=PRECISION)
         if ROW_GRAMS:
             gram = tl.dot(tile.T, tile, gram, input_precision=PRECISION)
 
     example = split.to(tl.int64) * N + n
-    p_rows = p + ((example * C + c) * r + j)[:, None] * k
-    tl.store(p_rows + column[None, :], projection, mask=exists[:, None] & (column < k)[None, :])
+    p_rows = p + ((example * C + c) * r + j) * k
+    tl.store(p_rows[None, :] + column[:, None], projection, mask=exists[None, :] & (column < k)[:, None])
     if ROW_GRAMS:
         same_row = (j[:, None] == j[None, :]) & exists[:, None] & exists[None, :]
         tl.store(grams + (((example * r + j) * C + c) * C)[:, None] + c[None, :], gram, mask=same_row)

@@ -53,7 +53,7 @@ def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> T
     core, tail = core.contiguous(), tail.contiguous()
     options = {
         "HAS_TAIL": k < d,
-        "PRECISION": launch.fp32_precision(arch),
+        "PRECISION": launch.fp32_precision(arch, W.dtype),
         "ROWS": max(16, triton.next_power_of_2(r)),
         "WIDTH": tile.width,
         "BASIS": tile.basis,

@@ -39,10 +39,14 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def fp32_precision(arch: str) -> str:
-    """How fp32 operands are multiplied: in three bf16 parts each, or in TF32 where torch's own products may use it."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and arch.startswith("sm_")
-    return "tf32" if tf32 else "bf16x6"
+def fp32_precision(arch: str, dtype: torch.dtype) -> str:
+    """How fp32 intermediates of `dtype` inputs are multiplied: in bf16 parts, as many as the inputs deserve.
+
+    TF32 only where torch's own products may use it.
+    """
+    if torch.backends.cuda.matmul.fp32_precision == "tf32" and arch.startswith("sm_"):
+        return "tf32"
+    return "bf16x6" if dtype == torch.float32 else "bf16x3"
 
 
 def contiguous_rows(X: Tensor) -> Tensor:
