@@ -14,7 +14,8 @@ This file is the reference of the ops. What holds for all of them:
   `torch.compile(fullgraph=True)` sees through a call. The registered op checks nothing: call the function.
 
 `use_backend` and the environment variable LAPLACE_KERNELS_BACKEND choose an implementation; `explain` says
-which one serves and why.
+which one serves and why. By default that is `reference`, plain PyTorch, on every device: the `triton` kernels
+have not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from laplace_kernels import checks, dispatch, reference
+from laplace_kernels import checks, dispatch, reference, triton
 from laplace_kernels.dispatch import OPS, Choice, backends, explain, use_backend
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "mirror_",
     "use_backend",
 ]
+
+dispatch.register_backend(triton.BACKEND)
 
 
 def gram_(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:

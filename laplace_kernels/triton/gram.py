@@ -1,11 +1,12 @@
-"""`gram_`: SYRK over the tiles of the lower triangle, accumulated in fp32 registers and added to C once per tile.
+"""`gram_`: SYRK over the tiles of the lower triangle, each summed in registers and added to C once.
 
 Two kernels. On sm_90 and sm_100, unmasked 16-bit rows go through tensor descriptors: TMA loads, and a TMA
-reduction into C, so that C is never loaded. Everything else (masks, fp32, ragged strides, sm_80, AMD) goes through
-pointers, where a mask is a load predicate.
+reduction into C, so that C is never loaded. Everything else (masks, fp32, ragged strides, sm_80, AMD) goes
+through pointers, where a mask is a load predicate.
 
-When the triangle has fewer tiles than the GPU has multiprocessors, the tokens are split among several programs per
-tile, which add to C in any order. With `torch.use_deterministic_algorithms(True)` they are not split.
+When the triangle has fewer tiles than the GPU has multiprocessors, the tokens are split among several
+programs per tile, which add to C in any order. With `torch.use_deterministic_algorithms(True)` they are not
+split.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Tile:
     slices: int = 1  # parts in which the tile is written, to need less shared memory
 
 
-# Each row holds the largest tile first. Chosen by register and shared memory use; no timing stands behind them yet.
+# Largest tile first. Chosen by register and shared memory use; no timing stands behind them yet.
 TMA_TILES = {
     "sm_90": (Tile(256, 128, 64, 4, 8, slices=4), Tile(128, 128, 64, 4, 8, slices=2)),
     "sm_100": (Tile(128, 128, 64, 4, 8, slices=2),),
@@ -46,7 +47,7 @@ POINTER_TILES = {
     "gfx942": (Tile(128, 128, 64, 2, 8), Tile(64, 64, 64, 2, 4)),
 }
 FP32_TILES = {
-    "sm_80": (Tile(64, 64, 32, 3, 4),),
+    "sm_80": (Tile(64, 64, 16, 4, 4),),
     "sm_90": (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 3, 4)),
     "sm_100": (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 3, 4)),
     "gfx942": (Tile(64, 64, 32, 2, 4),),
@@ -61,7 +62,9 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
         return
     X = launch.contiguous_rows(X)
     arch = launch.architecture(X.device)
-    through_tma = arch in TMA_TILES and mask is None and _fits_tma(X) and _fits_tma(C) and X.element_size() == 2
+    through_tma = (
+        arch in TMA_TILES and mask is None and _fits_tma(X) and _fits_tma(C) and X.element_size() == 2
+    )
     table = TMA_TILES if through_tma else FP32_TILES if X.dtype == torch.float32 else POINTER_TILES
     tile = choose_tile(table[arch], d, launch.multiprocessors(X.device))
     tiles = lower_tiles(d, tile)
@@ -108,7 +111,7 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
 
 
 def choose_tile(tiles: tuple[Tile, ...], d: int, processors: int) -> Tile:
-    """The first tile that keeps the processors busy in its last wave too, or else the one that does so best."""
+    """The first tile whose last wave keeps the processors busy too, or else the best one in that."""
 
     def wave_fill(tile: Tile) -> float:
         waves = lower_tiles(d, tile) / processors
@@ -130,8 +133,10 @@ def _splits(T: int, tiles: int, processors: int) -> int:
 
 
 def _fits_tma(X: Tensor) -> bool:
-    """Base and rows on 16-byte boundaries."""
-    return X.data_ptr() % 16 == 0 and X.stride(0) * X.element_size() % 16 == 0 and X.stride(1) == 1
+    """Base and rows on 16-byte boundaries, and rows that do not overlap."""
+    row_stride = X.stride(0)
+    aligned = X.data_ptr() % 16 == 0 and row_stride * X.element_size() % 16 == 0
+    return aligned and X.stride(1) == 1 and row_stride >= X.shape[1]
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """`gram_group_`: the lower-triangle tiles of many Gram matrices in one launch.
 
-A table in device memory tells each program where its matrix is. It is filled on the host and copied once, from pinned
-memory, without waiting for the device. A tile has one program, so the result is the same bit for bit in every run.
+A table in device memory tells each program where its matrix is. It is filled on the host and copied once,
+from pinned memory, without waiting for the device. A tile has one program, so the result is the same bit for
+bit in every run.
 """
 
 from __future__ import annotations
@@ -87,16 +88,14 @@ def _gram_group(
     TOKENS: tl.constexpr,
 ):
     all_members = tl.arange(0, MEMBERS)
-    first_tiles = tl.load(
-        table + all_members * FIELDS + 8, mask=all_members < members, other=0x7FFFFFFF
-    )
+    first_tiles = tl.load(table + all_members * FIELDS + 8, mask=all_members < members, other=0x7FFFFFFF)
     member = tl.sum((first_tiles <= tl.program_id(0)).to(tl.int32)) - 1
     entry = table + member * FIELDS
     x = tl.load(entry).to(tl.pointer_type(x_like.dtype.element_ty))
     c = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
-    mask_address = tl.load(entry + 2)
-    mask = mask_address.to(tl.pointer_type(tl.uint8))
+    mask = tl.load(entry + 2).to(tl.pointer_type(tl.uint8))
     T = tl.load(entry + 3).to(tl.int32)
+    masked_rows = tl.where(tl.load(entry + 2) == 0, 0, T)
     d = tl.load(entry + 4).to(tl.int32)
     x_stride = tl.load(entry + 5)
     c_stride = tl.load(entry + 6)
@@ -112,8 +111,7 @@ def _gram_group(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.range(0, T, TOKENS):
         t = first + tl.arange(0, TOKENS)
-        keep = t < T
-        keep = keep & (tl.load(mask + t, mask=keep & (mask_address != 0), other=1) != 0)
+        keep = (tl.load(mask + t, mask=t < masked_rows, other=1) != 0) & (t < T)
         x_t = x + t[:, None].to(tl.int64) * x_stride
         a = tl.load(x_t + i[None, :], mask=keep[:, None] & (i < d)[None, :], other=0.0)
         b = tl.load(x_t + j[None, :], mask=keep[:, None] & (j < d)[None, :], other=0.0)

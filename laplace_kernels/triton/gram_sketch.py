@@ -1,8 +1,8 @@
-"""`gram_sketch_`: two skinny products per block of tokens, the block small enough to stay in the L2 cache between them.
+"""`gram_sketch_`: two skinny products per block of tokens, which stays in the L2 cache between them.
 
-The first kernel writes Z = X Omega for a block, the second adds X^T Z to Y; X comes from device memory once and from L2
-once. bf16 rows are multiplied by bf16 parts: a fp32 Omega as a high and a low part, and then Z too; a bf16 Omega as it is,
-with Z rounded to bf16. Everything else is multiplied in fp32.
+The first kernel writes Z = X Omega for a block, the second adds X^T Z to Y; X comes from device memory once
+and from L2 once. bf16 rows are multiplied by bf16 parts: a fp32 Omega as a high and a low part, and then Z
+too; a bf16 Omega as it is, with Z rounded to bf16. Everything else is multiplied in fp32.
 
 The second kernel splits the tokens among programs, which add to Y in any order, unless
 `torch.use_deterministic_algorithms(True)`.
@@ -67,9 +67,7 @@ def gram_sketch_(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha
             _launch_block(Y, X[rows], Omega, None if mask is None else mask[rows], alpha, Z)
 
 
-def _launch_block(
-    Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: float, Z: Tensor
-) -> None:
+def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: float, Z: Tensor) -> None:
     T, d = X.shape
     m = Omega.shape[1]
     arch = launch.architecture(X.device)
@@ -87,7 +85,8 @@ def _launch_block(
     mask = X if mask is None else mask
     tokens, width = tiles.project
     _project[(triton.cdiv(T, tokens), column_blocks)](
-        X, Omega, Z, mask, T, d, m, X.stride(0), *Omega.stride(), Z.stride(0), **options, TOKENS=tokens, WIDTH=width
+        X, Omega, Z, mask, T, d, m, X.stride(0), *Omega.stride(), Z.stride(0), **options, TOKENS=tokens,
+        WIDTH=width
     )  # fmt: skip
     tokens, width = tiles.accumulate
     row_blocks = triton.cdiv(d, width)

@@ -1,9 +1,10 @@
-"""`jacobian_stats`: the per-example Jacobian is formed tile by tile on chip, projected and Gram-ed, and never written.
+"""`jacobian_stats`: the per-example Jacobian is formed tile by tile on chip and never written.
 
-A program takes one example, some of the r rows, and some blocks of the d columns. It forms the transposed tile
-[columns, classes x rows]: with `large` transposed by the hardware as the left operand, the few classes and rows lie
-along the axis that a tensor core can cut to 8, and one read of a shared `large` serves all classes. Programs of the same
-example write partial sums side by side, which are added in a fixed order: the result is the same in every run.
+A program takes one example, some of the r rows, and some blocks of the d columns. It forms the transposed
+tile [columns, classes x rows]: with `large` transposed by the hardware as the left operand, the few classes
+and rows lie along the axis that a tensor core can cut to 8, and one read of a shared `large` serves all
+classes. Programs of the same example write partial sums side by side, which are added in a fixed order: the
+result is the same in every run.
 
 More than 128 basis columns, or more than 32 classes, do not fit on chip; the reference serves those.
 """
@@ -25,7 +26,7 @@ MAX_BASIS, MAX_CLASSES = 128, 32
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens and columns of `large` and classes x rows of `small` per step, and how the steps are pipelined."""
+    """Step sizes: tokens, columns of `large`, classes x rows of `small`; and the pipelining of the steps."""
 
     tokens: int
     width: int
@@ -159,7 +160,9 @@ def _jacobian_stats(
     for first_column in tl.range(split * WIDTH, d, tl.num_programs(1) * WIDTH):
         i = first_column + tl.arange(0, WIDTH)
         tile = tl.zeros((WIDTH, CLASSES * ROWS), tl.float32)
-        for step in tl.range(0, LARGE_CLASSES * steps):  # one loop over classes and tokens, to be pipelined as one
+        for step in tl.range(
+            0, LARGE_CLASSES * steps
+        ):  # one loop over classes and tokens, to be pipelined as one
             large_class = step // steps
             t = step % steps * TOKENS + tl.arange(0, TOKENS)
             keep = t < T
@@ -167,13 +170,13 @@ def _jacobian_stats(
                 keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
             row = t[:, None].to(tl.int64)
             g = tl.load(
-                large + large_class * large_class_stride + row * large_token_stride + i[None, :],
+                large + large_class.to(tl.int64) * large_class_stride + row * large_token_stride + i[None, :],
                 mask=keep[:, None] & (i < d)[None, :],
                 other=0.0,
             )
             here = exists & ((c == large_class) | (LARGE_CLASSES == 1))
             s = tl.load(
-                small + c[None, :] * small_class_stride + row * small_token_stride + j[None, :],
+                small + c[None, :].to(tl.int64) * small_class_stride + row * small_token_stride + j[None, :],
                 mask=keep[:, None] & here[None, :],
                 other=0.0,
             )

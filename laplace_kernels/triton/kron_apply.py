@@ -1,9 +1,8 @@
-"""`kron_apply`: two kernels around the [r, k] core, with the r x r rotations done on chip.
+"""`kron_apply`: two kernels around the [r, k] core.
 
-With S = V [ (core - tail) * (V^T W U) ] the result is S U^T + (V diag(tail) V^T) W. The first kernel reads W and U and writes S,
-the second reads S, U and W and writes the result; no intermediate of the size of W exists. Everything is multiplied in fp32.
-
-More than 64 rows do not fit on chip; the reference serves those.
+With S = V [ (core - tail) * (V^T W U) ] the result is S U^T + (V diag(tail) V^T) W. The first kernel reads W
+and U and writes S, the second reads S, U and W and writes the result; no intermediate of the size of W
+exists. Everything is multiplied in fp32. More than 64 rows do not fit on chip; the reference serves those.
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ class Tile:
     warps: int
 
 
-TILES = {  # chosen by register and shared memory use; no timing stands behind them yet
-    "sm_80": Tile(64, 32, 2, 4),
+# Chosen by register and shared memory use; no timing stands behind them yet.
+TILES = {
+    "sm_80": Tile(32, 32, 2, 4),
     "sm_90": Tile(64, 32, 3, 4),
-    "sm_100": Tile(64, 32, 3, 4),
-    "gfx942": Tile(64, 32, 2, 4),
+    "sm_100": Tile(64, 32, 2, 8),
+    "gfx942": Tile(32, 16, 2, 4),
 }
 
 
@@ -60,10 +60,13 @@ def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> T
         "num_stages": tile.stages,
         "num_warps": tile.warps,
     }
-    strides = (*W.stride(), *U.stride(), *V.stride())
+    rotation = (V.float() * tail.float()) @ V.mT.float()
+    strides = (*W.stride(), *U.stride())
     with launch.on(device):
-        _project[(B, triton.cdiv(k, tile.basis))](W, U, V, core, tail, S, r, d, k, *strides, **options)
-        _expand[(B, triton.cdiv(d, tile.width))](W, U, V, tail, S, out, r, d, k, *strides, **options)
+        _project[(B, triton.cdiv(k, tile.basis))](
+            W, U, V, core, tail, S, r, d, k, *strides, *V.stride(), **options
+        )
+        _expand[(B, triton.cdiv(d, tile.width))](W, U, rotation, S, out, r, d, k, *strides, **options)
     return out
 
 
@@ -100,7 +103,9 @@ def _project(
     total = tl.zeros((ROWS, BASIS), tl.float32)
     for first in tl.range(0, d, WIDTH):
         i = first + tl.arange(0, WIDTH).to(tl.int64)
-        w_tile = tl.load(w_rows + i[None, :] * w_column_stride, mask=(j < r)[:, None] & (i < d)[None, :], other=0.0)
+        w_tile = tl.load(
+            w_rows + i[None, :] * w_column_stride, mask=(j < r)[:, None] & (i < d)[None, :], other=0.0
+        )
         u_tile = tl.load(
             u_columns + i[:, None] * u_row_stride, mask=(i < d)[:, None] & (column < k)[None, :], other=0.0
         )
@@ -121,8 +126,7 @@ def _project(
 def _expand(
     w,
     u,
-    v,
-    tail,
+    rotation,
     s,
     out,
     r,
@@ -133,15 +137,13 @@ def _expand(
     w_column_stride,
     u_row_stride,
     u_column_stride,
-    v_row_stride,
-    v_column_stride,
     HAS_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BASIS: tl.constexpr,
 ):
-    """S U^T + (V diag(tail) V^T) W for one matrix and one block of its columns."""
+    """S U^T + rotation W for one matrix and one block of its columns."""
     b = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, ROWS)
     i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -151,7 +153,9 @@ def _expand(
     for first in tl.range(0, k, BASIS):
         column = first + tl.arange(0, BASIS)
         s_tile = tl.load(
-            s + (b * r + j[:, None]) * k + column[None, :], mask=(j < r)[:, None] & (column < k)[None, :], other=0.0
+            s + (b * r + j[:, None]) * k + column[None, :],
+            mask=(j < r)[:, None] & (column < k)[None, :],
+            other=0.0,
         )
         u_tile = tl.load(
             u_rows + column[:, None].to(tl.int64) * u_column_stride,
@@ -161,11 +165,8 @@ def _expand(
         total = tl.dot(s_tile, u_tile.to(tl.float32), total, input_precision=PRECISION)
     if HAS_TAIL:
         square = (j < r)[:, None] & (j < r)[None, :]
-        v_tile = tl.load(v + j[:, None] * v_row_stride + j[None, :] * v_column_stride, mask=square, other=0.0)
-        v_tile = v_tile.to(tl.float32)
-        t = tl.load(tail + j, mask=j < r, other=0.0).to(tl.float32)
-        rotation = tl.dot(v_tile * t[None, :], v_tile.T, input_precision=PRECISION)
+        rotation_tile = tl.load(rotation + j[:, None] * r + j[None, :], mask=square, other=0.0)
         w_rows = w + b * w_batch_stride + j[:, None].to(tl.int64) * w_row_stride
         w_tile = tl.load(w_rows + i[None, :].to(tl.int64) * w_column_stride, mask=inside, other=0.0)
-        total = tl.dot(rotation, w_tile.to(tl.float32), total, input_precision=PRECISION)
+        total = tl.dot(rotation_tile, w_tile.to(tl.float32), total, input_precision=PRECISION)
     tl.store(out + (b * r + j[:, None]) * d + i[None, :], total, mask=inside)

@@ -1,4 +1,4 @@
-"""What every Triton launch needs to know: the architecture, its size, the precision asked for, the current device."""
+"""What every Triton launch has to know: architecture, size, current device, precision asked for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from triton.runtime import driver
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Key of the configuration tables: sm_90, sm_100, gfx942, or sm_80 for every other NVIDIA GPU from Ampere on."""
+    """Key of the configuration tables: sm_90, sm_100, gfx942, or sm_80 for every other NVIDIA GPU."""
     if triton.knobs.runtime.interpret:
         return "sm_80"
     with on(device):
         target = driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
-    major = target.arch // 10
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
 
 
 @functools.cache

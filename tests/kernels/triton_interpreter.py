@@ -1,8 +1,8 @@
-"""Make Triton's interpreter (TRITON_INTERPRET=1) compute in bf16 what a GPU computes; for Triton 3.6 to 3.9.
+"""Make Triton's interpreter (TRITON_INTERPRET=1) compute what a GPU computes; for Triton 3.6 to 3.9.
 
-The interpreter keeps bf16 as the 16 bits in a uint16. It multiplies those integers in `tl.dot`, truncates when
-fp32 is converted to bf16, and knows neither a reduction through a tensor descriptor nor the bf16x6 precision of fp32 products.
-`install` mends all four; a bf16x6 product is computed in fp32.
+The interpreter keeps bf16 as 16 bits in a uint16. It multiplies those integers in `tl.dot`, truncates when
+fp32 is converted to bf16, and knows neither a reduction through a tensor descriptor nor fp32 products in bf16
+parts. `install` mends all of it; a product in parts is computed in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def install() -> None:
     """Patch the interpreter of this process."""
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
-    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any) -> TensorHandle:
+    def create_dot(
+        self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any
+    ) -> TensorHandle:
         if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
             return dot(self, a, b, d, *options)
         product = np.matmul(_fp32_data(a), _fp32_data(b), dtype=d.data.dtype)
@@ -42,7 +44,7 @@ def install() -> None:
         interpreter._interpreter.store(pointers.data, before + value.data, inside)
 
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
-        allowed_dot_input_precisions=("tf32", "ieee", "bf16x6")
+        allowed_dot_input_precisions=("tf32", "ieee", "bf16x3", "bf16x6")
     )
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl

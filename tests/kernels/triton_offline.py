@@ -1,7 +1,8 @@
 """Compile the production launches for a GPU that is not there, and read what the compiler made of them.
 
-A driver that claims to be some GPU lets a launcher run on CPU tensors as it would in production: specialisation,
-compilation, the shared memory check. The launch itself does nothing; the binaries are kept to be inspected.
+A driver that claims to be some GPU lets a launcher run on CPU tensors as it would in production:
+specialisation, compilation, the shared memory check. The launch itself does nothing; the binaries are kept to
+be inspected.
 """
 
 from __future__ import annotations
