@@ -65,8 +65,8 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
     through_tma = (
         arch in TMA_TILES and mask is None and _fits_tma(X) and _fits_tma(C) and X.element_size() == 2
     )
-    table = TMA_TILES if through_tma else FP32_TILES if X.dtype == torch.float32 else POINTER_TILES
-    tile = choose_tile(table[arch], d, launch.multiprocessors(X.device))
+    candidates = TMA_TILES[arch] if through_tma else pointer_tiles(arch, X.dtype, is_aligned(X))
+    tile = choose_tile(candidates, d, launch.multiprocessors(X.device))
     tiles = lower_tiles(d, tile)
     splits = _splits(T, tiles, launch.multiprocessors(X.device))
     tokens_per_split = triton.cdiv(triton.cdiv(T, splits), tile.tokens) * tile.tokens
@@ -108,6 +108,17 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
                 num_stages=tile.stages,
                 num_warps=tile.warps,
             )
+
+
+def pointer_tiles(arch: str, dtype: torch.dtype, aligned: bool) -> tuple[Tile, ...]:
+    """Tiles for the kernels that read through pointers; rows read element by element need the smallest."""
+    tiles = (FP32_TILES if dtype == torch.float32 else POINTER_TILES)[arch]
+    return tiles if aligned else tiles[-1:]
+
+
+def is_aligned(X: Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    return all(n % 16 == 0 for n in (X.data_ptr(), X.stride(0), X.shape[1]))
 
 
 def choose_tile(tiles: tuple[Tile, ...], d: int, processors: int) -> Tile:

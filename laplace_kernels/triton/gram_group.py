@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from laplace_kernels.triton import launch
-from laplace_kernels.triton.gram import FP32_TILES, POINTER_TILES, Tile, lower_tile, lower_tiles
+from laplace_kernels.triton.gram import Tile, is_aligned, lower_tile, lower_tiles, pointer_tiles
 
 _FIELDS = 9  # of a row of the table: x, c, mask, T, d, stride of x, stride of c, alpha, first tile
 
@@ -34,8 +34,9 @@ def gram_group_(
         return
     device, dtype = Xs[0].device, Xs[0].dtype
     arch = launch.architecture(device)
+    aligned = all(is_aligned(X) for _, X, *_ in members)
     tile = _choose_tile(
-        (FP32_TILES if dtype == torch.float32 else POINTER_TILES)[arch],
+        pointer_tiles(arch, dtype, aligned),
         [C.shape[0] for C, *_ in members],
         launch.multiprocessors(device),
     )
@@ -52,7 +53,7 @@ def gram_group_(
             table.to(device, non_blocking=True),
             members[0][1],
             len(rows),
-            ALIGNED=all(n % 16 == 0 for _, X, *_ in members for n in (X.data_ptr(), X.stride(0), X.shape[1])),
+            ALIGNED=aligned,
             FIELDS=_FIELDS,
             MEMBERS=triton.next_power_of_2(len(rows)),
             PRECISION=launch.fp32_precision(arch, dtype),
