@@ -25,11 +25,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from laplace_kernels import checks, dispatch, reference, triton
+from laplace_kernels.checks import accumulation_dtype
 from laplace_kernels.dispatch import OPS, Choice, backends, explain, use_backend
 
 __all__ = [
     "OPS",
     "Choice",
+    "accumulation_dtype",
     "backends",
     "explain",
     "gram_",

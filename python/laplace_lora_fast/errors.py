@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 
 class LaplaceError(Exception):
     """Base class of every error raised on purpose by laplace_lora_fast."""
@@ -29,3 +31,31 @@ class StateError(LaplaceError, ValueError):
 
 class LaplaceWarning(UserWarning):
     """Something legal that is likely not what was meant; the result is still what the documentation says."""
+
+
+class DeferredChecks:
+    """Conditions on batches that live on a device: read together later, so that no batch waits for the device.
+
+    A condition on the CPU costs nothing to read and raises at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, str]] = []
+
+    def require(self, ok: Tensor, message: str) -> None:
+        """Raises InvalidBatchError with `message`, now or in `settle`, unless the boolean scalar `ok` is true."""
+        if ok.device.type != "cpu":
+            self._pending.append((ok, message))
+        elif not ok:
+            raise InvalidBatchError(message)
+
+    def settle(self) -> None:
+        """Reads all pending conditions.
+
+        Raises:
+            InvalidBatchError: the message of the first that does not hold.
+        """
+        pending, self._pending = self._pending, []
+        for ok, message in pending:
+            if not ok:
+                raise InvalidBatchError(message)

@@ -1,0 +1,358 @@
+"""`Laplace(model, likelihood, "all", "lowrank_kron")`: laplace-torch's interface on this package's LoRA posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from laplace.baselaplace import ParametricLaplace
+from laplace.curvature import CurvatureInterface
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from laplace_lora_fast import predictive
+from laplace_lora_fast.backends.laplace_torch.curvature import FastEF, FastGGN, X
+from laplace_lora_fast.backends.linear import BatchHead, likelihood_of
+from laplace_lora_fast.errors import NotFittedError, UnsupportedAdapterError
+from laplace_lora_fast.factors import Spectrum
+from laplace_lora_fast.fit import fit_kfac
+from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
+from laplace_lora_fast.posterior import KronBlock
+from laplace_lora_fast.predictive import LinearisedModel
+from laplace_lora_fast.taps import find_sites
+
+_SPECTRUM = ("values", "vectors", "tail", "trace")
+_BLOCK = ("small_values", "small_vectors", "mean")
+
+
+class LowRankKron:
+    """A precision: curvature of LoRA weights in the eigenbasis of its factors, plus a multiple of 1 for each weight.
+
+    Each large factor is low-rank plus a tail, so nothing of size d x d exists. The methods are those that laplace-torch
+    asks of a Kronecker precision.
+
+    Args:
+        blocks: curvature of every LoRA weight, in the order of the parameters.
+        deltas: [n_blocks], [1] or scalar; None for zero.
+    """
+
+    def __init__(self, blocks: Sequence[KronBlock], deltas: Tensor | None = None) -> None:
+        self.blocks = list(blocks)
+        zero = torch.zeros((), dtype=torch.float64, device=self.blocks[0].mean.device)
+        self.deltas = (zero if deltas is None else deltas).expand(len(self.blocks))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __mul__(self, scalar: float | Tensor) -> LowRankKron:
+        """The curvature times `scalar`; the deltas stay, as in laplace-torch."""
+        return LowRankKron([block.scaled(scalar) for block in self.blocks], self.deltas)
+
+    __rmul__ = __mul__
+
+    def __add__(self, deltas: Tensor) -> LowRankKron:
+        """Adds a multiple of 1: a scalar, or one for each weight."""
+        return LowRankKron(self.blocks, self.deltas + deltas)
+
+    __radd__ = __add__
+
+    def detach(self) -> LowRankKron:
+        """Without a graph to the deltas."""
+        return LowRankKron(self.blocks, self.deltas.detach())
+
+    def logdet(self) -> Tensor:
+        """Log determinant, differentiable in deltas and scalar."""
+        terms = []
+        for block, delta in zip(self.blocks, self.deltas, strict=True):
+            values, counts = block.eigenvalues()
+            terms.append((counts * (values + delta).log()).sum())
+        return torch.stack(terms).sum()
+
+    def log_det_ratio(self) -> Tensor:
+        """Log determinant minus that of the deltas alone, without cancellation."""
+        terms = []
+        for block, delta in zip(self.blocks, self.deltas, strict=True):
+            values, counts = block.eigenvalues()
+            terms.append((counts * (values / delta).log1p()).sum())
+        return torch.stack(terms).sum()
+
+    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        """precision^exponent applied to vectors W [..., P]."""
+        flat = W.reshape(-1, W.shape[-1])
+        parts, start = [], 0
+        for block, delta in zip(self.blocks, self.deltas.detach().tolist(), strict=True):
+            weights = flat[:, start : start + block.n_weights]
+            start += block.n_weights
+            parts.append(_flat(block, block.apply_power(_oriented(block, weights), exponent, delta)))
+        return torch.cat(parts, 1).reshape(W.shape).to(W.dtype)
+
+    def inv_square_form(self, Js: Tensor) -> Tensor:
+        """J precision^-1 J^T of Js [B, C, P], [B, C, C]."""
+        return Js @ self.bmm(Js).mT
+
+    def diag(self, exponent: float = 1) -> Tensor:
+        """Diagonal [P] of precision^exponent."""
+        parts = []
+        for block, delta in zip(self.blocks, self.deltas.detach().tolist(), strict=True):
+            kept = (block.small_values[:, None] * block.large.values + delta) ** exponent
+            tail = ((block.small_values * block.large.tail + delta) ** exponent)[:, None]
+            small, large = block.small_vectors.square(), block.large.vectors.double().square()
+            entries = small @ ((kept - tail) @ large.mT + tail)  # the tail's projector is 1 - U U^T
+            parts.append(_flat(block, entries[None])[0])
+        return torch.cat(parts)
+
+
+class LowRankKronLaplace(ParametricLaplace):
+    """Kronecker-factored Laplace posterior over LoRA weights with low-rank large factors.
+
+    `fit` makes one pass with sketched factors where dense ones exceed `memory_budget`; predictions form the Jacobians'
+    projections only (`joint=True` does need the dense Jacobian). The prior precision is a scalar or one per parameter.
+    The Fisher is that of the backend: exact for `FastGGN`, sampled with its `stochastic`, empirical for `FastEF`.
+
+    Args:
+        model: model(batch) gives logits [N, C]; exactly its LoRA weights require grad.
+        likelihood: "classification" or "regression".
+        sigma_noise: as in laplace-torch.
+        prior_precision: scalar or one per parameter.
+        prior_mean: as in laplace-torch.
+        temperature: as in laplace-torch.
+        dict_key_x: as in laplace-torch.
+        dict_key_y: as in laplace-torch.
+        backend: `FastGGN` or `FastEF`; None for `FastGGN`.
+        backend_kwargs: of the backend.
+        kfac: "reduce" or "expand".
+        factor: "auto", "dense" or "sketch".
+        rank: kept eigenpairs of a large factor; None for all of a dense one and a quarter of the sketch's columns.
+        memory_budget: bytes of dense factors for "auto".
+        sketch_size: columns of a sketch.
+
+    Raises:
+        UnsupportedAdapterError: parameters other than the active adapter's LoRA weights require grad.
+        ValueError: another likelihood or backend.
+    """
+
+    _key = ("all", "lowrank_kron")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        *,
+        kfac: str = "reduce",
+        factor: str = "auto",
+        rank: int | None = None,
+        memory_budget: int = 4 * 2**30,
+        sketch_size: int = 128,
+    ) -> None:
+        backend = FastGGN if backend is None else backend
+        if likelihood not in ("classification", "regression"):
+            raise ValueError(
+                f"lowrank_kron has likelihood 'classification' or 'regression', got {likelihood!r}"
+            )
+        if not issubclass(backend, FastGGN | FastEF):
+            raise ValueError(f"lowrank_kron has backend FastGGN or FastEF, got {backend.__name__}")
+        self._mode, self._rank = Kfac(kfac), rank
+        self._head = BatchHead(model)
+        self._sites = find_sites(model, self._head)
+        self._groups: list[int] | None = None
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            False,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            backend_kwargs,
+        )
+        self._check_parameters()
+        self._plan = FactorPlan(FactorKind(factor), memory_budget, sketch_size)
+
+    def _check_parameters(self) -> None:
+        """The blocks of the LoRA layers are the parameters, in the same order."""
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        expected = [site.weight_name(side) for site in self._sites for side in "AB"]
+        if names != expected:
+            odd = sorted(set(names) ^ set(expected))[:3]
+            raise UnsupportedAdapterError(
+                f"lowrank_kron treats exactly the active adapter's LoRA weights; differing: {odd}. Set requires_grad "
+                "on those and on nothing else"
+            )
+
+    def _init_H(self) -> None:
+        self.H: LowRankKron | None = None
+
+    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
+        """Fits the posterior in one pass.
+
+        Args:
+            train_loader: batches (x, y), or mappings that hold the targets under `dict_key_y`.
+            override: must be True: eigenvectors of two fits do not add up.
+            progress_bar: show a bar.
+
+        Raises:
+            ValueError: override is False.
+            InvalidBatchError: the loader is empty or a batch is unusable.
+        """
+        if not override:
+            raise ValueError("lowrank_kron does not continue a fit: pass override=True")
+        backend: Any = self.backend
+        fit = fit_kfac(
+            self.model,
+            self._head,
+            self._sites,
+            self._batches(train_loader),
+            likelihood_of(self.likelihood),
+            backend.fisher,
+            KfacAccumulator(self._sites, self._mode, self._plan),
+            rank=self._rank,
+            mc_samples=backend.mc_samples,
+            seed=self._plan.seed,
+            progress=progress_bar,
+        )
+        assert fit.log_likelihood is not None
+        self.mean = parameters_to_vector(self.params).detach()
+        self.H, self._groups = LowRankKron(fit.blocks), fit.groups
+        self.loss, self.n_data, self.n_outputs = -fit.log_likelihood, fit.n_examples, fit.n_outputs
+        self.model.output_size = self.n_outputs
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """[1], or one for each parameter."""
+        precision: Tensor = self._prior_precision
+        return precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        ParametricLaplace.prior_precision.fset(self, value)
+        if len(self.prior_precision) not in (1, self.n_layers):
+            raise ValueError(
+                f"prior_precision of lowrank_kron has length 1 or {self.n_layers}, got {len(self.prior_precision)}"
+            )
+
+    @property
+    def posterior_precision(self) -> LowRankKron:
+        """Curvature plus prior."""
+        curvature: LowRankKron = self._fitted() * self._H_factor
+        return curvature + self.prior_precision
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        return self.posterior_precision.logdet()
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        return self.posterior_precision.log_det_ratio()
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """(value - mean)^T precision (value - mean)."""
+        delta = value - self.mean
+        return delta @ self.posterior_precision.bmm(delta, exponent=1)
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """Covariance [B, C, C] of outputs from dense Jacobians [B, C, P]."""
+        return self.posterior_precision.inv_square_form(Js)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        """Covariance [B C, B C] of the outputs of a batch from dense Jacobians [B, C, P]."""
+        self._check_jacobians(Js)
+        return self.posterior_precision.inv_square_form(Js.reshape(1, -1, Js.shape[-1]))[0]
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Weights [n_samples, P] drawn from the posterior."""
+        noise = torch.randn(
+            n_samples, self.n_params, device=self._device, dtype=self.mean.dtype, generator=generator
+        )
+        return self.mean + self.posterior_precision.bmm(noise, exponent=-0.5)
+
+    def _glm_predictive_distribution(
+        self, X: X, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if joint:
+            jacobians, mean = self.backend.jacobians(X)
+            return mean.flatten(), self.functional_covariance(jacobians)
+        precision = self.posterior_precision.detach()
+        assert self._groups is not None
+        linearised = LinearisedModel(
+            self.model,
+            self._head,
+            self._sites,
+            self._groups,
+            precision.blocks,
+            likelihood_of(self.likelihood),
+            self.n_outputs,
+        )
+        mean, cov, _ = predictive.distribution(
+            linearised,
+            precision.deltas.double()[:, None],
+            [0] * len(precision),
+            [{"x": X, "y": None}],
+            torch.eye(self.n_outputs),
+            "predict",
+            False,
+        )
+        variance = cov[0, 0]
+        return mean, variance.diagonal(dim1=-2, dim2=-1) if diagonal_output else variance
+
+    def state_dict(self) -> dict[str, Any]:
+        """laplace-torch's state; "H" is a list with the tensors of every block, so `torch.load` stays safe."""
+        H = self._fitted()
+        state: dict[str, Any] = super().state_dict()
+        state["H"] = [
+            {"layer": block.layer, "side": block.side}
+            | {name: getattr(block.large, name) for name in _SPECTRUM}
+            | {name: getattr(block, name) for name in _BLOCK}
+            for block in H.blocks
+        ]
+        state["groups"] = self._groups
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave, on the same model."""
+        super().load_state_dict(state_dict)
+        self._groups = list(state_dict["groups"])
+        self.H = LowRankKron(
+            [
+                KronBlock(
+                    entry["layer"],
+                    entry["side"],
+                    Spectrum(*(entry[name] for name in _SPECTRUM)),
+                    *(entry[name] for name in _BLOCK),
+                )
+                for entry in state_dict["H"]
+            ]
+        )
+
+    def _batches(self, loader: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        for data in loader:
+            x, y = (data, data[self.dict_key_y]) if isinstance(data, Mapping) else data
+            x = x.to(self._device) if isinstance(x, Tensor) else x
+            yield {"x": x, "y": y}
+
+    def _fitted(self) -> LowRankKron:
+        if self.H is None:
+            raise NotFittedError("call fit(train_loader) or load_state_dict(...) first")
+        return self.H
+
+
+def _oriented(block: KronBlock, flat: Tensor) -> Tensor:
+    """Flattened weights [B, p] in the block's orientation [B, r, d]."""
+    r, d = block.mean.shape
+    return flat.reshape(-1, r, d) if block.side == "A" else flat.reshape(-1, d, r).mT
+
+
+def _flat(block: KronBlock, weights: Tensor) -> Tensor:
+    """The inverse of `_oriented`."""
+    return (weights if block.side == "A" else weights.mT).flatten(1)

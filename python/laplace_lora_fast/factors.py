@@ -1,0 +1,308 @@
+"""Running Kronecker factors C = sum of x x^T: accumulate, merge, and reduce to eigenvalues.
+
+Two kinds hold the same quantity. `DenseFactor` is exact. `SketchFactor` keeps Y = C Omega with a thin Omega, for
+dimensions whose d x d matrix is too large. Both are sums over the data: the order of batches does not matter, and
+factors of disjoint data add up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import laplace_kernels as lk
+from laplace_lora_fast.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """U diag(values) U^T + tail (I - U U^T), a symmetric positive semi-definite matrix on R^d.
+
+    Attributes:
+        values: [k] fp64, descending.
+        vectors: U [d, k] with orthonormal columns, in the factor's accumulation dtype.
+        tail: fp64 scalar, the mean eigenvalue of what `values` leaves out; 0 when k = d or nothing is left out.
+        trace: fp64 scalar, of the matrix this stands for.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    tail: Tensor
+    trace: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def captured(self) -> float:
+        """Fraction of the trace in `values` (1 for a zero matrix)."""
+        return float(self.values.sum() / self.trace) if self.trace > 0 else 1.0
+
+    def dense(self) -> Tensor:
+        """The matrix [d, d]."""
+        u = self.vectors.double()
+        matrix = (u * (self.values - self.tail)) @ u.mT
+        matrix.diagonal().add_(self.tail)
+        return matrix.to(self.vectors.dtype)
+
+    def scaled(self, factor: float | Tensor) -> Spectrum:
+        """The spectrum of `factor` times the matrix."""
+        return Spectrum(self.values * factor, self.vectors, self.tail * factor, self.trace * factor)
+
+
+class Factor(ABC):
+    """A running C = sum of x x^T.
+
+    Rows that come a few at a time wait in a list, so that the accumulator is read and written once per many rows.
+    While fewer than `capacity` rows have come it is not even allocated: the rows themselves are an exact factor.
+
+    Args:
+        dim: d.
+        dtype: of the accumulator, fp32 or fp64.
+        device: where it lives.
+        capacity: number of rows that may wait.
+    """
+
+    kind: str
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        self.dim, self.dtype, self.device = dim, dtype, device
+        self._capacity = capacity
+        self._waiting: list[Tensor] = []
+        self._n_waiting = 0
+
+    def add_tokens(self, x: Tensor, mask: Tensor | None) -> None:
+        """Adds the rows of x [..., d] whose mask [...] is True; x is read now and not kept."""
+        self._accumulate(x.reshape(-1, self.dim), None if mask is None else mask.reshape(-1))
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Adds rows [n, d] in the accumulation dtype; takes ownership of them."""
+        self._waiting.append(rows)
+        self._n_waiting += len(rows)
+        if self._n_waiting > self._capacity:
+            self._flush()
+
+    def merge(self, other: Factor) -> None:
+        """Adds a factor of the same kind over other data."""
+        if type(other) is not type(self) or other.dim != self.dim:
+            raise NumericalError(f"cannot merge a {other.kind} factor of dimension {other.dim} into this one")
+        self._merge(other)
+        for rows in other._waiting:
+            self.add_rows(rows)
+
+    def is_finite(self) -> bool:
+        """False if any row was NaN or infinite, or the sum overflowed."""
+        return all(bool(part.isfinite().all()) for part in (*self._waiting, *self._accumulated()))
+
+    def quadratic(self, basis: Tensor) -> Tensor:
+        """basis^T C basis [r, r] in fp64, exactly (a sketch: for the columns it was made exact on)."""
+        basis = basis.double()
+        if not self._accumulated():
+            image = self._rows().double() @ basis
+            return image.mT @ image
+        self._flush()
+        return self._quadratic(basis)
+
+    def spectrum(self, rank: int | None) -> Spectrum:
+        """The `rank` leading eigenpairs and the tail, computed in fp64; None for the kind's default."""
+        if not self._accumulated():
+            return _spectrum_of_rows(self._rows(), rank)
+        self._flush()
+        return self._spectrum(rank)
+
+    def _rows(self) -> Tensor:
+        if len(self._waiting) != 1:
+            empty = torch.zeros(0, self.dim, dtype=self.dtype, device=self.device)
+            self._waiting = [torch.cat([empty, *self._waiting])]
+        return self._waiting[0]
+
+    def _flush(self) -> None:
+        if self._n_waiting:
+            self._accumulate(self._rows(), None)
+        self._waiting, self._n_waiting = [], 0
+
+    @abstractmethod
+    def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
+        """Adds rows [T, d] to the accumulator, allocating it on first use."""
+
+    @abstractmethod
+    def _accumulated(self) -> tuple[Tensor, ...]:
+        """The accumulator's tensors; empty while it is not allocated."""
+
+    @abstractmethod
+    def _merge(self, other: Factor) -> None:
+        """Adds the accumulator of another factor of this class."""
+
+    @abstractmethod
+    def _quadratic(self, basis: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _spectrum(self, rank: int | None) -> Spectrum: ...
+
+
+class DenseFactor(Factor):
+    """C [d, d] itself, exact. By default its spectrum is complete."""
+
+    kind = "dense"
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(
+            dim, dtype, device, capacity=dim // 2
+        )  # beyond, an SVD of the rows costs more than C
+        self._lower: Tensor | None = None
+
+    def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
+        if self._lower is None:
+            self._lower = torch.zeros(self.dim, self.dim, dtype=self.dtype, device=self.device)
+        lk.gram_(self._lower, rows, mask)
+
+    def _accumulated(self) -> tuple[Tensor, ...]:
+        return () if self._lower is None else (self._lower.tril(),)
+
+    def _merge(self, other: Factor) -> None:
+        assert isinstance(other, DenseFactor)
+        if self._lower is None or other._lower is None:
+            self._lower = other._lower if self._lower is None else self._lower
+        else:
+            self._lower += other._lower
+
+    def _matrix(self) -> Tensor:
+        assert self._lower is not None
+        return lk.mirror_(self._lower).double()
+
+    def _quadratic(self, basis: Tensor) -> Tensor:
+        return basis.mT @ (self._matrix() @ basis)
+
+    def _spectrum(self, rank: int | None) -> Spectrum:
+        matrix = self._matrix()
+        values, vectors = torch.linalg.eigh(matrix)
+        return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), matrix.trace(), rank, self.dtype)
+
+
+class SketchFactor(Factor):
+    """Y = C Omega [d, m], recovered by the Nystrom approximation (Tropp, Yurtsever, Udell, Cevher 2017).
+
+    Omega = [leading directions of the first rows | random orthonormal | exact], where `exact` are columns on which
+    quadratic forms must stay exact (A^T or B). The first part is up to half of the first two.
+
+    Args:
+        size: number of columns of Omega besides the exact ones. A quarter of it is the spectrum's default rank.
+        exact: [d, e].
+        dtype: of Y.
+        seed: of the random columns.
+    """
+
+    kind = "sketch"
+
+    def __init__(self, size: int, exact: Tensor, dtype: torch.dtype, seed: int) -> None:
+        dim = exact.shape[0]
+        self._size = min(size, dim)
+        super().__init__(dim, dtype, exact.device, capacity=self._size)
+        self._exact = exact.to(dtype)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sketch: tuple[Tensor, Tensor] | None = None  # Omega, Y
+        self._trace = torch.zeros((), dtype=torch.float64, device=exact.device)
+
+    def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
+        if self._sketch is None:
+            omega = self._start(rows, mask)
+            self._sketch = omega, torch.zeros_like(omega)
+        omega, sketch = self._sketch
+        lk.gram_sketch_(sketch, rows, omega, mask)
+        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
+        self._trace += (norms if mask is None else norms.where(mask, 0)).sum(dtype=torch.float64)
+
+    def _accumulated(self) -> tuple[Tensor, ...]:
+        return () if self._sketch is None else (self._sketch[1], self._trace)
+
+    def _merge(self, other: Factor) -> None:
+        assert isinstance(other, SketchFactor)
+        if self._sketch is None or other._sketch is None:
+            self._sketch = other._sketch if self._sketch is None else self._sketch
+        elif torch.equal(self._sketch[0], other._sketch[0]):
+            self._sketch[1].add_(other._sketch[1])
+        else:
+            raise NumericalError(
+                "sketches with different Omega do not add up: share the first one's before the data"
+            )
+        self._trace += other._trace
+
+    def _quadratic(self, basis: Tensor) -> Tensor:
+        omega, sketch = self._whitened()
+        form = basis.mT @ (sketch @ (omega.mT @ basis))  # the basis lies in the span of Omega
+        return (form + form.mT) / 2
+
+    def _spectrum(self, rank: int | None) -> Spectrum:
+        omega, sketch = self._whitened()
+        # Rounding makes Omega^T C Omega indefinite at the accumulation precision: shift it there, and back at the end.
+        shift = torch.finfo(self.dtype).eps * torch.linalg.matrix_norm(sketch)
+        sketch = sketch + shift * omega
+        core = omega.mT @ sketch
+        weights, basis = torch.linalg.eigh((core + core.mT) / 2)
+        root = (sketch @ basis) / weights.clamp_min(shift).sqrt()  # C ~ root root^T
+        vectors, sigma, _ = torch.linalg.svd(root, full_matrices=False)
+        values = (sigma.square() - shift).clamp_min(0)
+        rank = max(1, self._size // 4) if rank is None else min(rank, self._size)
+        return _truncated(values, vectors, self._trace, rank, self.dtype)
+
+    def _start(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Omega [d, m], half of it warm-started from the first rows."""
+        rows = rows.to(self.dtype)
+        if mask is not None:
+            rows = rows.where(mask[:, None], 0)
+        rows = rows.nan_to_num(0, 0, 0)  # `is_finite` tells on them later
+        rows = rows / rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)  # only directions matter here
+        warm = min(self._size // 2, len(rows))
+        probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
+        span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration
+        leading = span @ torch.linalg.svd(rows @ span, full_matrices=False).Vh.mT
+        columns = torch.cat([leading[:, :warm], self._noise(rows, self.dim, self._size - warm)], 1)
+        return torch.cat([torch.linalg.qr(columns).Q, self._exact], 1)
+
+    def _noise(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64).to(like)
+
+    def _whitened(self) -> tuple[Tensor, Tensor]:
+        """(Omega W, Y W) in fp64 with Omega W orthonormal; dependent columns (a zero B, say) drop out."""
+        assert self._sketch is not None
+        omega, sketch = (part.double() for part in self._sketch)
+        norms = omega.norm(dim=0).clamp_min(torch.finfo(omega.dtype).tiny)
+        _, sigma, right = torch.linalg.svd(omega / norms, full_matrices=False)
+        keep = sigma > 1e-6 * sigma[0]
+        whitener = (right[keep] / sigma[keep, None]).mT / norms[:, None]
+        return omega @ whitener, sketch @ whitener
+
+
+def _spectrum_of_rows(rows: Tensor, rank: int | None) -> Spectrum:
+    """Of rows^T rows by a thin SVD in fp64."""
+    _, sigma, vectors = torch.linalg.svd(rows.double(), full_matrices=False)
+    values = sigma.square()
+    if len(values):
+        noise = values[0] * torch.finfo(torch.float64).eps * max(rows.shape)
+        kept = int((values > noise).sum())
+        values, vectors = values[:kept], vectors[:kept]
+    return _truncated(values, vectors.mT, values.sum(), rank, rows.dtype)
+
+
+def _truncated(
+    values: Tensor, vectors: Tensor, trace: Tensor, rank: int | None, dtype: torch.dtype
+) -> Spectrum:
+    dim = vectors.shape[0]
+    rank = len(values) if rank is None else min(rank, len(values))
+    values = values[:rank].contiguous()
+    left_out = (trace - values.sum()).clamp_min(0)
+    noise = torch.finfo(dtype).eps * trace
+    tail = (
+        torch.where(left_out > noise, left_out, 0) / max(dim - rank, 1)
+        if rank < dim
+        else torch.zeros_like(trace)
+    )
+    return Spectrum(values, vectors[:, :rank].to(dtype).contiguous(), tail, trace)

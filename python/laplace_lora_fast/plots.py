@@ -1,0 +1,191 @@
+"""Reliability diagrams and confidence histograms, one row of panels per data set, one column per method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from laplace_lora_fast.evaluate import ECE_BINS, Predictions
+
+Grid = Mapping[str, Mapping[str, Predictions]]  # data set -> method -> predictions
+
+# Okabe and Ito's colours, told apart with every common kind of colour vision.
+_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#5F5F5F"
+_PANEL_INCHES = 2.7
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predictions grouped by confidence into equal bins of [0, 1]; empty bins are left out.
+
+    Attributes:
+        confidence: Mean confidence of each bin, [B].
+        accuracy: Share of correct predictions in each bin, [B].
+        count: Number of predictions in each bin, [B].
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    count: Tensor
+
+
+def bin_by_confidence(predictions: Predictions) -> Bins:
+    """Groups predictions into the 15 bins of the calibration error.
+
+    Args:
+        predictions: At least one.
+    """
+    index = (predictions.confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    count = torch.bincount(index, minlength=ECE_BINS)
+    confidence = torch.bincount(index, predictions.confidence, minlength=ECE_BINS)
+    correct = torch.bincount(index, predictions.correct.double(), minlength=ECE_BINS)
+    some = count > 0
+    return Bins(confidence[some] / count[some], correct[some] / count[some], count[some])
+
+
+def reliability_diagram(grid: Grid, path: str | Path) -> None:
+    """Draws accuracy against confidence: points below the diagonal are over-confident.
+
+    A point is a bin of confidence; its area shows how many predictions fell there, its bar is the 95 % Wilson
+    interval of the accuracy.
+
+    Args:
+        grid: Data set -> method -> predictions. All rows have the same methods.
+        path: PNG to write.
+
+    Raises:
+        ValueError: The grid is empty or its rows differ in their methods.
+    """
+    figure, axes = _panels(grid, "confidence", "accuracy")
+    for ax, predictions in axes:
+        lowest = 1 / predictions.probs.shape[1]
+        bins = bin_by_confidence(predictions)
+        low, high = wilson_interval(bins.accuracy, bins.count)
+        ax.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, zorder=1)
+        ax.vlines(bins.confidence, bins.accuracy, bins.confidence, color=_VERMILION, linewidth=5, alpha=0.35)
+        ax.vlines(bins.confidence, low, high, color=_BLUE, linewidth=1.2)
+        area = 12 + 300 * bins.count / bins.count.sum()
+        ax.scatter(bins.confidence, bins.accuracy, area, _BLUE, edgecolor="white", clip_on=False, zorder=3)
+        scores = predictions.metrics()
+        ax.set_title(f"ECE {scores.ece:.3f}   NLL {scores.nll:.3f}", fontsize=9, color=_GREY)
+        margin = 0.04 * (1 - lowest)
+        ax.set(xlim=(lowest - margin, 1 + margin), ylim=(-0.04, 1.04))
+    _key(
+        figure,
+        [
+            Line2D(
+                [],
+                [],
+                color=_BLUE,
+                marker="o",
+                label="accuracy in a bin, 95 % interval (area: share of predictions)",
+            ),
+            Patch(color=_VERMILION, alpha=0.35, label="gap to the diagonal"),
+        ],
+    )
+    figure.savefig(path, dpi=150)
+
+
+def confidence_histogram(grid: Grid, path: str | Path) -> None:
+    """Draws how confidence is spread over correct and wrong predictions, with its mean beside the accuracy.
+
+    Args:
+        grid: Data set -> method -> predictions. All rows have the same methods.
+        path: PNG to write.
+
+    Raises:
+        ValueError: The grid is empty or its rows differ in their methods.
+    """
+    figure, axes = _panels(grid, "confidence", "predictions")
+    edges = [i / ECE_BINS for i in range(ECE_BINS + 1)]
+    for ax, predictions in axes:
+        correct, confidence = predictions.correct, predictions.confidence
+        _, _, (_, wrong_bars) = ax.hist(
+            [confidence[correct], confidence[~correct]],
+            bins=edges,
+            stacked=True,
+            color=[_BLUE, _VERMILION],
+            edgecolor="white",
+        )
+        for bar in wrong_bars:  # a second sign besides colour, for grey prints
+            bar.set_hatch("////")
+        mean, accuracy = predictions.confidence.mean().item(), predictions.metrics().accuracy
+        ax.axvline(mean, color="black", linewidth=1.4)
+        ax.axvline(accuracy, color="black", linewidth=1.4, linestyle=":")
+        ax.set_title(f"confidence {mean:.3f}   accuracy {accuracy:.3f}", fontsize=9, color=_GREY)
+        lowest = 1 / predictions.probs.shape[1]
+        ax.set_xlim(math.floor(lowest * ECE_BINS) / ECE_BINS, 1)
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _key(
+        figure,
+        [
+            Patch(color=_BLUE, label="correct"),
+            Patch(facecolor=_VERMILION, edgecolor="white", hatch="////", label="wrong"),
+            Line2D([], [], color="black", label="mean confidence"),
+            Line2D([], [], color="black", linestyle=":", label="accuracy"),
+        ],
+    )
+    figure.savefig(path, dpi=150)
+
+
+def wilson_interval(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Wilson's 95 % interval of a binomial proportion (Wilson 1927).
+
+    Args:
+        share: Observed proportions, [B].
+        count: Trials behind each, [B].
+
+    Returns:
+        Lower and upper ends, [B] each.
+    """
+    n, z2 = count.double(), _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n**2)).sqrt()
+    return centre - half, centre + half
+
+
+def _panels(grid: Grid, x_label: str, y_label: str) -> tuple[Figure, list[tuple[Any, Predictions]]]:
+    """A figure with labelled panels, and each panel's axes with its predictions."""
+    rows = list(grid.values())
+    methods = list(rows[0]) if rows else []
+    if not methods or any(list(row) != methods for row in rows):
+        raise ValueError(
+            "a plot needs at least one data set and one method, and the same methods in every row"
+        )
+    size = (_PANEL_INCHES * len(methods) + 0.6, _PANEL_INCHES * len(rows) + 0.7)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), len(methods), squeeze=False, sharex=True, sharey="row")
+    panels = []
+    for (name, row), line in zip(grid.items(), axes, strict=True):
+        line[0].set_ylabel(f"{name} (n = {len(row[methods[0]].labels)})\n{y_label}")
+        for method, ax in zip(methods, line, strict=True):
+            ax.spines[["top", "right"]].set_visible(False)
+            panels.append((ax, row[method]))
+    for method, top, bottom in zip(methods, axes[0], axes[-1], strict=True):
+        top.annotate(
+            method,
+            (0.5, 1),
+            (0, 20),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
+        )
+        bottom.set_xlabel(x_label)
+    return figure, panels
+
+
+def _key(figure: Figure, handles: list[Any]) -> None:
+    """A legend below all panels."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

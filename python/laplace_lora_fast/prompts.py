@@ -1,0 +1,156 @@
+"""Prompts with worded or lettered answers: rows on disk, answer tokens, padded batches, model loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import InvalidBatchError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, its possible answers, and which one is right.
+
+    Attributes:
+        prompt: Text up to, without, the space before the answer.
+        choices: The answers, each one token when written after the prompt and a space.
+        label: Index of the right one.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def read_rows(path: str | Path) -> list[PromptRow]:
+    """Reads a JSON-lines file of `{"prompt": str, "choices": [str, ...], "label": int}`.
+
+    Args:
+        path: The file. Empty lines are skipped.
+
+    Raises:
+        InvalidBatchError: The file is missing, empty, or a line is wrong; names the line and the field.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: not UTF-8") from error
+    rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise InvalidBatchError(f"{path}: holds no rows")
+    for row in rows:
+        if row.choices != rows[0].choices:
+            raise InvalidBatchError(
+                f"{path}: all rows must have the same 'choices', found {list(rows[0].choices)} and {list(row.choices)}"
+            )
+    return rows
+
+
+def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
+    """The token of each choice where it follows the prompt and a space.
+
+    Args:
+        tokenizer: Of the model.
+        rows: All with the same choices.
+
+    Raises:
+        InvalidBatchError: A choice is not a single token there, or two are the same token.
+    """
+    stem = tokenizer(rows[0].prompt)["input_ids"]
+    ids = []
+    for choice in rows[0].choices:
+        whole = tokenizer(f"{rows[0].prompt} {choice}")["input_ids"]
+        if whole[:-1] != stem:
+            raise InvalidBatchError(
+                f"choice {choice!r} is not one token after a prompt ending in {rows[0].prompt[-20:]!r} and a space: "
+                "use letters, or words the tokenizer knows, and end prompts without a space"
+            )
+        ids.append(int(whole[-1]))
+    if len(set(ids)) < len(ids):
+        raise InvalidBatchError(f"choices {list(rows[0].choices)} share a token: {ids}")
+    return ids
+
+
+def make_batches(tokenizer: Any, rows: Iterable[PromptRow], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches sorted by length, so that little is padding.
+
+    Args:
+        tokenizer: Of the model.
+        rows: Examples.
+        batch_size: Examples in a batch; the last may have fewer.
+
+    Returns:
+        Dicts of `input_ids` [N, T] and `attention_mask` [N, T], padded on the left, and `labels` [N], int64.
+    """
+    encoded = sorted(
+        ((tokenizer(row.prompt)["input_ids"], row.label) for row in rows), key=lambda e: len(e[0])
+    )
+    return [_pad(encoded[start : start + batch_size]) for start in range(0, len(encoded), batch_size)]
+
+
+def load_causal_lm(
+    source: str, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        source: A folder, a hub name, or a .gguf file.
+        device: Where the model goes.
+        dtype: Of the weights; "auto" is that of the checkpoint.
+
+    Returns:
+        Model in evaluation mode, and tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {}
+    if source.endswith(".gguf"):
+        source, options["gguf_file"] = str(Path(source).parent), Path(source).name
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return model.to(device).eval(), tokenizer
+
+
+def _pad(encoded: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+    length = max(len(ids) for ids, _ in encoded)
+    pads = [length - len(ids) for ids, _ in encoded]
+    return {
+        "input_ids": torch.tensor([[0] * pad + ids for pad, (ids, _) in zip(pads, encoded, strict=True)]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads]),
+        "labels": torch.tensor([label for _, label in encoded]),
+    }
+
+
+def _parse(line: str, where: str) -> PromptRow:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidBatchError(f"{where}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidBatchError(f"{where}: expected an object with 'prompt', 'choices' and 'label'")
+    for name in ("prompt", "choices", "label"):
+        if name not in fields:
+            raise InvalidBatchError(f"{where}: field {name!r} is missing")
+    prompt, choices, label = fields["prompt"], fields["choices"], fields["label"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InvalidBatchError(f"{where}: field 'prompt' must be a non-empty string")
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c for c in choices)
+    ):
+        raise InvalidBatchError(f"{where}: field 'choices' must be a list of at least two non-empty strings")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        raise InvalidBatchError(
+            f"{where}: field 'label' must be an integer in [0, {len(choices)}), got {label!r}"
+        )
+    return PromptRow(prompt, tuple(choices), label)

@@ -1,0 +1,464 @@
+"""Finds the LoRA layers of a model and taps their (input, output-gradient) streams. The only file that imports peft.
+
+A LoRA layer computes y = W0 x + s B A x. With g = dL/dy, everything a Kronecker-factored curvature of A and B needs
+follows from the two streams x and g at the layer itself:
+
+    input of lora_B            z   = A x
+    gradient at lora_B output  g_B = s g
+    gradient at lora_A output  g_A = s B^T g
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.heads import Head, Inputs, device_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """One LoRA layer with its active adapter.
+
+    Attributes:
+        name: the layer's name in `model.named_modules()`.
+        module: the LoRA layer.
+        adapter: name of the active adapter.
+        scaling: s, alpha / r (or alpha / sqrt(r) for rsLoRA).
+        rows: [C] indices of the output features that carry gradient, or None for all of them. Set for an adapted
+            language-model head with answer tokens: only the answers' rows of lora_B see the data.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: str
+    scaling: float
+    rows: Tensor | None = None
+
+    @property
+    def A(self) -> Tensor:
+        """lora_A's weight [r, d_in], detached."""
+        weight: Tensor = self.module.lora_A[self.adapter].weight  # type: ignore[union-attr, index]
+        return weight.detach()
+
+    @property
+    def B(self) -> Tensor:
+        """lora_B's weight [d_out, r], detached, restricted to `rows`."""
+        weight: Tensor = self.module.lora_B[self.adapter].weight.detach()  # type: ignore[union-attr, index]
+        return weight if self.rows is None else weight[self.rows.to(weight.device)]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return int(self.B.shape[0]) if self.rows is None else len(self.rows)
+
+    def check(self) -> None:
+        """Raises UnsupportedAdapterError if the adapter has been switched, merged or disabled since."""
+        active = _active_adapter(self.name, self.module)  # type: ignore[arg-type]
+        if active != self.adapter:
+            raise UnsupportedAdapterError(
+                f"layer {self.name!r} has adapter {active!r} active, expected {self.adapter!r}: call model.set_adapter"
+            )
+        _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
+
+    def weight_name(self, side: str) -> str:
+        """Name of the weight of `side` ("A" or "B") in `model.named_parameters()`."""
+        return f"{self.name}.lora_{side}.{self.adapter}.weight"
+
+
+def find_sites(model: nn.Module, head: Head) -> list[Site]:
+    """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
+
+    Args:
+        model: a PEFT model.
+        head: says whether the language-model head is restricted to answer tokens.
+
+    Raises:
+        UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
+            (DoRA and other variants, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
+    """
+    sites = []
+    for name, module in model.named_modules():
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        adapter = _active_adapter(name, module)
+        if adapter is not None:
+            _refuse_unsupported(name, module, adapter)
+            rows = head.answer_token_ids if module is head.output_layer else None
+            sites.append(Site(name, module, adapter, float(module.scaling[adapter]), rows))
+    if not sites:
+        raise UnsupportedAdapterError(
+            "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
+        )
+    return sites
+
+
+def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
+    here = {*module.lora_A, *module.lora_embedding_A}
+    active = [adapter for adapter in module.active_adapters if adapter in here]
+    if len(active) > 1:
+        raise UnsupportedAdapterError(
+            f"layer {name!r} mixes the adapters {active}: activate one with model.set_adapter(...)"
+        )
+    return active[0] if active else None
+
+
+def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None:
+    kind = type(module).__name__
+    if module.merged:
+        raise UnsupportedAdapterError(
+            f"layer {name!r} has its adapter merged: call model.unmerge_adapter() first"
+        )
+    if module.disable_adapters:
+        raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
+    if module.use_dora.get(adapter, False) or adapter in module.lora_variant:
+        dora = module.use_dora.get(adapter, False)
+        what = "DoRA" if dora else type(module.lora_variant[adapter]).__name__.removesuffix("Variant")
+        raise UnsupportedAdapterError(
+            f"layer {name!r} uses a LoRA variant ({what}): only plain LoRA is supported"
+        )
+    linear = adapter in module.lora_A and all(
+        isinstance(weights[adapter], nn.Linear) for weights in (module.lora_A, module.lora_B)
+    )
+    if not linear or isinstance(module, lora.MultiheadAttention | lora.ParamWrapper):
+        raise UnsupportedAdapterError(
+            f"layer {name!r} is LoRA on a {kind} layer: only linear layers are supported; exclude it in LoraConfig"
+        )
+
+
+def parameters_left_alone(model: nn.Module, sites: list[Site]) -> list[str]:
+    """Names of trained parameters that are not LoRA weights (`modules_to_save`, biases): they stay at their MAP."""
+    treated = {site.weight_name(side) for site in sites for side in "AB"}
+    saved = tuple(
+        f"{name}.modules_to_save.{sites[0].adapter}."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name not in treated and (parameter.requires_grad or name.startswith(saved))
+    ]
+
+
+def read_adapter(
+    source: str | PathLike[str] | Mapping[str, Tensor], sites: list[Site]
+) -> list[tuple[Tensor, Tensor]]:
+    """Reads the (A, B) weights of every site from a PEFT adapter folder or a state dict.
+
+    Args:
+        source: an adapter folder as `save_pretrained` writes it, or a state dict whose keys are parameter names with
+            or without the adapter's name in them.
+        sites: the layers to look up.
+
+    Raises:
+        UnsupportedAdapterError: a weight is missing or has another shape; names the layer.
+    """
+    state = source if isinstance(source, Mapping) else load_peft_weights(str(source), device="cpu")
+    weights = []
+    for site in sites:
+        pair = []
+        for side, shape in (("A", site.A.shape), ("B", site.module.lora_B[site.adapter].weight.shape)):  # type: ignore[union-attr, index]
+            name = site.weight_name(side)
+            value = state.get(name, state.get(name.replace(f".{site.adapter}.weight", ".weight")))
+            if value is None or value.shape != shape:
+                found = "no weight" if value is None else f"shape {tuple(value.shape)}"
+                raise UnsupportedAdapterError(
+                    f"adapter state has {found} for {name!r}, expected {tuple(shape)}"
+                )
+            pair.append(value if side == "A" or site.rows is None else value[site.rows.to(value.device)])
+        weights.append((pair[0], pair[1]))
+    return weights
+
+
+class Tapped(Protocol):
+    """A layer whose streams can be tapped: `Site`, or a layer without LoRA."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name in `model.named_modules()`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer: its first argument is x, its output is y."""
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Indices of the output features that carry gradient, or None for all of them."""
+
+    def check(self) -> None:
+        """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
+
+
+class Observer(Protocol):
+    """What listens to a tap. Called without autograd and autocast; `mask` is None where every token is real."""
+
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        """Input x [N, T, d_in] of every site in `group` (sites fed by one tensor), with its mask [N, T]."""
+
+    def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
+        """Gradient g [N, T, d_out] at the output of `site`, with its mask [N, T]."""
+
+
+class _GraphStart(torch.autograd.Function):
+    """Identity that starts the autograd graph at its input: nothing before it takes part in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        return output.clone()  # a fresh tensor, so that in-place operations behind it stay legal
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Tap:
+    """Forward and backward passes of a model with an observer on its LoRA layers.
+
+    Used as a context manager. Inside, every parameter is frozen and the model is in evaluation mode; on exit, also
+    after an error, training flags, `requires_grad` flags and hooks are as before. The caller's autocast holds for the
+    model's forward pass only, not for what is computed from its outputs.
+
+    Gradient checkpointing never counts anything twice: inputs are observed in the forward phase only (the recomputed
+    forward runs in the backward phase), gradients in the backward phase only.
+
+    Args:
+        model: the model the sites belong to.
+        head: turns a batch into logits.
+        sites: the layers to tap.
+        observer: receives the streams. None: forward passes only, without autograd.
+        groups: for each site the index of the site whose input tensor it shares (itself when it does not); None
+            discovers them in the first forward pass. A later pass that contradicts them is refused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        sites: Sequence[Tapped],
+        observer: Observer | None,
+        groups: list[int] | None = None,
+    ) -> None:
+        self.model, self.head, self.sites, self.observer = model, head, sites, observer
+        self.groups = groups
+        self.reached: set[int] = set()  # sites that saw a gradient
+        self._forward_phase = False
+        self._seen: dict[int, int] = {}
+        self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
+        self._shown: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what was observed -> its site and version
+        self._inputs: Inputs | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Tap:
+        with ExitStack() as stack:
+            stack.enter_context(_evaluation_mode(self.model))
+            stack.enter_context(_frozen(self.model))
+            stack.enter_context(self.head.installed())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(self.observer is not None))
+            self._autocast = _autocast_of_caller(self.model)
+            stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
+            self._anchor = torch.zeros((), requires_grad=True)
+            for index, site in enumerate(self.sites):
+                site.check()
+                if self.observer is None:
+                    continue
+                handle = site.module.register_forward_hook(
+                    self._forward_hook(self.observer, index), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            if self.observer is not None and _checkpoints_reentrantly(
+                self.model
+            ):  # its segments need an input that requires grad
+                embedding = _input_embeddings(self.model)
+                stack.callback(embedding.register_forward_hook(lambda *a: self._start_graph(a[-1])).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Runs the model and shows the observer every distinct input. Returns logits [N, C] with their graph."""
+        self._inputs, self._seen = inputs, {}
+        self._leaders, self._shown = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._forward_phase = True
+        try:
+            with self._autocast:
+                logits = self.head.logits(self.model, inputs)
+        finally:
+            self._forward_phase = False
+        if self.observer is None:
+            return logits
+        for x, (index, version) in self._shown.items():  # what the observer has kept
+            if x._version != version:
+                raise UnsupportedAdapterError(
+                    f"the input of layer {self.sites[index].name!r} is changed in place after the layer ran: "
+                    "exclude the layer in LoraConfig"
+                )
+        if self.groups is None:
+            self.groups = [self._seen.get(index, index) for index in range(len(self.sites))]
+        if not logits.requires_grad:
+            raise UnsupportedAdapterError(
+                "the logits do not depend on any LoRA layer of the active adapter (detached outputs, or gradient "
+                "checkpointing with use_reentrant=True in custom code whose inputs do not require grad)"
+            )
+        return logits
+
+    def backward(self, logits: Tensor, cotangent: Tensor, last: bool) -> None:
+        """Sends `cotangent` [N, C] back from `logits` and shows the observer every gradient.
+
+        Args:
+            logits: what `forward` returned.
+            cotangent: dL/dlogits; row n only reaches example n.
+            last: frees the graph behind this pass.
+        """
+        torch.autograd.backward(logits, cotangent.to(logits.dtype), retain_graph=not last)
+
+    def _forward_hook(self, observer: Observer, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if self._forward_phase:
+                x = args[0] if args else next(iter(kwargs.values()))
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    self._observe_input(observer, index, x)
+            if (
+                not torch.is_grad_enabled()
+            ):  # first run of a reentrant checkpoint segment: its rerun has the graph
+                return output
+            if not output.requires_grad:
+                output = self._start_graph(output)
+            output.register_hook(lambda g: self._observe_gradient(observer, index, g))
+            return output
+
+        return hook
+
+    def _start_graph(self, output: Tensor) -> Tensor:
+        if output.requires_grad or not torch.is_grad_enabled():
+            return output
+        started: Tensor = _GraphStart.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+        return started
+
+    def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
+        site = self.sites[index]
+        if index in self._seen:
+            raise UnsupportedAdapterError(
+                f"layer {site.name!r} ran twice in one forward pass: exclude shared layers"
+            )
+        leader = self._leaders.setdefault(x, index)
+        if self.groups is not None and leader != self.groups[index]:
+            if self.groups[index] != index:
+                raise InvalidBatchError(
+                    f"layer {site.name!r} no longer shares its input with the layers it did before"
+                )
+            leader = index  # shared now, apart in the first batch: it has its own factor
+        self._seen[index] = leader
+        if leader == index:
+            tokens, mask = self._tokens(site, x.detach())
+            self._shown[tokens] = index, tokens._version
+            observer.observe_input(index, tokens, mask)
+
+    @torch.no_grad()
+    def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
+        site = self.sites[index]
+        with torch.autocast(g.device.type, enabled=False):
+            g, mask = self._tokens(site, g)
+            if site.rows is not None:
+                g = g.index_select(-1, site.rows.to(g.device))
+            self.reached.add(index)
+            observer.observe_gradient(index, g, mask)
+
+    def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Views a stream as [N, T, d] and finds its mask [N, T]."""
+        inputs = self._inputs
+        assert inputs is not None
+        n, length = inputs.batch_size, inputs.length
+        if x.dim() == 2 and x.shape[0] == n:  # pooled: one row an example
+            return x[:, None], None
+        if x.dim() == 2 and length is not None and x.shape[0] == n * length:
+            x = x.view(n, length, -1)
+        if x.dim() >= 3 and x.shape[0] == n:
+            if length is None:
+                return x.flatten(1, -2), None
+            if x.dim() == 3 and x.shape[1] == length:
+                return x, inputs.mask
+            if (
+                site.module is self.head.output_layer and x.shape[1] == 1
+            ):  # the head gathered the last real position
+                return x, None
+        raise InvalidBatchError(
+            f"layer {site.name!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
+            f"{length}: its tokens cannot be matched with the attention mask; exclude the layer in LoraConfig"
+        )
+
+
+def _checkpointing_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module:
+    """Of the outermost module that knows them: `model` may be a plain wrapper."""
+    owner = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
+    embedding: nn.Module = owner.get_input_embeddings()  # type: ignore[operator]
+    return embedding
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointing_layers(model)
+    )
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
+
+def _autocast_of_caller(model: nn.Module) -> torch.autocast:
+    kind = device_of(model).type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+def _has_own_dropout(module: nn.Module) -> bool:
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, except that transformers' checkpointed layers keep the flag that makes them checkpoint."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for layer in _checkpointing_layers(model):
+            layer.training = not _has_own_dropout(layer)
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad: the backward pass computes no weight gradient."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

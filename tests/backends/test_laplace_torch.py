@@ -1,0 +1,226 @@
+"""laplace-torch's backends against curvlinops and against torch.func."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracle, tiny
+from tests.backends import batched
+from tests.oracle import assert_close
+
+pytest.importorskip("laplace", reason="needs laplace-torch")
+pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch")
+
+from laplace import Laplace
+from laplace.curvature import CurvatureInterface, CurvlinopsEF, CurvlinopsGGN, EFInterface, GGNInterface
+from laplace.utils import Kron
+
+from laplace_lora_fast.backends.laplace_torch import FastEF, FastGGN
+from laplace_lora_fast.errors import UnsupportedAdapterError
+
+PAIRS = [(FastGGN, CurvlinopsGGN), (FastEF, CurvlinopsEF)]
+MODES = ["expand", "reduce"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fp64():
+    """Curvlinops makes tensors of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def unpadded(n: int = 6) -> tiny.Batch:
+    return tiny.batch(n, length=5, padding=None, seed=4)
+
+
+def points(n: int = 7, outputs: int = 3, regression: bool = False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 5, generator=generator)
+    y = torch.randn(n, outputs, generator=generator) if regression else torch.arange(n) % outputs
+    return x, y
+
+
+def assert_same_factors(found: Kron, expected: Kron, relative: float = 1e-6) -> None:
+    assert [len(f) for f in found.kfacs] == [len(f) for f in expected.kfacs]
+    for ours, theirs in zip(found.kfacs, expected.kfacs, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b, relative)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_factors_are_curvlinops_without_padding(ours, theirs, mode: str) -> None:
+    model, data = batched.decoder(targets=("q_proj", "v_proj", "down_proj")), unpadded()
+    loss, kron = ours(model, "classification").kron(data, data["labels"], 20, kfac_approx=mode)
+    expected_loss, expected = theirs(model, "classification").kron(data, data["labels"], 20, kfac_approx=mode)
+    assert_close(loss, expected_loss, 1e-12)
+    assert_same_factors(kron, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_padded_examples_count_as_curvlinops_counts_them_alone(ours, theirs, mode: str) -> None:
+    model, data = batched.decoder(), tiny.batch(6, length=7, seed=4)
+    alone = [
+        theirs(model, "classification").kron(single, single["labels"], 6, kfac_approx=mode)[1]
+        for single in oracle.examples(data)
+    ]
+    expected = sum(alone[1:], start=alone[0])
+    parts = [
+        ours(model, "classification", kfac_approx=mode).kron(part, part["labels"], 6)[1]
+        for part in tiny.split(data, 4)
+    ]
+    assert_same_factors(sum(parts[1:], start=parts[0]), expected)
+    right = tiny.repad(data, "right", 9)
+    assert_same_factors(ours(model, "classification").kron(right, right["labels"], 6, mode)[1], expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_counts_no_input_twice(reentrant: bool) -> None:
+    model, data = batched.decoder(), unpadded()
+    _, expected = FastGGN(model, "classification").kron(data, data["labels"], 6)
+    model.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    _, kron = FastGGN(model, "classification").kron(data, data["labels"], 6)
+    assert model.training
+    assert_same_factors(kron, expected, 1e-9)
+    if not reentrant:
+        _, wrong = CurvlinopsGGN(model, "classification").kron(data, data["labels"], 6)
+        assert_close(
+            wrong.kfacs[0][1], 4 * expected.kfacs[0][1], 1e-6
+        )  # again with each of 3 backward passes
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_a_network_with_biases(ours, theirs) -> None:
+    model, (x, y) = batched.network(), points()
+    _, kron = ours(model, "classification").kron(x, y, 7)
+    assert_same_factors(kron, theirs(model, "classification").kron(x, y, 7)[1])
+
+
+def test_regression_is_curvlinops_up_to_a_constant_between_the_factors() -> None:
+    model, (x, y) = batched.network(2), points(outputs=2, regression=True)
+    loss, kron = FastGGN(model, "regression").kron(x, y, 7)
+    expected_loss, expected = CurvlinopsGGN(model, "regression").kron(x, y, 7)
+    assert_close(loss, expected_loss, 1e-12)
+    assert_close(kron.to_matrix(), expected.to_matrix(), 1e-6)
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_jacobians_gradients_full_and_diag_are_torch_funcs(likelihood: str) -> None:
+    model, (x, y) = batched.network(), points(regression=likelihood == "regression")
+    ggn, reference = FastGGN(model, likelihood), GGNInterface(model, likelihood)
+    for method in ("jacobians", "full", "diag", "gradients"):
+        arguments = (x,) if method == "jacobians" else (x, y)
+        for found, expected in zip(
+            getattr(ggn, method)(*arguments), getattr(reference, method)(*arguments), strict=True
+        ):
+            assert_close(found, expected, 1e-10)
+    outputs = torch.tensor([[0, 2], [1, 1]] * 3 + [[2, 0]])
+    for found, expected in zip(
+        ggn.selected_output_jacobians(x, outputs),
+        reference.selected_output_jacobians(x, outputs),
+        strict=True,
+    ):
+        assert_close(found, expected, 1e-10)
+
+
+def test_a_decoders_jacobians_full_and_diag_do_not_see_pads() -> None:
+    model, data = batched.decoder(), tiny.batch(5, length=6, seed=2)
+    jacobians, f = FastGGN(model, "classification").jacobians(data)
+    alone = [CurvatureInterface(model, "classification").jacobians(s) for s in oracle.examples(data)]
+    assert_close(jacobians, torch.cat([j for j, _ in alone]), 1e-6)
+    assert_close(f, torch.cat([f for _, f in alone]), 1e-6)
+    _, full = FastGGN(model, "classification").full(data, data["labels"])
+    _, diag = FastGGN(model, "classification").diag(data, data["labels"])
+    hessians = torch.stack([oracle.softmax_hessian(row) for row in f])
+    assert_close(full, torch.einsum("ncp,nck,nkq->pq", jacobians, hessians, jacobians), 1e-10)
+    assert_close(diag, full.diagonal(), 1e-10)
+
+
+def test_empirical_fisher() -> None:
+    """Regression: laplace-torch's is twice the empirical Fisher of its own likelihood."""
+    model, (x, y) = batched.network(), points()
+    for method in ("full", "diag"):
+        found = getattr(FastEF(model, "classification"), method)(x, y)[1]
+        assert_close(found, getattr(EFInterface(model, "classification"), method)(x, y)[1], 1e-10)
+    y = points(regression=True)[1]
+    jacobians, f = FastEF(model, "regression").jacobians(x)
+    gradients = torch.einsum("nc,ncp->np", f - y, jacobians)
+    _, full = FastEF(model, "regression").full(x, y)
+    assert_close(full, gradients.mT @ gradients, 1e-10)
+    assert_close(EFInterface(model, "regression").full(x, y)[1], 2 * full, 1e-10)
+
+
+def test_sampled_fisher_converges_and_is_fresh_per_batch() -> None:
+    model, (x, y) = batched.network(), points()
+    exact = FastGGN(model, "classification").full(x, y)[1]
+    sampled = FastGGN(model, "classification", stochastic=True, num_samples=4000)
+    assert (sampled.full(x, y)[1] - exact).norm() / exact.norm() < 0.05
+    once = FastGGN(model, "classification", stochastic=True)
+    assert not torch.allclose(once.kron(x, y, 7)[1].kfacs[0][0], once.kron(x, y, 7)[1].kfacs[0][0])
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_last_layer(structure: str) -> None:
+    model, (x, y) = batched.network(), points()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    found, expected = (
+        Laplace(model, "classification", "last_layer", structure, prior_precision=0.7, backend=backend)
+        for backend in (FastGGN, CurvlinopsGGN)
+    )
+    for la in (found, expected):
+        la.fit(loader)
+    assert_close(found.log_marginal_likelihood(), expected.log_marginal_likelihood(), 1e-6)
+    assert_close(found(x), expected(x), 1e-6)
+
+
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_subnetwork(structure: str) -> None:
+    model, (x, y) = batched.network(), points()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    chosen = torch.tensor([0, 3, 17, 30, 40])
+    found, expected = (
+        Laplace(model, "classification", "subnetwork", structure, subnetwork_indices=chosen, backend=backend)
+        for backend in (FastGGN, CurvlinopsGGN)
+    )
+    for la in (found, expected):
+        la.fit(loader)
+    assert_close(found.log_marginal_likelihood(), expected.log_marginal_likelihood(), 1e-6)
+    assert_close(found(x), expected(x), 1e-6)
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_laplace_of_a_decoder(structure: str) -> None:
+    """From `Laplace(...)` to predictions, on data that curvlinops and torch.func treat rightly."""
+    model, data = batched.decoder(batched.EAGER, layers=1), unpadded(7)
+    found, expected = (
+        Laplace(model, "classification", "all", structure, prior_precision=0.7, backend=backend)
+        for backend in (FastGGN, CurvlinopsGGN)
+    )
+    for la in (found, expected):
+        la.fit(batched.loader(data, 3))
+    assert_close(found.log_marginal_likelihood(), expected.log_marginal_likelihood(), 1e-6)
+    for link in ("probit", "bridge"):
+        assert_close(found(data, link_approx=link), expected(data, link_approx=link), 1e-6)
+
+
+def test_backprop_through_the_jacobians_is_laplace_torchs_own() -> None:
+    model, (x, _) = batched.network(), points()
+    jacobians, f = FastGGN(model, "classification").jacobians(x.requires_grad_(), enable_backprop=True)
+    (jacobians.square().sum() + f.sum()).backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
+
+
+def test_parameters_outside_linear_layers_are_named() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    with pytest.raises(UnsupportedAdapterError, match=r"'1\.weight' belongs to a LayerNorm"):
+        FastGGN(model, "classification")
+    with pytest.raises(ValueError, match="paper"):
+        FastGGN(batched.network(), "classification").kron(*points(), 7, kfac_approx="paper")

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast.errors import DeferredChecks
+from laplace_lora_fast.heads import Head
+from laplace_lora_fast.taps import Tap, find_sites
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def inputs_of(model, batch, **head):
+    return Head(model, **head).inputs(batch, CPU, DeferredChecks())
+
+
+def logits_of(model, batch, **head):
+    """Logits as a tap without observer gives them."""
+    head = Head(model, **head)
+    with Tap(model, head, find_sites(model, head), None) as tap:
+        return tap.forward(head.inputs(batch, CPU, DeferredChecks()))
+
+
+MASKS = {
+    "left": [[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]],
+    "right": [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
+    "both": [[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]],
+    "holes": [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 1]],
+}
+LAST = {"left": [3, 3, 3], "right": [1, 0, 3], "both": [2, 1, 3], "holes": [2, 3, 3]}
+POSITIONS = {
+    "left": [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]],
+    "right": [[0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3]],
+    "both": [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3]],
+    "holes": [[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name, dtype):
+    mask = torch.tensor(MASKS[name])
+    batch = {"input_ids": torch.full((3, 4), 9), "attention_mask": mask.to(dtype)}
+    inputs = inputs_of(tiny.tiny_llama(), batch, answer_token_ids=tiny.ANSWERS)
+    assert torch.equal(inputs.mask, mask.bool())
+    assert inputs.last.tolist() == LAST[name]
+    assert inputs.model["position_ids"].tolist() == POSITIONS[name]
+    assert torch.equal(inputs.model["attention_mask"], batch["attention_mask"])
+    assert (inputs.batch_size, inputs.length, inputs.labels) == (3, 4, None)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 3)])
+def test_batches_without_padding_carry_no_mask(mask):
+    batch = {"input_ids": torch.full((2, 3), 9)} | ({} if mask is None else {"attention_mask": mask})
+    inputs = inputs_of(tiny.tiny_llama(), batch, answer_token_ids=tiny.ANSWERS)
+    assert inputs.mask is None
+    assert inputs.last.tolist() == [2, 2]
+
+
+def test_what_the_model_is_given():
+    batch = {**tiny.batch(3), "extra": "kept"}
+    before = dict(batch)
+    inputs = inputs_of(tiny.tiny_llama(), batch, answer_token_ids=tiny.ANSWERS)
+    assert inputs.model.keys() == {"input_ids", "attention_mask", "position_ids", "extra", "use_cache"}
+    assert inputs.model["use_cache"] is False
+    assert torch.equal(inputs.labels, batch["labels"])
+    assert batch == before
+    mine = torch.arange(7).expand(3, 7) + 2
+    given = {**tiny.batch(3), "position_ids": mine}
+    assert inputs_of(tiny.tiny_llama(), given, answer_token_ids=tiny.ANSWERS).model["position_ids"] is mine
+    assert "position_ids" not in inputs_of(tiny.tiny_llama_classifier(2), tiny.batch(3)).model
+
+
+def expected_logits(model, batch, ids):
+    """One example at a time, without its pads."""
+    rows = []
+    with torch.no_grad():
+        for tokens, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            rows.append(model.eval()(input_ids=tokens[mask.bool()][None]).logits[0, -1, list(ids)])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("build", [tiny.tiny_llama, tiny.tiny_gpt2])
+def test_answers_are_read_at_the_last_real_position_in_their_order(build, padding):
+    model, batch = build(), tiny.batch(4, padding=padding)
+    for ids in (tiny.ANSWERS, tiny.ANSWERS[::-1], (40, 3)):
+        expected = expected_logits(model, batch, ids)
+        for given in (ids, list(ids), torch.tensor(ids)):
+            got = logits_of(model, batch, answer_token_ids=given)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_answers_in_another_order_are_the_same_classes_renamed():
+    model, train, test = tiny.tiny_llama(targets=("q_proj", "lm_head")), tiny.batch(6), tiny.batch(3, seed=1)
+    order = [2, 0, 1]
+    renamed = {**train, "labels": torch.tensor([order.index(label) for label in train["labels"].tolist()])}
+    one = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS).fit([train], progress=False)
+    other = LaplaceLoRA(model, answer_token_ids=[tiny.ANSWERS[i] for i in order]).fit(
+        [renamed], progress=False
+    )
+    torch.testing.assert_close(
+        other.log_marginal_likelihood(), one.log_marginal_likelihood(), rtol=1e-10, atol=1e-10
+    )
+    mean, cov = one.logit_distribution(test)
+    got_mean, got_cov = other.logit_distribution(test)
+    torch.testing.assert_close(got_mean, mean[:, order], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got_cov, cov[:, order][:, :, order], rtol=1e-9, atol=1e-9)
+    for link in ("probit", "bridge", "map"):
+        expected = one.predict(test, link_approx=link)[:, order]
+        torch.testing.assert_close(other.predict(test, link_approx=link), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_language_model_head_runs_on_one_position_inside_and_on_all_outside():
+    model, batch = tiny.tiny_llama(), tiny.batch(3)
+    seen = []
+    lm_head = model.get_base_model().lm_head
+    lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS).fit([batch], progress=False)
+    la.predict(batch)
+    la.predict(batch, link_approx="map")
+    assert seen == [(3, 1, tiny.VOCAB)] * 3
+    seen.clear()
+    model(**{k: v for k, v in batch.items() if k != "labels"})
+    assert seen == [(3, 7, tiny.VOCAB)]
+
+
+def test_output_fn_sees_output_and_batch():
+    model, batch, seen = (
+        tiny.tiny_llama(),
+        {**tiny.batch(3), "position_ids": torch.arange(7).expand(3, 7)},
+        [],
+    )
+
+    def output_fn(output, given):
+        seen.append(given)
+        last = given["attention_mask"].shape[1] - 1
+        return output.logits[:, last, [4, 9]]
+
+    got = logits_of(model, batch, output_fn=output_fn)
+    with torch.no_grad():
+        expected = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, -1, [4, 9]]
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(seen[0]["input_ids"], batch["input_ids"])
+
+
+def test_classifier_logits_are_the_models_own():
+    for model in (tiny.tiny_llama_classifier(3), tiny.tiny_bert_classifier(2)):
+        batch = tiny.batch(3, padding="right", labels=False)
+        with torch.no_grad():
+            expected = model.eval()(**batch).logits
+        torch.testing.assert_close(logits_of(model, batch), expected, rtol=0, atol=0)
+
+
+def test_head_within_modules_to_save_and_tuple_outputs():
+    model = tiny.tiny_llama(modules_to_save=["lm_head"])
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS).fit([tiny.batch(4)], progress=False)
+    batch = tiny.batch(3)
+    expected = expected_logits(model, batch, tiny.ANSWERS).softmax(-1)
+    torch.testing.assert_close(la.predict(batch, link_approx="map"), expected, rtol=1e-6, atol=1e-6)
+    assert all("lm_head" in name for name in la.parameters_left_alone)
+    assert la.parameters_left_alone

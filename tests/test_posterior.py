@@ -1,0 +1,188 @@
+"""Covariance, evidence and predictive against brute force with dense kron matrices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from laplace_lora_fast import LaplaceLoRA
+from tests import oracle, tiny
+from tests.oracle import assert_close
+
+TRAIN = tiny.batch(9, length=6, seed=1)
+TEST = tiny.batch(4, length=5, seed=2, labels=False, padding="right")
+LAYERS = "base_model.model.model.layers."
+PRIORS = {
+    "scalar": 0.7,
+    "ab": {"A": 0.3, "B": 2.0},
+    "layerwise": {f"{LAYERS}{i}.self_attn.{p}_proj": 0.5 + i + (p == "v") for i in (0, 1) for p in "qv"},
+}
+
+
+def fitted(model: torch.nn.Module, **options: object) -> LaplaceLoRA:
+    causal = "CausalLM" in type(model.get_base_model()).__name__
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS if causal else None, **options)
+    return la.fit(tiny.split(TRAIN, 4), progress=False)
+
+
+def kron_precisions(la: LaplaceLoRA) -> dict[tuple[str, str], Tensor]:
+    """H + lambda I of every weight from the dense factors, vec row-major."""
+    lams = dict(
+        zip([b.name for b in la.posterior.blocks], la.posterior.prior_precision.tolist(), strict=True)
+    )
+    result = {}
+    for name, factors in la.factors.items():
+        for side in "AB":
+            weight = getattr(factors, side)
+            h = torch.kron(weight.gradient_factor, weight.input_factor)
+            result[name, side] = h + lams[name, side] * torch.eye(len(h), dtype=h.dtype)
+    return result
+
+
+def brute_force_covariance(la: LaplaceLoRA, model: torch.nn.Module, logits_of: oracle.Logits) -> Tensor:
+    precisions = kron_precisions(la)
+    jacobians = oracle.jacobians(model, TEST, logits_of)
+    return sum(j @ torch.linalg.inv(precisions[key]) @ j.mT for key, j in jacobians.items())
+
+
+@pytest.mark.parametrize("mode", ["expand", "reduce"])
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("rank", [None, 1, 5])
+def test_logit_covariance_equals_brute_force(mode: str, prior: str, rank: int | None) -> None:
+    """Full spectrum, exact low rank (few rows), and rank k with its tail."""
+    model = tiny.tiny_llama()
+    la = fitted(model, kfac=mode, rank=rank, prior_precision=PRIORS[prior])
+    mean, cov = la.logit_distribution(TEST)
+    assert_close(cov, brute_force_covariance(la, model, oracle.answer_logits), 1e-8)
+    logits = torch.stack([oracle.answer_logits(model, single) for single in oracle.examples(TEST)])
+    assert_close(mean, logits.detach(), 1e-10)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_contrasts_equal_brute_force(classes: int) -> None:
+    model = tiny.tiny_llama_classifier(classes)
+    la = LaplaceLoRA(model, prior_precision=0.4)
+    la.fit([tiny.batch(8, classes=classes, seed=1, padding="right")], progress=False)
+    cov = brute_force_covariance(la, model, oracle.class_logits)
+    contrast = torch.cat([-torch.ones(1, classes - 1), torch.eye(classes - 1)]).double()
+    mean, found, _ = la._distribution([TEST], la._predictive_cotangents(), None, False)
+    assert_close(found, contrast.mT @ cov @ contrast, 1e-8)
+    logits = torch.stack([oracle.class_logits(model, single) for single in oracle.examples(TEST)]).detach()
+    assert_close(mean, logits[:, 1:] - logits[:, :1], 1e-10)
+
+
+def test_adapted_head_equals_brute_force() -> None:
+    """Rows of lora_B outside the answers have no curvature and no Jacobian: they do not count."""
+    model = tiny.tiny_llama(targets=("q_proj", "lm_head"))
+    la = fitted(model)
+    jacobians = oracle.jacobians(model, TEST, oracle.answer_logits)
+    head = ("base_model.model.lm_head", "B")
+    n, classes, _ = jacobians[head].shape
+    by_row = jacobians[head].view(n, classes, tiny.VOCAB, -1)
+    jacobians[head] = by_row[:, :, list(tiny.ANSWERS)].flatten(2)
+    precisions = kron_precisions(la)
+    expected = sum(j @ torch.linalg.inv(precisions[key]) @ j.mT for key, j in jacobians.items())
+    assert_close(la.logit_distribution(TEST)[1], expected, 1e-8)
+
+
+def test_one_example_of_one_token_gives_the_exact_ggn_laplace() -> None:
+    """KFAC of each weight is then exact; compare with J (lambda I + J^T Lambda J)^-1 J^T by blocks."""
+    model = tiny.tiny_llama(layers=1, targets=("down_proj",))
+    one = {"input_ids": torch.tensor([[9]]), "labels": torch.tensor([1])}
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, prior_precision=0.3).fit([one], progress=False)
+    hessian = oracle.softmax_hessian(oracle.answer_logits(model, one).detach())
+    train = oracle.jacobians(model, one, oracle.answer_logits)
+    test = oracle.jacobians(model, TEST, oracle.answer_logits)
+    expected = 0
+    for key, j in train.items():
+        precision = j[0].mT @ hessian @ j[0] + 0.3 * torch.eye(j.shape[2], dtype=j.dtype)
+        expected = expected + test[key] @ torch.linalg.inv(precision) @ test[key].mT
+    assert_close(la.logit_distribution(TEST)[1], expected, 1e-8)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_dense_covariance_of_a_weight(rank: int | None) -> None:
+    model = tiny.tiny_llama()
+    la = fitted(model, rank=rank)
+    for (name, side), precision in kron_precisions(la).items():
+        assert_close(la.posterior.covariance(name, side), torch.linalg.inv(precision), 1e-8)
+    with pytest.raises(KeyError, match="nowhere"):
+        la.posterior.covariance("nowhere", "A")
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5, 0.5])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_powers_of_the_precision(power: float, rank: int | None) -> None:
+    la = fitted(tiny.tiny_llama(), rank=rank)
+    precisions = kron_precisions(la)
+    for block, lam in zip(la.posterior.blocks, la.posterior.prior_precision.tolist(), strict=True):
+        weights = torch.randn(2, *block.mean.shape, dtype=torch.float64)
+        found = block.apply_power(weights, power, lam)
+        values, vectors = torch.linalg.eigh(precisions[block.name])
+        matrix = (vectors * values**power) @ vectors.mT
+        flat = weights if block.side == "A" else weights.mT  # row-major in the weight's own orientation
+        expected = (flat.flatten(1) @ matrix).view(flat.shape)
+        assert_close(found, expected if block.side == "A" else expected.mT, 1e-8)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 5])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_log_marginal_likelihood_equals_brute_force_slogdet(rank: int | None, prior: str) -> None:
+    model = tiny.tiny_llama()
+    la = fitted(model, rank=rank, prior_precision=PRIORS[prior])
+    expected = 0.0
+    for single in oracle.examples(TRAIN):
+        expected += oracle.answer_logits(model, single).log_softmax(-1)[single["labels"][0]].item()
+    lams = dict(
+        zip([b.name for b in la.posterior.blocks], la.posterior.prior_precision.tolist(), strict=True)
+    )
+    for (name, side), precision in kron_precisions(la).items():
+        lam, theta = (
+            lams[name, side],
+            getattr(oracle.lora_modules(model)[name], f"lora_{side}")["default"].weight,
+        )
+        log_det = torch.linalg.slogdet(precision).logabsdet.item()
+        expected -= 0.5 * (lam * theta.square().sum().item() + log_det - theta.numel() * math.log(lam))
+    assert la.log_marginal_likelihood().item() == pytest.approx(expected, rel=1e-8)
+    assert la.log_marginal_likelihood(2.0).item() == pytest.approx(_with_prior(la, 2.0), rel=1e-12)
+
+
+def _with_prior(la: LaplaceLoRA, value: float) -> float:
+    before, la.prior_precision = la.prior_precision, value
+    evidence = la.log_marginal_likelihood().item()
+    la.prior_precision = before
+    return evidence
+
+
+def test_effective_parameters_are_the_trace_of_the_determined_share() -> None:
+    la = fitted(tiny.tiny_llama(), prior_precision=0.2)
+    expected = [
+        torch.trace(torch.eye(len(p), dtype=p.dtype) - 0.2 * torch.linalg.inv(p))
+        for p in kron_precisions(la).values()
+    ]
+    assert_close(la.posterior.effective_parameters(), torch.stack(expected), 1e-8)
+
+
+def test_several_priors_in_one_pass() -> None:
+    model = tiny.tiny_llama()
+    la = fitted(model)
+    many = [0.1, {"A": 1.0, "B": 3.0}, 30.0]
+    _, covs = la.logit_distribution(TEST, prior_precision=many)
+    probs = la.predict(TEST, prior_precision=many)
+    for index, value in enumerate(many):
+        assert_close(covs[index], la.logit_distribution(TEST, prior_precision=value)[1], 1e-12)
+        la.prior_precision = value
+        assert_close(covs[index], la.logit_distribution(TEST)[1], 1e-12)
+        assert_close(probs[index], la.predict(TEST), 1e-12)
+
+
+def test_summary_names_layers_and_totals() -> None:
+    la = fitted(tiny.tiny_llama(), rank=2)
+    text = la.summary()
+    gamma = la.posterior.effective_parameters().sum().item()
+    weights = sum(block.n_weights for block in la.posterior.blocks)
+    assert all(f"{site.name}.{side}" in text for site in la.sites for side in "AB")
+    assert f"{gamma:.1f} of {weights} parameters" in text
