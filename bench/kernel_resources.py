@@ -1,6 +1,6 @@
 """Registers and shared memory of every Triton kernel, compiled offline: `python -m bench.kernel_resources`.
 
-Writes bench/results/triton_resources.md. It compiles and runs nothing, so it needs no GPU.
+Writes bench/results/triton_resources.md. It runs no kernel, so it needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def main() -> None:
     sections = "\n".join(section(arch) for arch in TARGETS)
     RESULT.write_text(
         "# Resources of the Triton kernels\n\n"
-        f"Compiled with Triton {triton.__version__} on a machine without a GPU by `python -m bench.kernel_resources`. "
-        "Nothing here was run: registers per thread, bytes spilled, bytes of shared memory per program, "
-        "and how often instructions of interest stand in the binary.\n\n" + sections
+        f"Compiled with Triton {triton.__version__} on a machine without a GPU by `python -m bench.kernel_resources`.\n"
+        "Nothing here was run. Registers per thread, bytes spilled, bytes of shared memory per program, and how often\n"
+        "instructions of interest stand in the binary.\n\n" + sections
     )
     print(f"wrote {RESULT}")
 
