@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
-from tests.kernels.triton_launches import launches
+from tests.kernels.triton_launches import TENSOR_CORE, launches
 from tests.kernels.triton_offline import SHARED_MEMORY, TARGETS, compiling_for
 
 CASES = [(arch, launch) for arch in TARGETS for launch in launches(arch)]
@@ -19,6 +19,7 @@ def test_resources(arch, launch):
     for kernel in compiled:
         assert kernel.spills == 0, kernel
         assert kernel.shared <= SHARED_MEMORY[arch], kernel
+        assert any(kernel.instructions[instruction] for instruction in TENSOR_CORE.values()), kernel
         for instruction in launch.promised:
             assert kernel.instructions[instruction] > 0, (instruction, kernel)
         if "UTMALDG" in launch.promised:
