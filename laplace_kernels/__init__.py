@@ -85,7 +85,8 @@ def gram_sketch_(
     Args:
         Y: [d, m], fp32 (fp64 if X is fp64), contiguous rows. Changed in place.
         X: [T, d], bf16, fp16, fp32 or fp64. T may be 0.
-        Omega: [d, m] test matrix, any of these dtypes (fp64 if X is); used at its own precision.
+        Omega: [d, m] test matrix, any of these dtypes (fp64 if X is); used at its own precision, to which a GPU
+            backend may round X Omega: pass fp32 for a sketch to fp32 accuracy.
         mask: [T] bool, True where a row counts. None keeps all.
         alpha: Weight of this update.
 
@@ -108,6 +109,8 @@ def gram_group_(
     alphas: Sequence[float] | None = None,
 ) -> None:
     """`gram_` for many matrices at once: a whole model's flush, or many small ones.
+
+    Not for capture in a CUDA graph: the Triton backend reads addresses from host memory at each call.
 
     Args:
         Cs: The accumulators, each as in `gram_`. No two may share memory. Changed in place.

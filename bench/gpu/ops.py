@@ -25,6 +25,7 @@ class Case:
         operands: Makes one set of inputs.
         run: The op on one set of inputs.
         baseline: What a user would write with the library's products.
+        capture: Whether the op may be captured in a CUDA graph.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Case:
     operands: Callable[[], tuple[Any, ...]]
     run: Callable[..., object]
     baseline: Callable[..., object]
+    capture: bool = True
 
 
 def cases(widths: tuple[int, ...], tokens: tuple[int, ...], device: torch.device) -> Iterator[Case]:
@@ -46,6 +48,8 @@ def cases(widths: tuple[int, ...], tokens: tuple[int, ...], device: torch.device
             yield _gram_sketch(d, T, device)
             yield _jacobian_stats(d, T, device)
         yield _kron_apply(d, device)
+    for T in tokens:
+        yield _gram_group(widths[0] // 4, T, device)
 
 
 def run_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -60,16 +64,30 @@ def run_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
             variants[backend] = [_under(backend, _bind(case.run, operands)) for operands in sets]
         else:
             unavailable[backend] = choice.reason
-    times = measure(variants, device, rounds)
+    times = measure(variants, device, rounds, case.capture)
     return {
         "op": case.op,
         "d": case.d,
         "T": case.T,
         "gflop": case.flops / 1e9,
+        "executed_gflop": {name: _executed(case, name, device) / 1e9 for name in variants},
         "megabytes": case.nbytes / 1e6,
         "microseconds": {name: asdict(spread) for name, spread in times.items()},
         "unavailable": unavailable,
     }
+
+
+def _executed(case: Case, variant: str, device: torch.device) -> float:
+    """Operations that a variant of `gram_` executes: the Triton kernel skips the tiles above the diagonal."""
+    if variant != "triton" or case.op not in ("gram_", "gram_ masked"):
+        return case.flops
+    from laplace_kernels.triton import gram, launch
+
+    arch = launch.architecture(device)
+    masked = case.op != "gram_" or arch not in gram.TMA_TILES
+    tiles = gram.pointer_tiles(arch, torch.bfloat16, aligned=True) if masked else gram.TMA_TILES[arch]
+    tile = gram.choose_tile(tiles, case.d, launch.multiprocessors(device))
+    return 2.0 * case.T * gram.lower_tiles(case.d, tile) * tile.rows * tile.columns
 
 
 def _bind(function: Callable[..., object], operands: tuple[Any, ...]) -> Call:
@@ -104,6 +122,20 @@ def _gram(d: int, T: int, device: torch.device, masked: bool) -> Case:
 
     name = "gram_ masked" if masked else "gram_"
     return Case(name, d, T, 2.0 * T * d * d, 2.0 * T * d + 4.0 * d * d, operands, lk.gram_, baseline)
+
+
+def _gram_group(d: int, T: int, device: torch.device) -> Case:
+    def operands() -> tuple[Any, ...]:
+        Cs = [torch.zeros(d, d, device=device) for _ in range(GROUP)]
+        return Cs, [_random(T, d, device=device) for _ in range(GROUP)]
+
+    def baseline(Cs: list[Tensor], Xs: list[Tensor]) -> None:
+        for C, X in zip(Cs, Xs, strict=True):
+            C.add_(_mm(X.mT, X))
+
+    nbytes = GROUP * (2.0 * T * d + 4.0 * d * d)
+    flops = GROUP * 2.0 * T * d * d
+    return Case("gram_group_", d, T, flops, nbytes, operands, lk.gram_group_, baseline, capture=False)
 
 
 def _gram_sketch(d: int, T: int, device: torch.device) -> Case:

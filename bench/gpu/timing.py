@@ -25,15 +25,18 @@ class Spread:
     p80: float
 
 
-def measure(variants: Mapping[str, Sequence[Call]], device: torch.device, rounds: int) -> dict[str, Spread]:
+def measure(
+    variants: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, capture: bool = True
+) -> dict[str, Spread]:
     """Median, 20th and 80th percentile of the time per call of each variant.
 
     Args:
         variants: For each variant one call per input; the inputs rotate, so that each call finds a cold cache.
         device: Where the calls run.
         rounds: Timings of each variant; the variants take turns.
+        capture: Whether the calls go into a CUDA graph. Otherwise the time includes their launches.
     """
-    prepare = _graph if device.type == "cuda" else _loop
+    prepare = _graph if device.type == "cuda" and capture else _loop
     replays = {name: prepare(calls) for name, calls in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):

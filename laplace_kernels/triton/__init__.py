@@ -28,6 +28,8 @@ def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return "it needs a GPU"
     if device.type not in ("cpu", "cuda"):
         return f"it does not run on {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU"
     if _import_error():
         return f"triton cannot be imported: {_import_error()}"
     if (

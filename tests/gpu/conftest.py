@@ -10,8 +10,7 @@ import torch
 import laplace_kernels as lk
 
 
-@pytest.fixture(autouse=True)
-def _gpu() -> None:
+def pytest_runtest_setup() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
 

@@ -155,7 +155,8 @@ def test_a_request_that_cannot_be_met_falls_back_with_one_warning():
     with lk.use_backend("sevens"):
         with pytest.warns(UserWarning, match="does not read torch.bfloat16"):
             assert not served_by_sevens(torch.bfloat16)
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             assert not served_by_sevens(torch.bfloat16)
     with lk.use_backend("sevens"):
         choice = lk.explain("kron_apply")

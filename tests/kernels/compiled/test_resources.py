@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton")
 from tests.kernels.triton_launches import TENSOR_CORE, launches
 from tests.kernels.triton_offline import SHARED_MEMORY, TARGETS, compiling_for
 
