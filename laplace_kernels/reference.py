@@ -14,9 +14,9 @@ from torch import Tensor
 from laplace_kernels.checks import accumulation_dtype
 
 _BLOCK_ELEMENTS = 1 << 24  # elements converted or masked at a time: 64 MiB of fp32
-_SYRK_PANEL = (
-    512  # rows of C per GEMM; measured best compromise on CPU for d in 512..4096, one and two threads
-)
+# Rows of C (at most) and of X per GEMM of `_syrk_` on CPU; measured for d in 256..4096, T in 64..2048, one and two
+# threads. Narrow panels skip more of the upper triangle, and suit short blocks of X.
+_SYRK_PANEL, _SYRK_ROWS = 256, 512
 
 
 def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
@@ -98,10 +98,14 @@ def mirror_(C: Tensor) -> None:
 def _syrk_(C: Tensor, X: Tensor, alpha: float) -> None:
     """C += alpha * X^T X in row panels up to the diagonal; one whole product where unmeasured."""
     d = C.shape[0]
-    panel = _SYRK_PANEL if C.device.type == "cpu" else max(1, d)
-    for start in range(0, d, panel):
-        stop = min(start + panel, d)
-        C[start:stop, :stop].addmm_(X[:, start:stop].mT, X[:, :stop], alpha=alpha)
+    if C.device.type != "cpu":
+        C.addmm_(X.mT, X, alpha=alpha)
+        return
+    panel = min(_SYRK_PANEL, max(128, d // 8))
+    for x in X.split(_SYRK_ROWS):
+        for start in range(0, d, panel):
+            stop = min(start + panel, d)
+            C[start:stop, :stop].addmm_(x[:, start:stop].mT, x[:, :stop], alpha=alpha)
 
 
 def _row_blocks(X: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -46,7 +46,17 @@ def vectors(la, n, seed):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"rank": 2}, {"factor": "sketch", "sketch_size": 3, "rank": 1}], ids=str
+    "kwargs",
+    [
+        {},
+        {"rank": 2},
+        {"factor": "sketch", "sketch_size": 3, "rank": 1},
+        {"structure": "ekfac"},
+        {"structure": "ekfac", "rank": 2},
+        {"structure": "diag"},
+        {"structure": "dual"},
+    ],
+    ids=str,
 )
 def test_samples_have_the_mean_and_covariance_of_the_posterior(kwargs):
     la, n = small_fit(**kwargs), 40_000
@@ -130,12 +140,14 @@ def test_rows_of_lm_head_that_no_answer_uses_keep_their_value(tmp_path):
     assert (sampled[list(tiny.ANSWERS)] - mean[list(tiny.ANSWERS)]).abs().min() > 0
 
 
-def test_spread_of_sampled_predictions_is_that_of_the_linearised_model():
+@pytest.mark.parametrize("structure", ["kfac", "diag", "dual"])
+def test_spread_of_sampled_predictions_is_that_of_the_linearised_model(structure):
     """With a strong prior the model is linear over the posterior: sampled logits have the predicted covariance."""
-    la = LaplaceLoRA(tiny.tiny_llama(), prior_precision=1e6, **ANSWERS).fit([tiny.batch(5)], progress=False)
+    la = LaplaceLoRA(tiny.tiny_llama(), structure=structure, prior_precision=1e6, **ANSWERS)
+    la.fit([tiny.batch(5)], progress=False)
     test = tiny.batch(1, padding=None)
     mean, cov = la.logit_distribution(test)
-    n, logits = 1500, []
+    n, logits = 800, []
     draws = la.posterior.sample(n, torch.Generator().manual_seed(2))
     weights = [la.model.get_parameter(site.weight_name(side)) for site in la.sites for side in "AB"]
     la.model.eval()

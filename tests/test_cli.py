@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -178,6 +179,18 @@ def test_evaluate_refuses_what_does_not_belong_together(files, posterior, tmp_pa
     missing = invoke("evaluate", *common, "--data", folder / "test.jsonl", "--posterior", tmp_path)
     assert missing.exit_code == 2
     assert "does not exist" in missing.stderr
+
+
+def test_an_adapter_of_another_model_is_refused(files, tmp_path):
+    folder, common = files
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for change in ({"target_modules": ["c_attn"]}, {"r": 3}):  # other layers, other shapes
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | change))
+        arguments = [*common, "--adapter", tmp_path / "adapter", "--data", folder / "train.jsonl"]
+        result = invoke("fit", *arguments, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "does not fit model" in result.stderr
 
 
 def test_brackets_in_messages_survive(files, tmp_path):

@@ -115,7 +115,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     train, val = (make_batches(tokenizer, rows, 5) for rows in task.split(SMALL))
     answers = answer_token_ids(tokenizer, task.split(SMALL)[0])
     task.fine_tune(model, train, answers, SMALL)
-    la = LaplaceLoRA(model, answer_token_ids=answers).fit(train, progress=False)
+    la = LaplaceLoRA(model, answer_token_ids=answers, structure="auto").fit(train, progress=False)
     evidence = la.optimize_prior_precision("marglik")
     validated = la.optimize_prior_precision("val_nll", val_loader=val, progress=False)
     assert results["prior_precision"]["evidence"] == pytest.approx(evidence, rel=1e-3)
@@ -128,7 +128,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     for method, precision in (("Laplace (validated)", validated), ("Laplace (evidence)", evidence)):
         log_probs[method] = torch.cat([la.predict(b, prior_precision=precision) for b in test]).log()
     for method, values in log_probs.items():
-        scores = results["metrics"]["tweets, shifted"][method]
+        scores = results["metrics"]["tweets, out of distribution"][method]
         assert scores["nll"] == pytest.approx(-values.numpy()[np.arange(10), labels].mean(), rel=1e-3), method
         assert math.isfinite(scores["brier"])
 

@@ -19,6 +19,7 @@ from laplace_lora_fast import (
     NumericalError,
     UnsupportedAdapterError,
 )
+from laplace_lora_fast.errors import DeferredChecks
 from tests import tiny
 
 ANSWERS = {"answer_token_ids": tiny.ANSWERS}
@@ -306,6 +307,56 @@ def test_batches(fitted, name):
                 call()
 
 
+STRUCTURES = ["ekfac", "diag", "dual", "auto"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_batches_of_other_structures(structure):
+    model, good = tiny.tiny_llama(targets=("q_proj", "lm_head")).train(), tiny.batch(3)
+    la = LaplaceLoRA(model, structure=structure, **ANSWERS).fit([tiny.batch(6, seed=4)], progress=False)
+    with nothing_changes(la, good):
+        for name in ("tuple", "no examples", "labels too large", "mask with an empty row", "NaN"):
+            make, match = BATCHES[name]
+            bad = make(tiny.batch(3))
+            for loader in ([bad], [good, bad], [bad, good]):
+                with pytest.raises(InvalidBatchError, match=match):
+                    la.fit(loader, progress=False)
+            with pytest.raises(InvalidBatchError, match=match):
+                la.predict(bad)
+        with pytest.raises(InvalidBatchError, match="train_loader yielded no batch"):
+            la.fit([], progress=False)
+        with pytest.raises(InvalidBatchError, match="at least 2 logits"):
+            LaplaceLoRA(tiny.tiny_llama_classifier(1), structure=structure).fit([good], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("structure", "factor"),
+    [("kfac", "dense"), ("kfac", "sketch"), ("ekfac", "dense"), ("diag", "auto"), ("dual", "auto")],
+)
+def test_conditions_that_wait_for_the_device(structure, factor, monkeypatch):
+    model, good = tiny.tiny_llama(targets=("q_proj", "lm_head")), tiny.batch(3)
+    la = LaplaceLoRA(model, structure=structure, factor=factor, sketch_size=4, **ANSWERS)
+    la.fit([tiny.batch(6, seed=4)], progress=False)
+    with nothing_changes(la, good), monkeypatch.context() as patch:
+        patch.setattr(
+            DeferredChecks, "require", lambda self, ok, message: self._pending.append((ok, message))
+        )
+        for name in ("labels too large", "labels negative", "mask with an empty row", "NaN"):
+            make, match = BATCHES[name]
+            bad = make(tiny.batch(3))
+            for call in (
+                lambda: la.fit([bad, good], progress=False),  # noqa: B023
+                lambda: la.fit([good, bad], progress=False),  # noqa: B023
+                lambda: la.predict(bad),  # noqa: B023
+                lambda: la.predict(bad, link_approx="mc"),  # noqa: B023
+                lambda: la.predict_loader([bad, good], link_approx="map", progress=False),  # noqa: B023
+                lambda: la.logit_distribution(bad),  # noqa: B023
+                lambda: la.optimize_prior_precision("val_nll", val_loader=[bad], progress=False),  # noqa: B023
+            ):
+                with pytest.raises(InvalidBatchError, match=match):
+                    call()
+
+
 def test_a_failed_first_fit_is_no_fit():
     la = LaplaceLoRA(tiny.tiny_llama(), **ANSWERS)
     with pytest.raises(InvalidBatchError):
@@ -401,11 +452,19 @@ class Huge(nn.Module):
         return self.head(self.inner(1e30 * x) * 1e-30)
 
 
-@pytest.mark.parametrize("kfac", ["expand", "reduce"])
-@pytest.mark.parametrize("factor", ["dense", "sketch"])
-def test_curvature_that_overflows(factor, kfac):
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kfac": kfac, "factor": factor, "structure": structure}
+        for kfac in ("expand", "reduce")
+        for factor in ("dense", "sketch")
+        for structure in ("kfac", "ekfac")
+    ],
+    ids=str,
+)
+def test_curvature_that_overflows(kwargs):
     model = tiny.adapt(Huge(), dtype=torch.float32, targets=("head", "inner"), r=2)
-    la = LaplaceLoRA(model, factor=factor, kfac=kfac, sketch_size=2)
+    la = LaplaceLoRA(model, sketch_size=2, **kwargs)
     with pytest.raises(NumericalError, match=r"'base_model.model.inner'.*not finite"):
         la.fit([{"x": torch.randn(5, 4)}], progress=False)
     with pytest.raises(NotFittedError):
@@ -539,6 +598,9 @@ def test_evidence_without_a_maximum():
 
 
 def test_link_and_predict_arguments(fitted):
+    for call in (fitted.predict, fitted.logit_distribution):
+        with pytest.raises(ValueError, match="prior_precision is an empty list"):
+            call(tiny.batch(2), prior_precision=[])
     for link in ("softmax", "", None):
         with pytest.raises(ValueError, match="link_approx must be one of"):
             fitted.predict(tiny.batch(2), link_approx=link)
@@ -609,6 +671,29 @@ def test_adapter_switched_merged_or_disabled_after_fit():
 DATA = pytest.param(
     "data", marks=pytest.mark.xfail(strict=True, reason="a write through .data does not count as a version")
 )
+
+
+def test_another_adapter_fitted_with_the_prior_of_the_first():
+    model = add_other(tiny.tiny_llama(), ("k_proj",))
+    layers = {site.name: 2.0 for site in LaplaceLoRA(model).sites}
+    centred = LaplaceLoRA(model, prior_mean=model.state_dict(), **ANSWERS).fit(
+        [tiny.batch(3)], progress=False
+    )
+    by_layer = LaplaceLoRA(model, prior_precision=layers, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    expected = [la.predict(tiny.batch(2)) for la in (centred, by_layer)]
+    model.set_adapter("other")
+    with pytest.raises(UnsupportedAdapterError, match="prior_mean belongs to adapter 'default'"):
+        centred.fit([tiny.batch(3)], progress=False)
+    with pytest.raises(ValueError, match="prior_precision"):
+        by_layer.fit([tiny.batch(3)], progress=False)
+    model.set_adapter("default")
+    for la, probs in zip((centred, by_layer), expected, strict=True):
+        assert torch.equal(la.predict(tiny.batch(2)), probs)
+    model.set_adapter("other")
+    other = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    model.set_adapter("default")
+    other.fit([tiny.batch(3)], progress=False)  # a scalar prior fits any adapter
+    assert set(other.factors) == set(layers)
 
 
 @pytest.mark.parametrize("how", ["in place", DATA, "replaced", "optimizer", "loaded"])

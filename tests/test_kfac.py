@@ -103,8 +103,7 @@ def test_sampled_fisher_is_seeded_and_fresh_per_batch() -> None:
 def test_inputs_of_one_tensor_are_accumulated_once() -> None:
     model = tiny.tiny_llama(targets=ALL_LINEAR, layers=1)
     la = fitted(model, [tiny.batch(4)])
-    blocks = la.posterior.blocks
-    spectra = {id(block.large) for block in blocks if block.side == "A"}
+    spectra = {id(block.large) for block in la.posterior.curvature.blocks[0::2]}  # of lora_A
     assert len(spectra) == 4  # q, k, v | o | gate, up | down
 
 
@@ -112,11 +111,8 @@ def test_auto_keeps_the_smallest_factors_dense_within_the_budget() -> None:
     model = tiny.tiny_llama(targets=("q_proj", "v_proj"), layers=1)  # d_in 16, d_out 16 and 8
     few = {"sketch_size": 4, "kfac": "expand"}
     data = [tiny.batch(9, seed=s) for s in range(3)]
-    everything = fitted(model, data, **few).posterior.blocks
+    everything = fitted(model, data, **few).posterior.curvature.blocks
     assert all(block.large.rank == block.large.dim for block in everything)
     budget = (8 * 8 + 16 * 16) * 8
-    ranks = {
-        b.name[0][-6:] + b.side: b.large.rank
-        for b in fitted(model, data, memory_budget=budget, **few).posterior.blocks
-    }
-    assert ranks == {"q_projA": 16, "v_projA": 16, "q_projB": 1, "v_projB": 8}
+    mixed = fitted(model, data, memory_budget=budget, **few).posterior.curvature
+    assert [block.large.rank for block in mixed.blocks] == [16, 1, 16, 8]  # q.A, q.B (sketched), v.A, v.B

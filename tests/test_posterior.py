@@ -30,9 +30,7 @@ def fitted(model: torch.nn.Module, **options: object) -> LaplaceLoRA:
 
 def kron_precisions(la: LaplaceLoRA) -> dict[tuple[str, str], Tensor]:
     """H + lambda I of every weight from the dense factors, vec row-major."""
-    lams = dict(
-        zip([b.name for b in la.posterior.blocks], la.posterior.prior_precision.tolist(), strict=True)
-    )
+    lams = dict(zip(la.posterior.curvature.names, la.posterior.prior_precision.tolist(), strict=True))
     result = {}
     for name, factors in la.factors.items():
         for side in "AB":
@@ -118,14 +116,15 @@ def test_dense_covariance_of_a_weight(rank: int | None) -> None:
 def test_powers_of_the_precision(power: float, rank: int | None) -> None:
     la = fitted(tiny.tiny_llama(), rank=rank)
     precisions = kron_precisions(la)
-    for block, lam in zip(la.posterior.blocks, la.posterior.prior_precision.tolist(), strict=True):
+    curvature, lams = la.posterior.curvature, la.posterior.prior_precision.tolist()
+    for name, block, lam in zip(curvature.names, curvature.blocks, lams, strict=True):
         weights = torch.randn(2, *block.mean.shape, dtype=torch.float64)
         found = block.apply_power(weights, power, lam)
-        values, vectors = torch.linalg.eigh(precisions[block.name])
+        values, vectors = torch.linalg.eigh(precisions[name])
         matrix = (vectors * values**power) @ vectors.mT
-        flat = weights if block.side == "A" else weights.mT  # row-major in the weight's own orientation
+        flat = weights if name[1] == "A" else weights.mT  # row-major in the weight's own orientation
         expected = (flat.flatten(1) @ matrix).view(flat.shape)
-        assert_close(found, expected if block.side == "A" else expected.mT, 1e-8)
+        assert_close(found, expected if name[1] == "A" else expected.mT, 1e-8)
 
 
 @pytest.mark.parametrize("rank", [None, 1, 5])
@@ -136,9 +135,7 @@ def test_log_marginal_likelihood_equals_brute_force_slogdet(rank: int | None, pr
     expected = 0.0
     for single in oracle.examples(TRAIN):
         expected += oracle.answer_logits(model, single).log_softmax(-1)[single["labels"][0]].item()
-    lams = dict(
-        zip([b.name for b in la.posterior.blocks], la.posterior.prior_precision.tolist(), strict=True)
-    )
+    lams = dict(zip(la.posterior.curvature.names, la.posterior.prior_precision.tolist(), strict=True))
     for (name, side), precision in kron_precisions(la).items():
         lam, theta = (
             lams[name, side],
@@ -183,6 +180,6 @@ def test_summary_names_layers_and_totals() -> None:
     la = fitted(tiny.tiny_llama(), rank=2)
     text = la.summary()
     gamma = la.posterior.effective_parameters().sum().item()
-    weights = sum(block.n_weights for block in la.posterior.blocks)
+    weights = sum(mean.numel() for mean in la.posterior.curvature.means)
     assert all(f"{site.name}.{side}" in text for site in la.sites for side in "AB")
     assert f"{gamma:.1f} of {weights} parameters" in text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laplace_lora_fast import LaplaceLoRA, LaplaceWarning, NumericalError
-from laplace_lora_fast.prior import increasing_root
+from laplace_lora_fast.evidence import increasing_root
 from tests import oracle, tiny
 
 TRAIN, VAL = tiny.batch(9, length=6, seed=1), tiny.batch(7, length=6, seed=5)
@@ -48,7 +48,7 @@ def test_evidence_is_stationary_and_maximal(structure: str, rank: int | None) ->
 def test_mackays_condition_holds_to_machine_precision() -> None:
     la = fitted()
     lam = la.optimize_prior_precision()
-    norm = sum(block.mean.square().sum() for block in la.posterior.blocks)
+    norm = sum(block.mean.square().sum() for block in la.posterior.curvature.blocks)
     assert float(lam * norm) == pytest.approx(float(la.posterior.effective_parameters().sum()), rel=1e-12)
 
 

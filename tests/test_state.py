@@ -25,6 +25,21 @@ def initial(model):
 
 
 CASES = {
+    "ekfac": (
+        lambda: tiny.tiny_llama(targets=(*QKV, "lm_head")),
+        ANSWERS | {"structure": "ekfac", "rank": 3},
+    ),
+    "diag": (lambda: tiny.tiny_llama(targets=("v_proj", "lm_head")), ANSWERS | {"structure": "diag"}),
+    "dual": (lambda: tiny.tiny_llama(targets=("v_proj", "lm_head")), ANSWERS | {"structure": "dual"}),
+    "dual sketched": (
+        lambda: tiny.tiny_llama(dtype=torch.bfloat16),
+        ANSWERS
+        | {"structure": "dual", "row_sketch_size": 5, "seed": 3, "prior_precision": {"A": 0.3, "B": 2}},
+    ),
+    "dual regression": (
+        lambda: tiny.tiny_bert_classifier(1),
+        {"likelihood": "regression", "structure": "dual", "sigma_noise": 0.4, "prior_mean": initial},
+    ),
     "dense": (lambda: tiny.tiny_llama(targets=(*QKV, "lm_head")), ANSWERS),
     "expand": (lambda: tiny.tiny_llama(targets=QKV), ANSWERS | {"kfac": "expand", "fisher": "empirical"}),
     "rank": (
@@ -53,7 +68,7 @@ def build(name):
     model, arguments = make(), dict(arguments)
     if "prior_mean" in arguments:
         arguments["prior_mean"] = arguments["prior_mean"](model)
-    classes = 0 if name == "regression" else 3
+    classes = 0 if "regression" in name else 3
     batches = [tiny.batch(4, 5, seed=s, padding="right", classes=classes) for s in (1, 2)]
     return LaplaceLoRA(model, **arguments).fit(batches, progress=False), model, arguments.get("output_fn")
 
@@ -65,7 +80,7 @@ def everything(la):
     for link in ("probit", "mc", "bridge", "map"):
         predicted = la.predict(batch, link_approx=link)
         out[link] = torch.stack(predicted) if isinstance(predicted, tuple) else predicted
-    for name, layer in la.factors.items():
+    for name, layer in la.factors.items() if la.options.structure == "kfac" else ():
         for side, weight in (("A", layer.A), ("B", layer.B)):
             out[name, side, "input"], out[name, side, "gradient"] = (
                 weight.input_factor,
@@ -96,13 +111,16 @@ def test_round_trip_is_bitwise(name, tmp_path):
     assert_equal(everything(fresh), expected)
 
 
-@pytest.mark.parametrize("name", ["rank", "sketch", "regression", "prior mean"])
+@pytest.mark.parametrize(
+    "name",
+    ["rank", "sketch", "regression", "prior mean", "ekfac", "diag", "dual sketched", "dual regression"],
+)
 def test_settings_survive(name, tmp_path):
     """A fit and a tuning after loading are those of the original."""
     la, model, _ = build(name)
     la.save(tmp_path)
     again = LaplaceLoRA.load(tmp_path, model)
-    loader = [tiny.batch(4, 5, seed=5, padding="right", classes=0 if name == "regression" else 3)]
+    loader = [tiny.batch(4, 5, seed=5, padding="right", classes=0 if "regression" in name else 3)]
     for one in (la, again):
         one.fit(loader, progress=False)
         one.optimize_prior_precision(prior_structure="ab")
@@ -152,7 +170,8 @@ def test_file_is_plain_safetensors_and_shared_spectra_are_stored_once(tmp_path):
     assert header["n_examples"] == 8
     again = LaplaceLoRA.load(tmp_path, model)
     for one in (la, again):
-        blocks = {block.name: block for block in one.posterior.blocks}
+        curvature = one.posterior.curvature
+        blocks = dict(zip(curvature.names, curvature.blocks, strict=True))
         q, k, v = (f"base_model.model.model.layers.0.self_attn.{name}" for name in QKV)
         assert blocks[q, "A"].large is blocks[k, "A"].large is blocks[v, "A"].large
         assert blocks[q, "B"].large is not blocks[k, "B"].large
@@ -246,7 +265,7 @@ REWRITES = {
     ),
     "lacks a tensor": ({"tensors": without("block.3.mean")}, "block.3.mean"),
     "lacks a spectrum": ({"tensors": without("spectrum.1.values")}, "spectrum.1.values"),
-    "lacks a block": ({"header": lambda h: h | {"blocks": h["blocks"][:-2]}}, "lm_head"),
+    "lacks a block": ({"header": lambda h: h | {"names": h["names"][:-2]}}, "lm_head"),
     "mean of another shape": (
         {"tensors": lambda t: t | {"block.1.mean": t["block.1.mean"][:, :5].clone()}},
         "q_proj",
@@ -313,13 +332,16 @@ def test_loading_without_the_output_fn_of_the_fit(tmp_path):
         LaplaceLoRA.load(tmp_path, model)
 
 
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diag", "dual"])
 @pytest.mark.parametrize(
     ("fitted", "used"), [("float32", "float64"), ("float64", "float32"), ("float32", "bfloat16")]
 )
-def test_model_held_in_another_precision(fitted, used, tmp_path):
+def test_model_held_in_another_precision(fitted, used, structure, tmp_path):
     fitted, used = getattr(torch, fitted), getattr(torch, used)
     batch = tiny.batch(3, labels=False)
-    la = LaplaceLoRA(tiny.tiny_llama(fitted), **ANSWERS).fit([tiny.batch(5)], progress=False)
+    la = LaplaceLoRA(tiny.tiny_llama(fitted), structure=structure, **ANSWERS).fit(
+        [tiny.batch(5)], progress=False
+    )
     expected = la.predict(batch)
     la.save(tmp_path)
     again = LaplaceLoRA.load(tmp_path, tiny.tiny_llama(fitted).to(used))

@@ -79,8 +79,8 @@ def fit(
         typer.Option(help="val_nll, marglik, or a number. Default: val_nll with --val, else marglik."),
     ] = None,
     prior_structure: Annotated[str, typer.Option(help="scalar, ab or (marglik only) layerwise.")] = "scalar",
-    structure: Annotated[str, typer.Option(help="Of the curvature: kfac.")] = "kfac",
-    kfac: Annotated[str, typer.Option(help="reduce or expand.")] = "reduce",
+    structure: Annotated[str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")] = "kfac",
+    kfac: Annotated[str, typer.Option(help="reduce, expand or paper.")] = "reduce",
     fisher: Annotated[str, typer.Option(help="exact, mc or empirical.")] = "exact",
     factor: Annotated[str, typer.Option(help="dense, sketch or auto.")] = "auto",
     rank: Annotated[int | None, typer.Option(min=1, help="Eigenpairs kept of each large factor.")] = None,
@@ -193,7 +193,7 @@ def doctor() -> None:
     console.print(names)
     table = Table(title="Kernels")
     for heading in ("op", "device", "inputs", "backend", "why", "passed over"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading in ("op", "backend"))
     for device in devices:
         for op in OPS:
             for dtypes, choice in _choices(explain, op, device):

@@ -162,6 +162,14 @@ class Head:
         return (hidden[rows, self._last.to(hidden.device)][:, None], *args[1:])
 
 
+def check_outputs(logits: Tensor, n_outputs: int) -> None:
+    """Raises InvalidBatchError unless logits [N, C] have the number of outputs that other batches had."""
+    if logits.shape[1] != n_outputs:
+        raise InvalidBatchError(
+            f"a batch gives {logits.shape[1]} logits per example, earlier ones gave {n_outputs}"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model expects its inputs."""
     return torch.device(getattr(model, "device", None) or next(model.parameters()).device)
@@ -202,9 +210,9 @@ def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks)
     mask = torch.as_tensor(mask)
     if mask.dim() != 2 or mask.shape[0] != n or (length is not None and mask.shape[1] != length):
         raise InvalidBatchError(f"attention_mask has shape {tuple(mask.shape)}, expected {(n, length)}")
-    mask = mask != 0
-    checks.require(mask.any(1).all(), "attention_mask has an all-zero row: an example without a real token")
-    return mask
+    real: Tensor = mask.bool()
+    checks.require(real.any(1).all(), "attention_mask has an all-zero row: an example without a real token")
+    return real
 
 
 def _checked_answers(model: nn.Module, ids: Sequence[int]) -> Tensor:

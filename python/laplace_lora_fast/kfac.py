@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum
-from laplace_lora_fast.posterior import KronBlock
 from laplace_lora_fast.taps import Site
 
 
@@ -80,10 +80,11 @@ class KfacAccumulator:
         sites: the tapped layers.
         mode: expand or reduce.
         plan: dense or sketched.
+        rank: leading eigenpairs to keep of each large factor; None for the kind's default.
     """
 
-    def __init__(self, sites: Sequence[Site], mode: Kfac, plan: FactorPlan) -> None:
-        self._sites, self._mode, self._plan = sites, mode, plan
+    def __init__(self, sites: Sequence[Site], mode: Kfac, plan: FactorPlan, rank: int | None) -> None:
+        self._sites, self._mode, self._plan, self._rank = sites, mode, plan, rank
         self._inputs: dict[int, Factor] = {}
         self._gradients: list[Factor] = []
         self._rows: dict[int, Tensor | int] = {}
@@ -118,17 +119,20 @@ class KfacAccumulator:
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
         add_gradient(self._gradients[site], self._mode, g, mask)
 
-    def blocks(self, rank: int | None) -> list[KronBlock]:
-        """Eigendecomposes every block's curvature, A before B, site by site.
+    def finish_pass(self, n: int) -> None:
+        """Nothing waits."""
 
-        Args:
-            rank: leading eigenpairs to keep of each large factor; None for all of a dense one.
+    def finish_batch(self) -> None:
+        """Nothing waits."""
+
+    def curvature(self) -> BlockCurvature:
+        """Eigendecomposes every block's curvature.
 
         Raises:
             NumericalError: a factor is not finite; names the layer.
         """
         spectra: dict[int, Spectrum] = {}
-        blocks = []
+        blocks: list[KronBlock] = []
         for index, site in enumerate(self._sites):
             group = self._groups[index]
             x, g = self._inputs[group], self._gradients[index]
@@ -136,15 +140,16 @@ class KfacAccumulator:
                 raise NumericalError(
                     f"the curvature of layer {site.name!r} is not finite: the model overflows or a batch holds NaN"
                 )
-            rows = float(self._rows[group])
+            rows = float(self._rows.get(group, 1))  # none where the layer never ran
             if group not in spectra:
-                spectra[group] = x.spectrum(rank).scaled(1 / rows)
+                spectra[group] = x.spectrum(self._rank).scaled(1 / rows)
             square = site.scaling**2
             a, b = site.A.double(), site.B.double()
-            blocks.append(KronBlock.build(site.name, "A", spectra[group], square * g.quadratic(b), site.A))
+            blocks.append(KronBlock.kfac(spectra[group], square * g.quadratic(b), site.A))
             z = x.quadratic(a.mT) * (square / rows)
-            blocks.append(KronBlock.build(site.name, "B", g.spectrum(rank), z, site.B.mT))
-        return blocks
+            blocks.append(KronBlock.kfac(g.spectrum(self._rank), z, site.B.mT))
+        names = [(site.name, side) for site in self._sites for side in "AB"]
+        return BlockCurvature("kfac", names, blocks)
 
     def _factor(self, dense: bool, exact: list[Tensor], dtype: torch.dtype, stream: int) -> Factor:
         if dense:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora_fast import adapters, predictive, prior, state, validation
+from laplace_lora_fast import adapters, prior, state
+from laplace_lora_fast.curvature import BlockName
 from laplace_lora_fast.errors import (
-    InvalidBatchError,
     LaplaceError,
     NotFittedError,
     NumericalError,
     StateError,
+    UnsupportedAdapterError,
 )
-from laplace_lora_fast.fit import Fit, fit_kfac
+from laplace_lora_fast.evidence import evidence_noise
+from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.heads import Head, OutputFn
-from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
 from laplace_lora_fast.likelihoods import (
     Categorical,
     Fisher,
@@ -34,20 +33,15 @@ from laplace_lora_fast.likelihoods import (
     probabilities,
 )
 from laplace_lora_fast.posterior import Posterior
-from laplace_lora_fast.predictive import LinearisedModel
+from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
+from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure
 from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
-from laplace_lora_fast.taps import Site, find_sites, parameters_left_alone, read_adapter
+from laplace_lora_fast.taps import Layers, Site, find_sites, parameters_left_alone, read_adapter
+from laplace_lora_fast.validation import DEFAULT_GRID, minimise_nll
 
 Batch = Mapping[str, Any]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
-
-
-class TuningMethod(str, Enum):
-    """How the prior precision is chosen."""
-
-    MARGLIK = "marglik"
-    VAL_NLL = "val_nll"
 
 
 class LaplaceLoRA:
@@ -69,17 +63,23 @@ class LaplaceLoRA:
             position, in this order.
         output_fn: instead: (model output, batch) -> logits [N, C]. Models with a `logits` [N, C] output
             (sequence classification) need neither.
-        structure: of the curvature: "kfac".
+        structure: of the curvature. "kfac"; "ekfac" (KFAC's eigenvalues re-measured in a second pass); "dual" (the
+            exact GGN in row space, for small data); "diag"; or "auto": "dual" where its rows are fewer than the
+            weights and fit `memory_budget`, else "kfac".
+        layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
+            output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
         kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023). "paper" is
             the convention of the code behind the Laplace-LoRA paper, to compare with published results: pads count,
-            and the curvature is too large by the padded length of a batch.
+            and the curvature is too large by the padded length of a batch. With LoRA on the output head, pass
+            `output_fn` there: with `answer_token_ids` the head sees the last position only.
         fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
         rank: leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
             quarter of `sketch_size` of a sketched one.
-        memory_budget: bytes of dense factors for factor="auto".
-        sketch_size: columns of a sketch.
+        memory_budget: bytes of dense factors for factor="auto", of rows kept on the device for structure="dual".
+        sketch_size: columns of a sketched factor.
+        row_sketch_size: columns m of a sketched Jacobian row for structure="dual"; exact from a layer's width on.
         prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.
         prior_mean: None for zero, or the adapter the training started from: a PEFT folder or state dict.
         sigma_noise: noise standard deviation of the regression likelihood.
@@ -103,6 +103,7 @@ class LaplaceLoRA:
         answer_token_ids: Sequence[int] | None = None,
         output_fn: OutputFn | None = None,
         structure: str = "kfac",
+        layers: Layers = None,
         kfac: str = "reduce",
         fisher: str = "exact",
         mc_samples: int = 1,
@@ -110,6 +111,7 @@ class LaplaceLoRA:
         rank: int | None = None,
         memory_budget: int = 4 * 2**30,
         sketch_size: int = 128,
+        row_sketch_size: int = 64,
         prior_precision: PriorPrecision = 1.0,
         prior_mean: str | PathLike[str] | Mapping[str, Tensor] | None = None,
         sigma_noise: float = 1.0,
@@ -117,25 +119,29 @@ class LaplaceLoRA:
     ) -> None:
         self.model = model
         self.likelihood: Likelihood = _likelihood(likelihood)
-        _choice("structure", structure, ("kfac",))
-        self.structure = structure
-        self.kfac = Kfac(_choice("kfac", kfac, [m.value for m in Kfac]))
-        self.fisher = Fisher(_choice("fisher", fisher, [m.value for m in Fisher]))
-        kind = FactorKind(_choice("factor", factor, [m.value for m in FactorKind]))
-        for name, value in (("mc_samples", mc_samples), ("sketch_size", sketch_size), ("rank", rank)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.rank, self.mc_samples, self.seed = rank, mc_samples, seed
+        self.options = FitOptions(
+            structure=structure,
+            kfac=kfac,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            factor=factor,
+            rank=rank,
+            memory_budget=memory_budget,
+            sketch_size=sketch_size,
+            row_sketch_size=row_sketch_size,
+            seed=seed,
+        )
         self.sigma_noise = sigma_noise
-        self._plan = FactorPlan(kind, memory_budget, sketch_size, seed)
         self._head = Head(model, answer_token_ids, output_fn)
-        self.sites = find_sites(model, self._head)
+        self._layers = layers
+        self.sites = find_sites(model, self._head, layers)
         self.prior_precision = prior_precision
         self._prior_mean: list[Tensor] | None = None
         if prior_mean is not None:
             pairs = read_adapter(prior_mean, self.sites)
             self._prior_mean = [weight for a, b in pairs for weight in (a, b.mT)]
         self._fit: Fit | None = None
+        self._reason = ""
         self._versions: list[tuple[int, int]] = []
 
     @property
@@ -145,7 +151,7 @@ class LaplaceLoRA:
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
-        prior.resolve(value, self._block_names())
+        prior.resolve(value, _block_names(self.sites))
         if isinstance(value, Mapping):
             self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
         else:
@@ -182,37 +188,48 @@ class LaplaceLoRA:
         Raises:
             InvalidBatchError: the loader is empty, or a batch is unusable.
             NumericalError: a layer's curvature is not finite.
+            UnsupportedAdapterError: the active adapter is one this does not cover, or not the one of `prior_mean`.
+            ValueError: `prior_precision` names other layers than the active adapter has.
         """
-        sites = find_sites(self.model, self._head)
-        fit = fit_kfac(
+        sites = find_sites(self.model, self._head, self._layers)
+        weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
+        if weights != former:
+            if self._prior_mean is not None:
+                raise UnsupportedAdapterError(
+                    f"prior_mean belongs to adapter {self.sites[0].adapter!r}, now {sites[0].adapter!r} is active: "
+                    "make a new LaplaceLoRA"
+                )
+            prior.resolve(self.prior_precision, _block_names(sites))
+        options = self.options
+        objective = Objective(
             self.model,
             self._head,
             sites,
-            train_loader,
             self.likelihood,
-            self.fisher,
-            KfacAccumulator(sites, self.kfac, self._plan),
-            rank=self.rank,
-            mc_samples=self.mc_samples,
-            seed=self.seed,
-            progress=progress,
+            Fisher(options.fisher),
+            options.mc_samples,
+            options.seed,
         )
-        self.sites, self._fit = sites, fit
-        self._versions = _versions(sites)
+        self._fit, self._reason = fit_structure(objective, train_loader, options, progress)
+        self.sites, self._versions = sites, _versions(sites)
         return self
 
     @property
     def posterior(self) -> Posterior:
         """The Gaussian over the LoRA weights at the current prior precision and noise."""
-        fit = self._fitted()
-        scale = self._curvature_scale()
-        blocks = fit.blocks if scale == 1 else [block.scaled(scale) for block in fit.blocks]
-        return Posterior(blocks, self._resolve(None))
+        curvature = self._fitted().curvature
+        if self.likelihood.name == "regression" and self.sigma_noise != 1:
+            curvature = curvature.scaled(1 / self.sigma_noise**2)
+        return Posterior(curvature, self._resolve(None))
 
     @property
     def factors(self) -> dict[str, LayerFactors]:
-        """For each LoRA layer the Kronecker factors of lora_A and lora_B at unit noise."""
-        return layer_factors(self._fitted().blocks, self.sites)
+        """For each LoRA layer the Kronecker factors of lora_A and lora_B at unit noise.
+
+        Raises:
+            ValueError: the structure has none.
+        """
+        return layer_factors(self._fitted().curvature, self.sites)
 
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
         """Laplace's estimate of log p(D | prior), fp64 scalar.
@@ -228,10 +245,9 @@ class LaplaceLoRA:
             raise NotFittedError(
                 "the evidence needs 'labels' in every batch of train_loader: fit again with them"
             )
-        posterior = self.posterior
         lam = self._resolve(prior_precision)
         penalty = (lam * torch.tensor(self._squared_norms(), dtype=torch.float64)).sum()
-        log_det = Posterior(posterior.blocks, lam).log_det_ratio().cpu()
+        log_det = self.posterior.curvature.log_det_ratio(lam)
         return self._log_likelihood(fit, fit.log_likelihood) - 0.5 * (penalty + log_det)
 
     def optimize_prior_precision(
@@ -242,7 +258,7 @@ class LaplaceLoRA:
         val_loader: Iterable[Batch] | None = None,
         link_approx: str = "probit",
         n_samples: int = 1000,
-        grid: Sequence[float] = validation.DEFAULT_GRID,
+        grid: Sequence[float] = DEFAULT_GRID,
         tune_sigma_noise: bool = False,
         progress: bool = True,
     ) -> PriorPrecision:
@@ -266,22 +282,30 @@ class LaplaceLoRA:
             ValueError: arguments that do not go together.
         """
         structure = PriorStructure(
-            _choice("prior_structure", prior_structure, [m.value for m in PriorStructure])
+            check_choice("prior_structure", prior_structure, [m.value for m in PriorStructure])
         )
-        chosen = TuningMethod(_choice("method", method, [m.value for m in TuningMethod]))
-        if tune_sigma_noise and (chosen is not TuningMethod.MARGLIK or self.likelihood.name != "regression"):
+        check_choice("method", method, ["marglik", "val_nll"])
+        keys = prior.group_keys(structure, _block_names(self.sites))
+        if tune_sigma_noise and (method != "marglik" or self.likelihood.name != "regression"):
             raise ValueError("tune_sigma_noise needs likelihood='regression' and method='marglik'")
-        if chosen is TuningMethod.VAL_NLL:
-            link = Link(_choice("link_approx", link_approx, [m.value for m in Link if m is not Link.MAP]))
-            self.prior_precision = self._minimise_val_nll(
-                structure, val_loader, link, n_samples, grid, progress
-            )
-        elif tune_sigma_noise:
-            self._maximise_evidence_with_noise(structure)
+        if method == "marglik":
+            best = self._maximise_evidence(keys, tune_sigma_noise)
+        elif val_loader is None:
+            raise ValueError("method='val_nll' needs val_loader")
         else:
-            self.prior_precision = prior.maximise_evidence(
-                structure, self.posterior.blocks, self._squared_norms()
+            best = minimise_nll(
+                self._linearised(),
+                keys,
+                val_loader,
+                self._predictive_cotangents(),
+                grid,
+                Link(check_choice("link_approx", link_approx, [m.value for m in Link if m is not Link.MAP])),
+                n_samples,
+                self.sigma_noise,
+                self.options.seed,
+                progress,
             )
+        self.prior_precision = best[""] if structure is PriorStructure.SCALAR else best
         return self.prior_precision
 
     def logit_distribution(
@@ -348,7 +372,7 @@ class LaplaceLoRA:
             The folders, loadable by `peft.PeftModel.from_pretrained`.
         """
         self._fitted()
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.options.seed)
         return adapters.save_samples(self.model, self.sites, self.posterior.sample(n, generator), folder)
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -356,19 +380,12 @@ class LaplaceLoRA:
         answers = self._head.answer_token_ids
         settings = {
             "likelihood": self.likelihood.name,
-            "structure": self.structure,
-            "kfac": self.kfac.value,
-            "fisher": self.fisher.value,
-            "mc_samples": self.mc_samples,
-            "factor": self._plan.kind.value,
-            "rank": self.rank,
-            "memory_budget": self._plan.memory_budget,
-            "sketch_size": self._plan.sketch_size,
             "answer_token_ids": None if answers is None else answers.tolist(),
             "output_fn": self._head.output_fn is not None,
+            "layers": None if self._layers is None else [site.name for site in self.sites],
             "prior_precision": self.prior_precision,
             "sigma_noise": self.sigma_noise,
-            "seed": self.seed,
+            **self.options.as_dict(),
         }
         state.save(folder, *self.snapshot(), settings)
 
@@ -387,41 +404,38 @@ class LaplaceLoRA:
             StateError: the file is missing, truncated, of another format, or of another adapter; says which.
             ValueError: `output_fn` is given and the fit had none, or the other way round.
         """
-        fit, prior_mean, settings = state.load(folder)
-        settings = dict(settings)
+        saved = state.load(folder)
+        settings = saved.settings
         if settings.pop("output_fn", False) != (output_fn is not None):
             raise ValueError(
                 "output_fn must be the one the posterior was fitted with, or None if it had none"
             )
         try:
-            precision = settings.pop("prior_precision")
             la = cls(model, output_fn=output_fn, **settings)
-            la.restore(fit, precision, prior_mean)
         except LaplaceError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
+        la.restore(*saved.rebuild(la.sites))
         return la
 
     def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
         """The fit, and the prior mean of each block (None for zero): with the prior precision, the whole posterior."""
         return self._fitted(), self._prior_mean
 
-    def restore(self, fit: Fit, prior_precision: PriorPrecision, prior_mean: list[Tensor] | None) -> None:
+    def restore(self, fit: Fit, prior_mean: list[Tensor] | None) -> None:
         """Takes over a posterior that was fitted on this adapter elsewhere, in the form `snapshot` gives.
 
         Raises:
-            StateError: the fit is of another adapter; names the layer.
-            ValueError: the prior precision is not positive or does not cover the layers.
+            StateError: the fit is of another adapter, or damaged; names the layer.
         """
-        matched = state.match(fit, self.sites)
-        self.prior_precision = prior_precision
-        self._fit, self._prior_mean, self._versions = matched, prior_mean, _versions(self.sites)
+        state.check(fit.curvature, self.sites)
+        self._fit, self._prior_mean, self._versions = fit, prior_mean, _versions(self.sites)
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
         self._fitted()
-        return summarise(self.posterior, self.prior_precision, self.parameters_left_alone)
+        return summarise(self.posterior, self.prior_precision, self.parameters_left_alone, self._reason)
 
     def _fitted(self) -> Fit:
         """The fit, if it still belongs to the adapter's weights."""
@@ -429,24 +443,16 @@ class LaplaceLoRA:
             raise NotFittedError("call fit(train_loader) or load(...) first")
         versions = _versions(self.sites)
         if versions != self._versions:
-            for block, site in zip(self._fit.blocks, (s for s in self.sites for _ in "AB"), strict=True):
-                if not state.same_weights(state.map_weight(site, block.side), block.mean):
-                    raise NotFittedError(
-                        f"the adapter's weights of layer {site.name!r} changed since fit: fit again"
-                    )
+            state.check_weights(
+                self._fit.curvature, self.sites, NotFittedError, "changed since fit: fit again"
+            )
             self._versions = versions
         return self._fit
-
-    def _block_names(self) -> list[prior.BlockName]:
-        return [(site.name, side) for site in self.sites for side in "AB"]
 
     def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
         """The prior precision of each block; None for the current one."""
         value = self.prior_precision if prior_precision is None else prior_precision
-        return prior.resolve(value, self._block_names())
-
-    def _curvature_scale(self) -> float:
-        return 1 / self.sigma_noise**2 if self.likelihood.name == "regression" else 1.0
+        return prior.resolve(value, _block_names(self.sites))
 
     def _log_likelihood(self, fit: Fit, at_unit_noise: float) -> float:
         if self.likelihood.name != "regression":
@@ -457,16 +463,19 @@ class LaplaceLoRA:
         )
 
     def _squared_norms(self) -> list[float]:
-        blocks = self._fitted().blocks
-        means = self._prior_mean or [torch.zeros((), dtype=torch.float64)] * len(blocks)
+        weights = self._fitted().curvature.means
+        means = self._prior_mean or [torch.zeros((), dtype=torch.float64)] * len(weights)
         return [
-            float((block.mean.double() - mean.to(block.mean.device).double()).square().sum())
-            for block, mean in zip(blocks, means, strict=True)
+            float((weight.double() - mean.to(weight.device).double()).square().sum())
+            for weight, mean in zip(weights, means, strict=True)
         ]
 
-    def _maximise_evidence_with_noise(self, structure: PriorStructure) -> None:
-        """Coordinate ascent: each step is the exact maximum over one of (prior precision, noise)."""
-        fit = self._fitted()
+    def _maximise_evidence(self, keys: Sequence[str], with_noise: bool) -> dict[str, float]:
+        """With the noise: coordinate ascent, each step the exact maximum over one of (prior precision, noise)."""
+        fit, norms = self._fitted(), self._squared_norms()
+        best = self.posterior.curvature.maximise_evidence(keys, norms)
+        if not with_noise:
+            return best
         if fit.log_likelihood is None:
             raise NotFittedError("tune_sigma_noise needs 'labels' in every batch of train_loader")
         residuals, count = -2 * fit.log_likelihood, fit.n_examples * fit.n_outputs
@@ -476,60 +485,14 @@ class LaplaceLoRA:
             )
         for _ in range(500):
             before = self.sigma_noise
-            self.prior_precision = prior.maximise_evidence(
-                structure, self.posterior.blocks, self._squared_norms()
+            spectrum = fit.curvature.whitened_spectrum(
+                torch.tensor([best[k] for k in keys], dtype=torch.float64)
             )
-            self.sigma_noise = prior.evidence_noise(
-                fit.blocks, self.posterior.prior_precision, residuals, count
-            )
+            self.sigma_noise = evidence_noise(*spectrum, residuals, count)
+            best = self.posterior.curvature.maximise_evidence(keys, norms)
             if abs(math.log(self.sigma_noise / before)) < 1e-12:
                 break
-        self.prior_precision = prior.maximise_evidence(
-            structure, self.posterior.blocks, self._squared_norms()
-        )
-
-    def _minimise_val_nll(
-        self,
-        structure: PriorStructure,
-        val_loader: Iterable[Batch] | None,
-        link: Link,
-        n_samples: int,
-        grid: Sequence[float],
-        progress: bool,
-    ) -> PriorPrecision:
-        if val_loader is None:
-            raise ValueError("method='val_nll' needs val_loader")
-        if structure is PriorStructure.LAYERWISE:
-            raise ValueError(
-                "method='val_nll' tunes prior_structure 'scalar' or 'ab': a few held-out examples decide no more"
-            )
-        ascending = len(grid) > 1 and all(a < b for a, b in pairwise(grid))
-        if not (ascending and grid[0] > 0 and grid[-1] < math.inf):
-            raise ValueError("grid must hold at least two ascending positive values")
-        keys = prior.group_keys(structure, self._block_names())
-        names = list(dict.fromkeys(keys))
-        precisions = torch.tensor(grid, dtype=torch.float64).expand(len(keys), -1)
-        parts = [names.index(key) for key in keys]
-        mean, cov, labels = predictive.distribution(
-            self._linearised(),
-            precisions,
-            parts,
-            val_loader,
-            self._predictive_cotangents(),
-            "validate",
-            progress,
-        )
-        if labels is None:
-            raise InvalidBatchError("method='val_nll' needs 'labels' in every batch of val_loader")
-        table = self._val_nll(mean, cov, labels, link, n_samples)
-        best = validation.best_prior_precision(table, torch.tensor(grid, dtype=torch.float64))
-        return best[0] if structure is PriorStructure.SCALAR else dict(zip(names, best, strict=True))
-
-    def _val_nll(self, mean: Tensor, parts: Tensor, labels: Tensor, link: Link, n_samples: int) -> Tensor:
-        if self.likelihood.name == "regression":
-            return validation.regression_nll(mean, parts, labels, self.sigma_noise)
-        generator = torch.Generator().manual_seed(self.seed)
-        return validation.classification_nll(mean, parts, labels, link, n_samples, generator)
+        return best
 
     def _predictive_cotangents(self) -> Tensor:
         outputs = self._fitted().n_outputs
@@ -545,16 +508,16 @@ class LaplaceLoRA:
         prior_precision: PriorPrecisions | None,
         progress: bool,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
-        link = Link(_choice("link_approx", link_approx, [m.value for m in Link]))
+        link = Link(check_choice("link_approx", link_approx, [m.value for m in Link]))
         if link is Link.MAP and self.likelihood.name == "classification":
-            logits, labels = predictive.map_logits(self._linearised(), loader, progress)
+            logits, labels = map_logits(self._linearised(), loader, progress)
             return logits.softmax(-1), labels
         mean, cov, labels = self._distribution(
             loader, self._predictive_cotangents(), prior_precision, progress
         )
         if self.likelihood.name == "regression":
             return (mean, cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2), labels
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.options.seed)
         return probabilities(link, mean, cov, n_samples, generator), labels
 
     def _distribution(
@@ -567,35 +530,28 @@ class LaplaceLoRA:
         """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
         several = isinstance(prior_precision, Sequence)
         tried = prior_precision if isinstance(prior_precision, Sequence) else [prior_precision]
-        columns = [self._resolve(value) for value in tried]
-        precisions = torch.stack(columns, 1)
-        mean, cov, labels = predictive.distribution(
-            self._linearised(), precisions, [0] * len(precisions), loader, cotangents, "predict", progress
+        if not tried:
+            raise ValueError("prior_precision is an empty list")
+        precisions = torch.stack([self._resolve(value) for value in tried], 1)
+        mean, cov, labels = distribution(
+            self._linearised(), precisions, loader, cotangents, "predict", progress
         )
-        return mean, cov[0] if several else cov[0, 0], labels
+        return mean, cov if several else cov[0], labels
 
     def _linearised(self) -> LinearisedModel:
-        fit = self._fitted()
+        fit, curvature = self._fitted(), self.posterior.curvature
         return LinearisedModel(
-            self.model,
-            self._head,
-            self.sites,
-            fit.groups,
-            self.posterior.blocks,
-            self.likelihood,
-            fit.n_outputs,
+            self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
         )
 
 
 def _likelihood(name: str) -> Likelihood:
     kinds: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Categorical, Gaussian)}
-    return kinds[_choice("likelihood", name, list(kinds))]()
+    return kinds[check_choice("likelihood", name, list(kinds))]()
 
 
-def _choice(argument: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {list(choices)}, got {value!r}")
-    return value
+def _block_names(sites: Sequence[Site]) -> list[BlockName]:
+    return [(site.name, side) for site in sites for side in "AB"]
 
 
 def _versions(sites: Sequence[Site]) -> list[tuple[int, int]]:

@@ -168,7 +168,8 @@ def _panels(grid: Grid, x_label: str, y_label: str) -> tuple[Figure, list[tuple[
     axes = figure.subplots(len(rows), len(methods), squeeze=False, sharex=True, sharey="row")
     panels = []
     for (name, row), line in zip(grid.items(), axes, strict=True):
-        line[0].set_ylabel(f"{name} (n = {len(row[methods[0]].labels)})\n{y_label}")
+        count = len(row[methods[0]].labels)
+        line[0].set_ylabel(f"{name} (n = {count})\n".replace(", ", "\n") + y_label)
         for method, ax in zip(methods, line, strict=True):
             ax.spines[["top", "right"]].set_visible(False)
             panels.append((ax, row[method]))

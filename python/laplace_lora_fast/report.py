@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.table import Table
@@ -18,19 +19,23 @@ def score(grid: Mapping[str, Mapping[str, Predictions]]) -> dict[str, dict[str, 
 
 
 def metrics_table(results: Results) -> Table:
-    """A table with one section a data set and one row a method."""
+    """A table with one section a data set and one row a method; commas in a data set's name break its line."""
     table = Table(caption="accuracy: higher is better; ECE (15 bins), NLL (nats), Brier: lower is better")
     table.add_column("data set")
     table.add_column("method")
     for name in ("accuracy", "ECE", "NLL", "Brier"):
         table.add_column(name, justify="right")
     for data, row in results.items():
-        for number, (method, scores) in enumerate(row.items()):
-            heading = (data, f"n = {scores.count}")[number] if number < 2 else ""
-            values = (scores.accuracy, scores.ece, scores.nll, scores.brier)
-            table.add_row(heading, method, *(f"{value:.3f}" for value in values))
+        headings = [*data.split(", "), f"n = {next(iter(row.values())).count}"]
+        lines = [_cells(method, scores) for method, scores in row.items()]
+        for heading, cells in zip_longest(headings, lines):
+            table.add_row(heading or "", *(cells or ()))
         table.add_section()
     return table
+
+
+def _cells(method: str, scores: Metrics) -> list[str]:
+    return [method, *(f"{value:.3f}" for value in (scores.accuracy, scores.ece, scores.nll, scores.brier))]
 
 
 def write_plots(grid: Mapping[str, Mapping[str, Predictions]], folder: Path) -> list[Path]:

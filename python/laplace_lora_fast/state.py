@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from laplace_lora_fast.errors import StateError
-from laplace_lora_fast.factors import Spectrum
+from laplace_lora_fast.blocks import BlockCurvature
+from laplace_lora_fast.curvature import BlockName, Curvature
+from laplace_lora_fast.dual import DualCurvature
+from laplace_lora_fast.errors import LaplaceError, StateError
 from laplace_lora_fast.fit import Fit
-from laplace_lora_fast.posterior import KronBlock
 from laplace_lora_fast.taps import Site
 
 FILE_NAME = "posterior.safetensors"
 FORMAT = "laplace-lora-fast/1"
-_BLOCK_TENSORS = ("small_values", "small_vectors", "mean")
-_SPECTRUM_TENSORS = ("values", "vectors", "tail", "trace")
 
 
 def save(
@@ -37,20 +37,13 @@ def save(
         prior_mean: of each block, or None for zero.
         settings: JSON-serialisable.
     """
-    spectra: dict[int, Spectrum] = {id(block.large): block.large for block in fit.blocks}
-    order = {key: index for index, key in enumerate(spectra)}
-    tensors = {
-        f"spectrum.{order[key]}.{field}": getattr(spectrum, field)
-        for key, spectrum in spectra.items()
-        for field in _SPECTRUM_TENSORS
-    }
-    for index, block in enumerate(fit.blocks):
-        tensors |= {f"block.{index}.{field}": getattr(block, field) for field in _BLOCK_TENSORS}
-        if prior_mean is not None:
-            tensors[f"block.{index}.prior_mean"] = prior_mean[index]
+    tensors = fit.curvature.tensors()
+    if prior_mean is not None:
+        tensors |= {f"prior_mean.{index}": mean for index, mean in enumerate(prior_mean)}
     header = {
         "settings": settings,
-        "blocks": [{"layer": b.layer, "side": b.side, "spectrum": order[id(b.large)]} for b in fit.blocks],
+        "structure": fit.curvature.structure,
+        "names": fit.curvature.names,
         "groups": fit.groups,
         "n_examples": fit.n_examples,
         "n_outputs": fit.n_outputs,
@@ -64,11 +57,40 @@ def save(
     os.replace(partial, path)
 
 
-def load(folder: str | PathLike[str]) -> tuple[Fit, list[Tensor] | None, dict[str, Any]]:
-    """Reads what `save` wrote, on the CPU.
+@dataclass(frozen=True)
+class Saved:
+    """A posterior file: its settings, and what needs the model's layers to become a fit."""
 
-    Returns:
-        The fit, the prior mean of each block (None for zero), the settings.
+    path: Path
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.header["settings"])
+
+    def rebuild(self, sites: Sequence[Site]) -> tuple[Fit, list[Tensor] | None]:
+        """The fit on the devices of these LoRA layers, and the prior mean of each block (None for zero).
+
+        Raises:
+            StateError: layers differ or a tensor is missing; names it.
+        """
+        names = [(layer, side) for layer, side in self.header["names"]]
+        _check_names(names, sites)
+        kind = DualCurvature if self.header["structure"] == DualCurvature.structure else BlockCurvature
+        devices = [site.A.device for site in sites for _ in "AB"]
+        try:
+            curvature = kind.from_tensors(self.header["structure"], names, self.tensors, devices)
+            count = sum(name.startswith("prior_mean.") for name in self.tensors)
+            prior_mean = [self.tensors[f"prior_mean.{index}"] for index in range(count)] or None
+        except KeyError as error:
+            raise StateError(f"{self.path} lacks {error}") from error
+        rest = {key: self.header[key] for key in ("groups", "n_examples", "n_outputs", "log_likelihood")}
+        return Fit(curvature, **rest), prior_mean
+
+
+def load(folder: str | PathLike[str]) -> Saved:
+    """Reads what `save` wrote, on the CPU.
 
     Raises:
         StateError: there is no such file, or it is truncated, or of another format.
@@ -89,88 +111,53 @@ def load(folder: str | PathLike[str]) -> tuple[Fit, list[Tensor] | None, dict[st
         raise StateError(f"{path} is truncated or damaged: {error}") from error
     except json.JSONDecodeError as error:
         raise StateError(f"{path} has a damaged header: {error}") from error
-    if not isinstance(header, dict):
-        raise StateError(f"{path} has a damaged header")
-    try:
-        return _rebuild(header, tensors)
-    except KeyError as error:
-        raise StateError(f"{path} lacks {error}") from error
+    missing = {"settings", "structure", "names", "groups", "n_examples", "n_outputs", "log_likelihood"} - set(
+        header
+    )
+    if missing:
+        raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
+    return Saved(path, header, tensors)
 
 
-def _rebuild(
-    header: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[Fit, list[Tensor] | None, dict[str, Any]]:
-    spectra: dict[int, Spectrum] = {}
-    blocks = []
-    for index, entry in enumerate(header["blocks"]):
-        key = entry["spectrum"]
-        if key not in spectra:
-            spectra[key] = Spectrum(*(tensors[f"spectrum.{key}.{field}"] for field in _SPECTRUM_TENSORS))
-        small = (tensors[f"block.{index}.{field}"] for field in _BLOCK_TENSORS)
-        blocks.append(KronBlock(entry["layer"], entry["side"], spectra[key], *small))
-    fit = Fit(blocks, header["groups"], header["n_examples"], header["n_outputs"], header["log_likelihood"])
-    centred = "block.0.prior_mean" in tensors
-    prior_mean = [tensors[f"block.{index}.prior_mean"] for index in range(len(blocks))] if centred else None
-    return fit, prior_mean, header["settings"]
-
-
-def match(fit: Fit, sites: Sequence[Site]) -> Fit:
-    """Checks that a loaded fit belongs to these LoRA layers and moves it to their devices.
+def check(curvature: Curvature, sites: Sequence[Site]) -> None:
+    """Refuses a curvature that is damaged or does not belong to the adapter.
 
     Raises:
-        StateError: layers, shapes or MAP weights differ; names the layer.
+        StateError: names the layer.
     """
-    names = [site.name for site in sites]
-    saved = [block.layer for block in fit.blocks[0::2]]
-    if names != saved:
-        odd = sorted(set(names) ^ set(saved))[:3]
+    _check_names(curvature.names, sites)
+    for index in curvature.damaged():
+        layer = curvature.names[index][0]
+        raise StateError(
+            f"the posterior of layer {layer!r} has tensors of wrong shapes or values that are not finite"
+        )
+    check_weights(
+        curvature, sites, StateError, "differ from those the posterior was fitted on: load the same adapter"
+    )
+
+
+def _check_names(names: Sequence[BlockName], sites: Sequence[Site]) -> None:
+    expected = [(site.name, side) for site in sites for side in "AB"]
+    if list(names) != expected:
+        odd = sorted({layer for layer, _ in set(names) ^ set(expected)})[:3]
         raise StateError(
             f"the posterior was fitted on other LoRA layers than the model has; differing: {odd}"
         )
-    moved: dict[int, Spectrum] = {}
-    blocks = []
-    for index, block in enumerate(fit.blocks):
-        site = sites[index // 2]
-        weight = map_weight(site, block.side)
-        if weight.shape != block.mean.shape:
-            raise StateError(
-                f"layer {site.name!r} has lora_{block.side} of shape {tuple(weight.shape)}, "
-                f"the posterior {tuple(block.mean.shape)}"
+
+
+def check_weights(curvature: Curvature, sites: Sequence[Site], error: type[LaplaceError], what: str) -> None:
+    """Raises `error` unless the adapter's weights are those the curvature belongs to; names the layer."""
+    weights = [weight for site in sites for weight in (site.A, site.B.mT)]
+    for (layer, side), mean, weight in zip(curvature.names, curvature.means, weights, strict=True):
+        if weight.shape != mean.shape:
+            raise error(
+                f"layer {layer!r} has lora_{side} of shape {tuple(weight.shape)}, not {tuple(mean.shape)}"
             )
-        if not _sound(block):
-            raise StateError(
-                f"the posterior of layer {site.name!r} holds tensors of other shapes or values that are not finite"
-            )
-        if not same_weights(weight, block.mean):
-            raise StateError(
-                f"the adapter's weights of layer {site.name!r} differ from those the posterior was fitted on: "
-                "load the same adapter"
-            )
-        device = weight.device
-        if id(block.large) not in moved:
-            moved[id(block.large)] = Spectrum(
-                *(getattr(block.large, f).to(device) for f in _SPECTRUM_TENSORS)
-            )
-        small = (getattr(block, field).to(device) for field in _BLOCK_TENSORS)
-        blocks.append(KronBlock(block.layer, block.side, moved[id(block.large)], *small))
-    return Fit(blocks, fit.groups, fit.n_examples, fit.n_outputs, fit.log_likelihood)
+        if not _same(weight, mean):
+            raise error(f"the adapter's weights of layer {layer!r} {what}")
 
 
-def _sound(block: KronBlock) -> bool:
-    """Shapes that belong together, values that are finite."""
-    (r, d), large = block.mean.shape, block.large
-    k = large.values.numel()
-    shapes = [(large.values, (k,)), (large.vectors, (d, k)), (large.tail, ()), (large.trace, ())]
-    shapes += [(block.small_values, (r,)), (block.small_vectors, (r, r))]
-    return all(tensor.shape == shape and bool(tensor.isfinite().all()) for tensor, shape in shapes)
-
-
-def map_weight(site: Site, side: str) -> Tensor:
-    """The adapter's current weight in a block's orientation [r, d]."""
-    return site.A if side == "A" else site.B.mT
-
-
-def same_weights(current: Tensor, saved: Tensor) -> bool:
+def _same(current: Tensor, saved: Tensor) -> bool:
     """Equal, or equal up to rounding where the two are held in different dtypes."""
     if current.dtype == saved.dtype:
         return torch.equal(current, saved.to(current.device))

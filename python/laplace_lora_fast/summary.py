@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from laplace_lora_fast.posterior import KronBlock, Posterior
+from laplace_lora_fast.blocks import KronBlock
+from laplace_lora_fast.curvature import Curvature
+from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.prior import PriorPrecision
 from laplace_lora_fast.taps import Site
 
@@ -17,17 +19,18 @@ class WeightFactors:
     """The Kronecker factors of one LoRA weight [out, in]: H = gradient_factor (x) input_factor, vec row-major."""
 
     block: KronBlock
+    side: str
     scaling: float
 
     @property
     def input_factor(self) -> Tensor:
         """Dense [in, in]."""
-        return self._large() if self.block.side == "A" else self._small() / self.scaling**2
+        return self._large() if self.side == "A" else self._small() / self.scaling**2
 
     @property
     def gradient_factor(self) -> Tensor:
         """Dense [out, out]."""
-        return self._small() if self.block.side == "A" else self._large() * self.scaling**2
+        return self._small() if self.side == "A" else self._large() * self.scaling**2
 
     def _large(self) -> Tensor:
         return self.block.large.dense()
@@ -45,35 +48,37 @@ class LayerFactors:
     B: WeightFactors
 
 
-def layer_factors(blocks: Sequence[KronBlock], sites: Sequence[Site]) -> dict[str, LayerFactors]:
-    """Factors by layer name."""
+def layer_factors(curvature: Curvature, sites: Sequence[Site]) -> dict[str, LayerFactors]:
+    """Factors by layer name. Raises ValueError for a structure without Kronecker factors."""
+    blocks = [block for block in getattr(curvature, "blocks", []) if isinstance(block, KronBlock)]
+    if not blocks:
+        raise ValueError(f"structure {curvature.structure!r} has no Kronecker factors")
     return {
-        site.name: LayerFactors(WeightFactors(a, site.scaling), WeightFactors(b, site.scaling))
+        site.name: LayerFactors(WeightFactors(a, "A", site.scaling), WeightFactors(b, "B", site.scaling))
         for site, a, b in zip(sites, blocks[0::2], blocks[1::2], strict=True)
     }
 
 
-def summarise(posterior: Posterior, prior_precision: PriorPrecision, left_alone: Sequence[str]) -> str:
-    """A table with one row a weight and a line of totals."""
-    width = max(len(block.layer) for block in posterior.blocks) + 2
-    lines = [f"{'weight':{width}}  {'shape':>14}  {'rank':>6}  {'captured':>8}  {'effective parameters':>22}"]
+def summarise(
+    posterior: Posterior, prior_precision: PriorPrecision, left_alone: Sequence[str], reason: str
+) -> str:
+    """A table with one row a weight, and lines of totals."""
+    curvature = posterior.curvature
+    width = max(len(layer) for layer, _ in curvature.names) + 2
+    lines = [
+        f"structure {curvature.structure}{reason}",
+        f"{'weight':{width}}  {'shape':>14}  {'rank':>6}  {'captured':>8}  {'effective parameters':>22}",
+    ]
     gammas = posterior.effective_parameters().tolist()
-    for block, gamma in zip(posterior.blocks, gammas, strict=True):
-        shape = tuple(block.mean.shape) if block.side == "A" else tuple(block.mean.mT.shape)
-        share = f"{gamma:.1f} of {block.n_weights}"
-        lines.append(
-            f"{block.layer + '.' + block.side:{width}}  {shape!s:>14}  {block.large.rank:>6}  "
-            f"{block.large.captured:>8.3f}  {share:>22}"
-        )
-    total = sum(block.n_weights for block in posterior.blocks)
-    lines.append(
-        f"{len(posterior.blocks)} weights, {sum(gammas):.1f} of {total} parameters determined by the data"
-    )
-    lines.append(
-        f"prior precision {prior_precision if isinstance(prior_precision, float | int) else dict(prior_precision)}"
-    )
+    rows = zip(curvature.names, curvature.means, curvature.describe(), gammas, strict=True)
+    for (layer, side), mean, (rank, captured), gamma in rows:
+        shape = tuple(mean.shape) if side == "A" else tuple(mean.mT.shape)
+        share = f"{gamma:.1f} of {mean.numel()}"
+        lines.append(f"{layer + '.' + side:{width}}  {shape!s:>14}  {rank:>6}  {captured:>8.3f}  {share:>22}")
+    total = sum(mean.numel() for mean in curvature.means)
+    lines.append(f"{len(gammas)} weights, {sum(gammas):.1f} of {total} parameters determined by the data")
+    lines.append(f"prior precision {prior_precision}")
     if left_alone:
-        lines.append(
-            f"{len(left_alone)} trained parameters outside LoRA keep their MAP value: {', '.join(left_alone[:4])}"
-        )
+        names = ", ".join(left_alone[:4]) + (", ..." if len(left_alone) > 4 else "")
+        lines.append(f"{len(left_alone)} trained parameters outside keep their MAP value: {names}")
     return "\n".join(lines)

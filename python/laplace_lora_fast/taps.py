@@ -10,7 +10,8 @@ follows from the two streams x and g at the layer itself:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -83,12 +84,16 @@ class Site:
         return f"{self.name}.lora_{side}.{self.adapter}.weight"
 
 
-def find_sites(model: nn.Module, head: Head) -> list[Site]:
+Layers = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site]:
     """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
 
     Args:
         model: a PEFT model.
         head: says whether the language-model head is restricted to answer tokens.
+        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
 
     Raises:
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
@@ -107,7 +112,26 @@ def find_sites(model: nn.Module, head: Head) -> list[Site]:
         raise UnsupportedAdapterError(
             "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
         )
-    return sites
+    return _selected(sites, layers)
+
+
+def _selected(sites: list[Site], layers: Layers) -> list[Site]:
+    if layers is None:
+        return sites
+    if layers == "last":
+        numbered = [re.match(r".*\.\d+\.", site.name) for site in sites]
+        stem = "" if numbered[-1] is None else numbered[-1].group()
+        return [site for site in sites if site.name.startswith(stem)] if stem else [sites[-1]]
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
+    wanted = layers if callable(layers) else set(layers).__contains__
+    chosen = [site for site in sites if wanted(site.name)]
+    unknown = [] if callable(layers) else sorted(set(layers) - {site.name for site in sites})
+    if unknown or not chosen:
+        raise UnsupportedAdapterError(
+            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {sites[0].name!r} is one, for example"
+        )
+    return chosen
 
 
 def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
@@ -268,7 +292,8 @@ class Tap:
 
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
-            stack.enter_context(_evaluation_mode(self.model))
+            checkpointing = _checkpointing_layers(self.model)
+            stack.enter_context(_evaluation_mode(self.model, checkpointing))
             stack.enter_context(_frozen(self.model))
             stack.enter_context(self.head.installed())
             stack.enter_context(torch.inference_mode(False))
@@ -284,9 +309,7 @@ class Tap:
                     self._forward_hook(self.observer, index), with_kwargs=True
                 )
                 stack.callback(handle.remove)
-            if self.observer is not None and _checkpoints_reentrantly(
-                self.model
-            ):  # its segments need an input that requires grad
+            if self.observer is not None and _reentrant(checkpointing):  # needs an input that requires grad
                 embedding = _input_embeddings(self.model)
                 stack.callback(embedding.register_forward_hook(lambda *a: self._start_graph(a[-1])).remove)
             self._stack = stack.pop_all()
@@ -393,6 +416,9 @@ class Tap:
             return x[:, None], None
         if x.dim() == 2 and length is not None and x.shape[0] == n * length:
             x = x.view(n, length, -1)
+        between = x.shape[1:-1]
+        if length is not None and len(between) > 1 and length in between and between.numel() == length:
+            x = x.flatten(1, -2)  # axes of size 1 beside the tokens
         if x.dim() >= 3 and x.shape[0] == n:
             if length is None:
                 return x.flatten(1, -2), None
@@ -419,10 +445,8 @@ def _input_embeddings(model: nn.Module) -> nn.Module:
     return embedding
 
 
-def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    functions = (
-        getattr(module, "_gradient_checkpointing_func", None) for module in _checkpointing_layers(model)
-    )
+def _reentrant(checkpointing: list[nn.Module]) -> bool:
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in checkpointing)
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
@@ -438,17 +462,21 @@ def _has_own_dropout(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module, checkpointing: list[nn.Module]) -> Iterator[None]:
     """Evaluation mode, except that transformers' checkpointed layers keep the flag that makes them checkpoint."""
-    flags = [(module, module.training) for module in model.modules()]
+    were_training = [module for module in model.modules() if module.training]
+    were_not = [layer for layer in checkpointing if not layer.training]
     try:
-        model.eval()
-        for layer in _checkpointing_layers(model):
+        for module in were_training:
+            module.training = False
+        for layer in checkpointing:
             layer.training = not _has_own_dropout(layer)
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module in were_training:
+            module.training = True
+        for layer in were_not:
+            layer.training = False
 
 
 @contextmanager

@@ -5,74 +5,93 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.errors import LaplaceWarning
+from laplace_lora_fast.errors import InvalidBatchError, LaplaceWarning
 from laplace_lora_fast.likelihoods import Link, probabilities
+from laplace_lora_fast.predictive import LinearisedModel, distribution
 
 DEFAULT_GRID = tuple(torch.logspace(-4, 6, 101, dtype=torch.float64).tolist())
+_CHUNK = 64  # priors integrated at a time
 
 
-def best_prior_precision(nll: Tensor, grid: Tensor) -> list[float]:
-    """The grid values at the minimum of a table of held-out NLL with one axis per prior group.
+def minimise_nll(
+    linearised: LinearisedModel,
+    keys: Sequence[str],
+    loader: Iterable[Mapping[str, Any]],
+    cotangents: Tensor,
+    grid: Sequence[float],
+    link: Link,
+    n_samples: int,
+    sigma_noise: float,
+    seed: int,
+    progress: bool,
+) -> dict[str, float]:
+    """The prior precision of each group, among all combinations of grid values, with the least held-out NLL.
+
+    Args:
+        linearised: the model and its curvature.
+        keys: for each block the key of its group; at most two groups.
+        loader: labelled batches.
+        cotangents: [C, K], contrasts or outputs.
+        grid: ascending values.
+        link: predictive link of a classification.
+        n_samples: of the Monte-Carlo link.
+        sigma_noise: of a regression.
+        seed: of the Monte-Carlo link.
+        progress: show a bar.
 
     Warns:
         LaplaceWarning: the minimum lies on the edge of the grid.
+
+    Raises:
+        InvalidBatchError: the loader is empty, or without labels.
+        ValueError: the grid is not ascending and positive, or there are more than two groups.
     """
-    flat = int(nll.argmin())
-    place = [int(i) for i in torch.unravel_index(torch.tensor(flat), nll.shape)]
-    if any(i in (0, len(grid) - 1) for i in place):
+    if len(grid) < 2 or any(a >= b for a, b in pairwise(grid)) or not (grid[0] > 0 and grid[-1] < math.inf):
+        raise ValueError("grid must hold at least two ascending positive values")
+    groups = list(dict.fromkeys(keys))
+    if len(groups) > 2:
+        raise ValueError(
+            "method='val_nll' tunes prior_structure 'scalar' or 'ab': few examples decide no more"
+        )
+    choices = torch.tensor(list(itertools.product(grid, repeat=len(groups))), dtype=torch.float64)
+    precisions = choices.mT[[groups.index(key) for key in keys]]  # [n_blocks, G^groups]
+    mean, cov, labels = distribution(linearised, precisions, loader, cotangents, "validate", progress)
+    if labels is None:
+        raise InvalidBatchError("method='val_nll' needs 'labels' in every batch of val_loader")
+    if linearised.likelihood.name == "regression":
+        nll = _regression_nll(mean, cov, labels, sigma_noise)
+    else:
+        chunks = [
+            _classification_nll(mean, part, labels, link, n_samples, seed) for part in cov.split(_CHUNK)
+        ]
+        nll = torch.cat(chunks)
+    best = choices[nll.argmin()].tolist()
+    if any(value in (grid[0], grid[-1]) for value in best):
         warnings.warn(
             f"the best prior precision lies on the edge of the grid [{grid[0]:g}, {grid[-1]:g}]: widen it",
             LaplaceWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
-    return [float(grid[i]) for i in place]
+    return dict(zip(groups, best, strict=True))
 
 
-def classification_nll(
-    mean: Tensor, parts: Tensor, labels: Tensor, link: Link, n_samples: int, generator: torch.Generator
+def _classification_nll(
+    mean: Tensor, cov: Tensor, labels: Tensor, link: Link, n_samples: int, seed: int
 ) -> Tensor:
-    """Mean held-out NLL for every combination of grid values.
-
-    Args:
-        mean: [N, C - 1] contrasts.
-        parts: [parts, G, N, C - 1, C - 1] covariance of each prior group at each grid value; they add up.
-        labels: [N].
-        link: predictive link.
-        n_samples: of the Monte-Carlo link.
-        generator: of the Monte-Carlo link.
-
-    Returns:
-        fp64, one axis of length G per part.
-    """
-    state = generator.get_state()
-
-    def nll(cov: Tensor) -> Tensor:
-        generator.set_state(state)  # common random numbers: the curve is smooth in the prior precision
-        probs = probabilities(link, mean, cov, n_samples, generator).double()
-        return -probs[:, torch.arange(len(labels)), labels].log().mean(-1)
-
-    return _table(parts, nll)
+    """Mean NLL [G] under contrasts N(mean [N, K], cov [G, N, K, K]); the same noise for every prior."""
+    probs = probabilities(link, mean, cov, n_samples, torch.Generator().manual_seed(seed)).double()
+    return -probs[:, torch.arange(len(labels)), labels].log().mean(-1)
 
 
-def regression_nll(mean: Tensor, parts: Tensor, targets: Tensor, sigma_noise: float) -> Tensor:
-    """Mean held-out Gaussian NLL (marginal per output) for every combination of grid values; as above."""
-
-    def nll(cov: Tensor) -> Tensor:
-        variance = cov.double().diagonal(dim1=-2, dim2=-1) + sigma_noise**2
-        return 0.5 * ((targets - mean).double().square() / variance + (2 * math.pi * variance).log()).sum(
-            -1
-        ).mean(-1)
-
-    return _table(parts, nll)
-
-
-def _table(parts: Tensor, nll: object) -> Tensor:
-    """Evaluates `nll` [G, ...] -> [G] on every sum of one covariance per part, the last part's axis at once."""
-    *leading, last = parts
-    shape = [part.shape[0] for part in parts]
-    rows = [nll(last + sum(choice)) for choice in itertools.product(*leading)]  # type: ignore[operator]
-    return torch.stack(rows).reshape(shape)
+def _regression_nll(mean: Tensor, cov: Tensor, targets: Tensor, sigma_noise: float) -> Tensor:
+    """Mean Gaussian NLL [G], marginal per output."""
+    variance = cov.double().diagonal(dim1=-2, dim2=-1) + sigma_noise**2
+    terms = (targets - mean).double().square() / variance + (2 * math.pi * variance).log()
+    return 0.5 * terms.sum(-1).mean(-1)

@@ -104,6 +104,11 @@ def test_what_cannot_be_converted_says_why() -> None:
         from_state_dict(la, state | {"H": state["H"][:-2]})
     with pytest.raises(StateError, match="weights"):
         from_state_dict(la, state | {"mean": state["mean"] + 1})
+    ekfac = LaplaceLoRA(la.model, answer_token_ids=tiny.ANSWERS, structure="ekfac")
+    with pytest.raises(ValueError, match="structure='kfac'"):
+        from_state_dict(ekfac, state)
+    with pytest.raises(ValueError, match="no Kronecker product"):
+        to_kron(ekfac.fit([DATA], progress=False))
     unlabelled = [{k: v for k, v in DATA.items() if k != "labels"}]
     with pytest.raises(NotFittedError, match="labels"):
         to_state_dict(la.fit(unlabelled, progress=False))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from laplace_lora_fast import LaplaceLoRA
 from tests import tiny
 from tests.backends import batched
 from tests.oracle import assert_close
@@ -16,6 +17,7 @@ pytest.importorskip("laplace", reason="needs laplace-torch")
 pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch")
 
 from laplace import Laplace
+from laplace.utils import Kron
 
 from laplace_lora_fast.backends.laplace_torch import FastEF, FastGGN, LowRankKron
 from laplace_lora_fast.errors import NotFittedError, UnsupportedAdapterError
@@ -129,6 +131,26 @@ def test_samples_have_the_posteriors_covariance() -> None:
     assert ((samples.std(0) / sigma - 1).abs() < 0.06).all()
     low(TEST, pred_type="nn", link_approx="mc", n_samples=2)
     assert torch.equal(low.mean, torch.nn.utils.parameters_to_vector(low.params))
+
+
+def test_a_half_precision_base_with_fp32_adapters() -> None:
+    model = tiny.tiny_llama(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    low = lowrank(batched.Batched(model, answers=True), prior_precision=0.7)
+    low.fit(batched.loader(TRAIN, 4))
+    assert low.prior_precision.dtype == torch.float32
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, prior_precision=0.7)
+    la.fit(tiny.split(TRAIN, 4), progress=False)
+    assert_close(low.log_marginal_likelihood(), la.log_marginal_likelihood(), 1e-4)
+    assert_close(low._glm_predictive_distribution(TEST)[1], la.logit_distribution(TEST)[1], 1e-4)
+    low.optimize_prior_precision(method="marglik", n_steps=5)
+    for _, curvature in (
+        low.backend.kron(TEST, TEST["labels"], N=4),
+        low.backend.diag(TEST, TEST["labels"]),
+    ):
+        assert (curvature.diag() if isinstance(curvature, Kron) else curvature).dtype == torch.float32
 
 
 def test_state_dict_survives_a_safe_torch_load() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast import LaplaceLoRA
 from tests import oracle, tiny
+from tests.backends import batched
 from tests.oracle import assert_close
 
 
@@ -60,6 +62,31 @@ def test_all_positions_count_and_nothing_is_divided_by_the_length(padding: str) 
         assert_close(found.gradient_factor, g, 1e-10)
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_it_is_what_the_papers_curvature_library_computes(padding: str) -> None:
+    """asdl, by way of laplace-torch, through which the paper's code calls it. The output head has LoRA as there."""
+    pytest.importorskip("laplace", reason="needs laplace-torch")
+    pytest.importorskip("asdl", reason="needs asdfghjkl")
+    from laplace.curvature import AsdlGGN
+
+    data = tiny.batch(6, length=6, seed=4, padding=padding)
+    wrapped = batched.decoder(targets=("q_proj", "down_proj", "lm_head")).eval()
+    _, kron = AsdlGGN(wrapped, "classification").kron(data, data["labels"], 6)
+    last = data["attention_mask"].cumsum(1).argmax(1)
+
+    def every_position(output: Any, batch: tiny.Batch) -> Tensor:
+        return output.logits[torch.arange(len(last)), last][:, list(tiny.ANSWERS)]
+
+    positions = (data["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    la = LaplaceLoRA(wrapped.model, output_fn=every_position, kfac="paper")
+    la.fit([data | {"position_ids": positions}], progress=False)
+    weights = [getattr(layer, side) for layer in la.factors.values() for side in "AB"]
+    assert len(weights) == len(kron.kfacs)
+    for weight, (gradient, inputs) in zip(weights, kron.kfacs, strict=True):
+        assert_close(weight.input_factor, inputs, 1e-9)
+        assert_close(weight.gradient_factor, gradient, 1e-9)
+
+
 def test_without_padding_it_is_expand_times_the_length(tmp_path) -> None:
     model, data = tiny.tiny_llama(), tiny.batch(5, length=6, padding=None)
     paper, expand = (
@@ -71,4 +98,4 @@ def test_without_padding_it_is_expand_times_the_length(tmp_path) -> None:
         assert_close(paper.factors[name].B.input_factor, 6 * layer.B.input_factor, 1e-12)
         assert_close(paper.factors[name].B.gradient_factor, layer.B.gradient_factor, 1e-12)
     paper.save(tmp_path)
-    assert LaplaceLoRA.load(tmp_path, model).kfac.value == "paper"
+    assert LaplaceLoRA.load(tmp_path, model).options.kfac == "paper"

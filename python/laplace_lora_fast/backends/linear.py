@@ -95,12 +95,7 @@ class BatchHead(Head):
 
     def inputs(self, batch: Mapping[str, Any], device: torch.device, checks: DeferredChecks) -> Inputs:
         x, y = batch["x"], batch["y"]
-        if isinstance(x, Tensor):
-            tokens = x.dim() == 2 and not x.is_floating_point()
-            fields: Mapping[str, Any] = {"input_ids" if tokens else "inputs": x}
-        else:
-            fields = x
-        return replace(super().inputs(fields, device, checks), model={"x": x}, labels=y)
+        return replace(super().inputs(named_fields(x), device, checks), model={"x": x}, labels=y)
 
     def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         logits: Tensor = model(inputs.model["x"])
@@ -110,6 +105,13 @@ class BatchHead(Head):
 def likelihood_of(name: str) -> Likelihood:
     """This package's likelihood for laplace-torch's name."""
     return Gaussian() if name == "regression" else Categorical()
+
+
+def named_fields(x: Tensor | Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model is given, by name: a lone tensor of integers [N, T] is token ids."""
+    if not isinstance(x, Tensor):
+        return x
+    return {"input_ids" if x.dim() == 2 and not x.is_floating_point() else "inputs": x}
 
 
 class JacobianObserver:

@@ -85,8 +85,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     with watch.phase(f"fine-tune, {recipe.epochs} epochs"):
         epochs = task.fine_tune(model, train, answers, recipe)
     losses = " ".join(f"{epoch.loss:.4f}" for epoch in epochs)
-    console.print(f"    {len(train_rows)} examples, known by heart in the end: loss by epoch {losses}")
-    la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed)
+    console.print(f"    loss on the {len(train_rows)} training examples, by epoch: {losses}")
+    la = LaplaceLoRA(model, answer_token_ids=answers, structure="auto", seed=recipe.seed)
     with watch.phase("fit the posterior"):
         la.fit(train)
     tuned = _tune(la, val, watch)
@@ -112,13 +112,12 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
 
 
 def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
-    titles = {task.IN_DISTRIBUTION: "in distribution"} | dict.fromkeys(task.OUT_OF_DISTRIBUTION, "shifted")
-    return {
-        f"{name.replace('_', ' ')}, {kind}": make_batches(
-            tokenizer, task.load_examples(f"{name}.test")[: recipe.n_test], recipe.batch_size
-        )
-        for name, kind in titles.items()
-    }
+    kinds = dict.fromkeys(task.OUT_OF_DISTRIBUTION, "out of distribution")
+    sets = {}
+    for name, kind in ({task.IN_DISTRIBUTION: "in distribution"} | kinds).items():
+        rows = task.load_examples(f"{name}.test")[: recipe.n_test]
+        sets[f"{name.replace('_', ' ')}, {kind}"] = make_batches(tokenizer, rows, recipe.batch_size)
+    return sets
 
 
 def _tune(la: LaplaceLoRA, val: Loader, watch: Stopwatch) -> Tuned:

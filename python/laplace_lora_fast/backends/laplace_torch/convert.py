@@ -9,26 +9,30 @@ import torch
 from laplace.utils import Kron
 from torch import Tensor
 
+from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NotFittedError, StateError
 from laplace_lora_fast.factors import Spectrum
 from laplace_lora_fast.fit import Fit
 from laplace_lora_fast.laplace import LaplaceLoRA
-from laplace_lora_fast.posterior import KronBlock
 
 
 def to_kron(la: LaplaceLoRA) -> Kron:
     """The curvature of a fitted posterior at unit noise, as dense factors [gradient, input] of every LoRA weight.
 
     Args:
-        la: fitted, of structure "kfac".
+        la: fitted, structure="kfac".
 
     Returns:
         Factors in the order of the model's LoRA parameters. Low-rank factors become dense, with their tail.
 
     Raises:
-        ValueError: an adapted language-model head is fitted on its answer rows only, so it has no factor of all rows.
+        ValueError: the structure is another one, or an adapted language-model head is fitted on its answer rows only,
+            so it has no factor of all rows.
         NotFittedError: before `fit`.
     """
+    structure = la.snapshot()[0].curvature.structure
+    if structure != "kfac":
+        raise ValueError(f"structure {structure!r} is no Kronecker product: fit with structure='kfac'")
     for site in la.sites:
         if site.rows is not None:
             raise ValueError(
@@ -59,9 +63,9 @@ def to_state_dict(la: LaplaceLoRA) -> dict[str, Any]:
             "laplace-torch's state holds the training loss: fit with 'labels' in every batch"
         )
     posterior = la.posterior
-    like = fit.blocks[0].mean
+    like, sides = fit.curvature.means[0], [side for _, side in fit.curvature.names]
     prior = posterior.prior_precision.to(like)
-    mean = [_flat(block, block.mean) for block in fit.blocks]
+    mean = [_flat(side, value) for side, value in zip(sides, fit.curvature.means, strict=True)]
     return {
         "mean": torch.cat(mean),
         "H": kron.kfacs,
@@ -69,7 +73,10 @@ def to_state_dict(la: LaplaceLoRA) -> dict[str, Any]:
         "prior_mean": like.new_zeros(())
         if centre is None
         else torch.cat(
-            [_flat(block, value).to(like) for block, value in zip(fit.blocks, centre, strict=True)]
+            [
+                _flat(side, value.expand(mean.shape)).to(like)
+                for side, value, mean in zip(sides, centre, fit.curvature.means, strict=True)
+            ]
         ),
         "prior_precision": prior[:1] if bool((prior == prior[0]).all()) else prior,
         "sigma_noise": like.new_tensor(la.sigma_noise),
@@ -86,7 +93,8 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
     """Gives `la` the posterior in a `KronLaplace.state_dict()` over the same LoRA weights, as if it had been fitted.
 
     Args:
-        la: over the same model and adapter; its prior mean, prior precision and noise are overwritten.
+        la: over the same model and adapter, structure="kfac"; its prior mean, prior precision and noise are
+            overwritten.
         state: laplace-torch's.
 
     Returns:
@@ -95,7 +103,10 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
     Raises:
         StateError: the state is of another class, likelihood or adapter, its temperature is not 1, or its prior
             precision is neither one number, one a layer, nor one for all lora_A and one for all lora_B.
+        ValueError: `la` has another structure.
     """
+    if la.options.structure != "kfac":
+        raise ValueError(f"laplace-torch's factors are structure='kfac', not {la.options.structure!r}")
     if (
         state["cls_name"] != "KronLaplace"
         or state["likelihood"] != la.likelihood.name
@@ -119,13 +130,9 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
         large, small = (inputs, gradient) if side == "A" else (gradient, inputs)
         if (len(small), len(large)) != tuple(weight.shape):
             raise StateError(f"layer {site.name!r} has other shapes than the state's factors")
-        blocks.append(
-            KronBlock.build(
-                site.name, side, _spectrum(large, weight.dtype), small, _oriented(mean, side, weight)
-            )
-        )
+        blocks.append(KronBlock.kfac(_spectrum(large, weight.dtype), small, _oriented(mean, side, weight)))
     fit = Fit(
-        blocks=blocks,
+        curvature=BlockCurvature("kfac", [(site.name, side) for site, side, _ in weights], blocks),
         groups=list(range(len(la.sites))),
         n_examples=int(state["n_data"]),
         n_outputs=int(state["n_outputs"]),
@@ -139,7 +146,8 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
         for (_, side, weight), part in zip(weights, centre.split(sizes), strict=True)
     ]
     precision = _prior_precision(torch.as_tensor(state["prior_precision"]).reshape(-1).tolist(), la)
-    la.restore(fit, precision, means if bool(centre.any()) else None)
+    la.restore(fit, means if bool(centre.any()) else None)
+    la.prior_precision = precision
     la.sigma_noise = float(state["sigma_noise"])
     return la
 
@@ -160,11 +168,9 @@ def _oriented(flat: Tensor, side: str, weight: Tensor) -> Tensor:
     return flat.reshape(r, d) if side == "A" else flat.reshape(d, r).mT
 
 
-def _flat(block: KronBlock, value: Tensor) -> Tensor:
+def _flat(side: str, value: Tensor) -> Tensor:
     """The inverse of `_oriented`."""
-    return (
-        value.expand(block.mean.shape) if block.side == "A" else value.expand(block.mean.shape).mT
-    ).flatten()
+    return (value if side == "A" else value.mT).flatten()
 
 
 def _prior_precision(values: list[float], la: LaplaceLoRA) -> float | dict[str, float]:

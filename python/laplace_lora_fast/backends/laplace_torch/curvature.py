@@ -269,15 +269,20 @@ class _KronObserver:
         self.groups: list[int] = []
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        x = selected(x, mask)
-        lengths = x.new_full((len(x), 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(x)
-        reduce = self._mode is Kfac.REDUCE
-        rows = x.sum(1) / lengths if reduce else (x / lengths.sqrt()[..., None]).flatten(0, 1)
-        self._add(self._inputs, group, rows)
+        if self._mode is Kfac.REDUCE:
+            lengths = x.shape[1] if mask is None else mask.sum(1, keepdim=True)
+            self._add(self._inputs, group, selected(x, mask).sum(1) / lengths)
+        elif mask is None:
+            self._add(self._inputs, group, x.flatten(0, 1), alpha=1 / x.shape[1])
+        else:
+            lengths = mask.sum(1)[:, None, None].to(lk.accumulation_dtype(x.dtype))
+            self._add(self._inputs, group, x / lengths.sqrt(), mask)
 
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
-        g = selected(g, mask)
-        self._add(self._gradients, site, g.sum(1) if self._mode is Kfac.REDUCE else g.flatten(0, 1))
+        if self._mode is Kfac.REDUCE:
+            self._add(self._gradients, site, selected(g, mask).sum(1))
+        else:
+            self._add(self._gradients, site, g, mask)
 
     def factors(self, site: int, bias: bool, n_examples: int) -> list[Tensor]:
         """[gradient, input] of a layer's weight, or [gradient] of its bias."""
@@ -288,7 +293,10 @@ class _KronObserver:
         return [g] if bias else [g, x / n_examples]
 
     @staticmethod
-    def _add(sums: dict[int, Tensor], key: int, rows: Tensor) -> None:
+    def _add(
+        sums: dict[int, Tensor], key: int, x: Tensor, mask: Tensor | None = None, alpha: float = 1.0
+    ) -> None:
+        d = x.shape[-1]
         if key not in sums:
-            sums[key] = rows.new_zeros(rows.shape[1], rows.shape[1])
-        lk.gram_(sums[key], rows)
+            sums[key] = torch.zeros(d, d, dtype=lk.accumulation_dtype(x.dtype), device=x.device)
+        lk.gram_(sums[key], x.reshape(-1, d), None if mask is None else mask.flatten(), alpha)

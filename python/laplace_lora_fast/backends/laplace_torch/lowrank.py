@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,19 +11,15 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from laplace_lora_fast import predictive
+import laplace_kernels as lk
 from laplace_lora_fast.backends.laplace_torch.curvature import FastEF, FastGGN, X
 from laplace_lora_fast.backends.linear import BatchHead, likelihood_of
+from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NotFittedError, UnsupportedAdapterError
-from laplace_lora_fast.factors import Spectrum
-from laplace_lora_fast.fit import fit_kfac
+from laplace_lora_fast.fit import Objective
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
-from laplace_lora_fast.posterior import KronBlock
-from laplace_lora_fast.predictive import LinearisedModel
+from laplace_lora_fast.predictive import LinearisedModel, distribution
 from laplace_lora_fast.taps import find_sites
-
-_SPECTRUM = ("values", "vectors", "tail", "trace")
-_BLOCK = ("small_values", "small_vectors", "mean")
 
 
 class LowRankKron:
@@ -33,12 +29,14 @@ class LowRankKron:
     asks of a Kronecker precision.
 
     Args:
-        blocks: curvature of every LoRA weight, in the order of the parameters.
+        curvature: of every LoRA weight, in the order of the parameters.
         deltas: [n_blocks], [1] or scalar; None for zero.
     """
 
-    def __init__(self, blocks: Sequence[KronBlock], deltas: Tensor | None = None) -> None:
-        self.blocks = list(blocks)
+    def __init__(self, curvature: BlockCurvature, deltas: Tensor | None = None) -> None:
+        self.curvature = curvature
+        self.blocks = [block for block in curvature.blocks if isinstance(block, KronBlock)]
+        self._sides = [side for _, side in curvature.names]
         zero = torch.zeros((), dtype=torch.float64, device=self.blocks[0].mean.device)
         self.deltas = (zero if deltas is None else deltas).expand(len(self.blocks))
 
@@ -47,19 +45,19 @@ class LowRankKron:
 
     def __mul__(self, scalar: float | Tensor) -> LowRankKron:
         """The curvature times `scalar`; the deltas stay, as in laplace-torch."""
-        return LowRankKron([block.scaled(scalar) for block in self.blocks], self.deltas)
+        return LowRankKron(self.curvature.scaled(scalar), self.deltas)
 
     __rmul__ = __mul__
 
     def __add__(self, deltas: Tensor) -> LowRankKron:
         """Adds a multiple of 1: a scalar, or one for each weight."""
-        return LowRankKron(self.blocks, self.deltas + deltas)
+        return LowRankKron(self.curvature, self.deltas + deltas)
 
     __radd__ = __add__
 
     def detach(self) -> LowRankKron:
         """Without a graph to the deltas."""
-        return LowRankKron(self.blocks, self.deltas.detach())
+        return LowRankKron(self.curvature, self.deltas.detach())
 
     def logdet(self) -> Tensor:
         """Log determinant, differentiable in deltas and scalar."""
@@ -81,10 +79,10 @@ class LowRankKron:
         """precision^exponent applied to vectors W [..., P]."""
         flat = W.reshape(-1, W.shape[-1])
         parts, start = [], 0
-        for block, delta in zip(self.blocks, self.deltas.detach().tolist(), strict=True):
-            weights = flat[:, start : start + block.n_weights]
-            start += block.n_weights
-            parts.append(_flat(block, block.apply_power(_oriented(block, weights), exponent, delta)))
+        for block, side, delta in zip(self.blocks, self._sides, self.deltas.detach().tolist(), strict=True):
+            weights = flat[:, start : start + block.mean.numel()]
+            start += block.mean.numel()
+            parts.append(_flat(side, block.apply_power(_oriented(block, side, weights), exponent, delta)))
         return torch.cat(parts, 1).reshape(W.shape).to(W.dtype)
 
     def inv_square_form(self, Js: Tensor) -> Tensor:
@@ -94,12 +92,12 @@ class LowRankKron:
     def diag(self, exponent: float = 1) -> Tensor:
         """Diagonal [P] of precision^exponent."""
         parts = []
-        for block, delta in zip(self.blocks, self.deltas.detach().tolist(), strict=True):
-            kept = (block.small_values[:, None] * block.large.values + delta) ** exponent
-            tail = ((block.small_values * block.large.tail + delta) ** exponent)[:, None]
+        for block, side, delta in zip(self.blocks, self._sides, self.deltas.detach().tolist(), strict=True):
+            kept = (block.core + delta) ** exponent
+            tail = ((block.tail + delta) ** exponent)[:, None]
             small, large = block.small_vectors.square(), block.large.vectors.double().square()
             entries = small @ ((kept - tail) @ large.mT + tail)  # the tail's projector is 1 - U U^T
-            parts.append(_flat(block, entries[None])[0])
+            parts.append(_flat(side, entries[None])[0])
         return torch.cat(parts)
 
 
@@ -191,6 +189,11 @@ class LowRankKronLaplace(ParametricLaplace):
                 "on those and on nothing else"
             )
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the prior: never half precision, whatever the base model is in."""
+        return lk.accumulation_dtype(self.params[0].dtype)
+
     def _init_H(self) -> None:
         self.H: LowRankKron | None = None
 
@@ -209,22 +212,21 @@ class LowRankKronLaplace(ParametricLaplace):
         if not override:
             raise ValueError("lowrank_kron does not continue a fit: pass override=True")
         backend: Any = self.backend
-        fit = fit_kfac(
+        objective = Objective(
             self.model,
             self._head,
             self._sites,
-            self._batches(train_loader),
             likelihood_of(self.likelihood),
             backend.fisher,
-            KfacAccumulator(self._sites, self._mode, self._plan),
-            rank=self._rank,
-            mc_samples=backend.mc_samples,
-            seed=self._plan.seed,
-            progress=progress_bar,
+            backend.mc_samples,
+            self._plan.seed,
         )
+        accumulator = KfacAccumulator(self._sites, self._mode, self._plan, self._rank)
+        fit = objective.accumulate(self._batches(train_loader), accumulator, "fit", progress_bar)
         assert fit.log_likelihood is not None
+        assert isinstance(fit.curvature, BlockCurvature)
         self.mean = parameters_to_vector(self.params).detach()
-        self.H, self._groups = LowRankKron(fit.blocks), fit.groups
+        self.H, self._groups = LowRankKron(fit.curvature), fit.groups
         self.loss, self.n_data, self.n_outputs = -fit.log_likelihood, fit.n_examples, fit.n_outputs
         self.model.output_size = self.n_outputs
 
@@ -290,32 +292,26 @@ class LowRankKronLaplace(ParametricLaplace):
             self._head,
             self._sites,
             self._groups,
-            precision.blocks,
+            precision.curvature,
             likelihood_of(self.likelihood),
             self.n_outputs,
         )
-        mean, cov, _ = predictive.distribution(
+        mean, cov, _ = distribution(
             linearised,
-            precision.deltas.double()[:, None],
-            [0] * len(precision),
+            precision.deltas.double().cpu()[:, None],
             [{"x": X, "y": None}],
             torch.eye(self.n_outputs),
             "predict",
             False,
         )
-        variance = cov[0, 0]
+        variance = cov[0]
         return mean, variance.diagonal(dim1=-2, dim2=-1) if diagonal_output else variance
 
     def state_dict(self) -> dict[str, Any]:
-        """laplace-torch's state; "H" is a list with the tensors of every block, so `torch.load` stays safe."""
-        H = self._fitted()
+        """laplace-torch's state; "H" is a dict of tensors and names, so `torch.load` stays safe."""
+        curvature = self._fitted().curvature
         state: dict[str, Any] = super().state_dict()
-        state["H"] = [
-            {"layer": block.layer, "side": block.side}
-            | {name: getattr(block.large, name) for name in _SPECTRUM}
-            | {name: getattr(block, name) for name in _BLOCK}
-            for block in H.blocks
-        ]
+        state["H"] = {"names": curvature.names, "tensors": curvature.tensors()}
         state["groups"] = self._groups
         return state
 
@@ -323,17 +319,9 @@ class LowRankKronLaplace(ParametricLaplace):
         """Restores what `state_dict` gave, on the same model."""
         super().load_state_dict(state_dict)
         self._groups = list(state_dict["groups"])
-        self.H = LowRankKron(
-            [
-                KronBlock(
-                    entry["layer"],
-                    entry["side"],
-                    Spectrum(*(entry[name] for name in _SPECTRUM)),
-                    *(entry[name] for name in _BLOCK),
-                )
-                for entry in state_dict["H"]
-            ]
-        )
+        names, tensors = state_dict["H"]["names"], state_dict["H"]["tensors"]
+        devices = [self._device] * len(names)
+        self.H = LowRankKron(BlockCurvature.from_tensors("kfac", names, tensors, devices))
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[dict[str, Any]]:
         for data in loader:
@@ -347,12 +335,12 @@ class LowRankKronLaplace(ParametricLaplace):
         return self.H
 
 
-def _oriented(block: KronBlock, flat: Tensor) -> Tensor:
+def _oriented(block: KronBlock, side: str, flat: Tensor) -> Tensor:
     """Flattened weights [B, p] in the block's orientation [B, r, d]."""
     r, d = block.mean.shape
-    return flat.reshape(-1, r, d) if block.side == "A" else flat.reshape(-1, d, r).mT
+    return flat.reshape(-1, r, d) if side == "A" else flat.reshape(-1, d, r).mT
 
 
-def _flat(block: KronBlock, weights: Tensor) -> Tensor:
+def _flat(side: str, weights: Tensor) -> Tensor:
     """The inverse of `_oriented`."""
-    return (weights if block.side == "A" else weights.mT).flatten(1)
+    return (weights if side == "A" else weights.mT).flatten(1)

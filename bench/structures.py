@@ -1,0 +1,244 @@
+"""Which structure of the curvature to use: variances, evidence, calibration, time and memory on the demo's real model.
+
+    python bench/structures.py --out bench/results
+
+Trains the demo's adapter too long and too briefly, fits every structure, and compares the variance of the logit
+contrast with the exact full-GGN Laplace's (the dual without a sketch), at fixed prior precisions and at each
+structure's own optimum by the evidence and by held-out NLL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast.demo import task
+from laplace_lora_fast.evaluate import Predictions, temperature_scale
+from laplace_lora_fast.likelihoods import Link, probabilities
+from laplace_lora_fast.prompts import answer_token_ids, make_batches
+
+FIXED = (0.1, 1.0, 10.0, 100.0)
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "exact GGN": {"structure": "dual", "row_sketch_size": 10**6},
+    "dual, m = 64": {"structure": "dual"},
+    "dual, m = 16": {"structure": "dual", "row_sketch_size": 16},
+    "EKFAC": {"structure": "ekfac"},
+    "KFAC reduce": {"structure": "kfac", "kfac": "reduce"},
+    "KFAC expand": {"structure": "kfac", "kfac": "expand"},
+    "diagonal": {"structure": "diag"},
+    "last layer": {"structure": "dual", "layers": "last"},
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of every split."""
+
+    train: list[dict[str, Tensor]]
+    val: list[dict[str, Tensor]]
+    tests: dict[str, list[dict[str, Tensor]]]
+
+
+def contrasts(
+    la: LaplaceLoRA, loader: list[dict[str, Tensor]], priors: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [N, 1] and covariance [G, N, 1, 1] of the logit contrast, and labels."""
+    mean, cov, labels = la._distribution(loader, la._predictive_cotangents(), priors, False)
+    assert labels is not None
+    return mean, cov, labels
+
+
+def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """NLL, ECE and accuracy."""
+    metrics = Predictions(probs, labels).metrics()
+    return {"nll": metrics.nll, "ece": metrics.ece, "accuracy": metrics.accuracy}
+
+
+def measure(la: LaplaceLoRA, data: Data) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One structure: its figures, and the contrast's variances [len(FIXED), N] on each test set."""
+    start = time.perf_counter()
+    la.fit(data.train, progress=False)
+    fit_seconds = time.perf_counter() - start
+    evidence = float(la.optimize_prior_precision())  # type: ignore[arg-type]
+    row: dict[str, Any] = {
+        "fit_seconds": fit_seconds,
+        "megabytes": sum(t.numel() * t.element_size() for t in la.posterior.curvature.tensors().values())
+        / 2**20,
+        "log_marginal_likelihood": float(la.log_marginal_likelihood()),
+        "prior_by_evidence": evidence,
+    }
+    validated = float(la.optimize_prior_precision("val_nll", val_loader=data.val, progress=False))  # type: ignore[arg-type]
+    row["prior_by_validation"] = validated
+    variances, row["predict_seconds"] = {}, 0.0
+    for name, loader in data.tests.items():
+        start = time.perf_counter()
+        mean, cov, labels = contrasts(la, loader, [*FIXED, evidence, validated])
+        row["predict_seconds"] += time.perf_counter() - start
+        variances[name] = cov[: len(FIXED), :, 0, 0]
+        probs = probabilities(Link.PROBIT, mean, cov, 1, torch.Generator())
+        row[name] = {"evidence": scores(probs[-2], labels), "validation": scores(probs[-1], labels)}
+    return row, variances
+
+
+def compare(variances: Tensor, exact: Tensor) -> list[dict[str, float]]:
+    """Median ratio to the exact variance and correlation with it, for each fixed prior precision."""
+    return [
+        {
+            "prior_precision": prior,
+            "median_ratio": float((one / other).median()),
+            "correlation": float(torch.corrcoef(torch.stack([one, other]))[0, 1]),
+        }
+        for prior, one, other in zip(FIXED, variances, exact, strict=True)
+    ]
+
+
+def baselines(la: LaplaceLoRA, data: Data) -> dict[str, Any]:
+    """The plain model, and the plain model with a temperature fitted on the validation split."""
+
+    def log_probs(loader: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        probs, labels = la.predict_loader(loader, link_approx="map", progress=False)
+        assert isinstance(probs, Tensor)
+        assert labels is not None
+        return probs.double().log(), labels
+
+    temperature = temperature_scale(*log_probs(data.val))
+    rows: dict[str, Any] = {"MAP": {}, "MAP + temperature": {"temperature": temperature}}
+    for name, loader in data.tests.items():
+        logits, labels = log_probs(loader)
+        rows["MAP"][name] = scores(logits.softmax(1), labels)
+        rows["MAP + temperature"][name] = scores((logits / temperature).softmax(1), labels)
+    return rows
+
+
+def regime(recipe: task.Recipe) -> dict[str, Any]:
+    """Trains one adapter and measures everything on it."""
+    model, tokenizer = task.load_model()
+    model = task.add_adapter(model, recipe)
+    train_rows, val_rows = task.split(recipe)
+    answers = answer_token_ids(tokenizer, train_rows)
+
+    def batches(rows: Any) -> list[dict[str, Tensor]]:
+        return make_batches(tokenizer, rows, recipe.batch_size)
+
+    names = (task.IN_DISTRIBUTION, task.OUT_OF_DISTRIBUTION[0])
+    tests = {name: batches(task.load_examples(f"{name}.test")[: recipe.n_test]) for name in names}
+    data = Data(batches(train_rows), batches(val_rows), tests)
+    epochs = task.fine_tune(model, data.train, answers, recipe)
+    result: dict[str, Any] = {"epochs": recipe.epochs, "train_loss": epochs[-1].loss, "structures": {}}
+    result["epoch_seconds"] = min(epoch.seconds for epoch in epochs)
+    exact: dict[str, Tensor] = {}
+    for name, options in STRUCTURES.items():
+        la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed, **options)
+        row, variances = measure(la, data)
+        exact = exact or variances
+        row["variance"] = compare(torch.cat(list(variances.values()), 1), torch.cat(list(exact.values()), 1))
+        result["structures"][name] = row
+        print(f"{recipe.epochs} epochs, {name}: {json.dumps(row['variance'][1])}", flush=True)
+        if name == "KFAC reduce":
+            result["baselines"] = baselines(la, data)
+    return result
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table a regime."""
+    lines = [
+        "# Structures of the curvature on a real language model",
+        "",
+        f"SmolLM2-135M-Instruct, LoRA r = 8 on q, v; {results['setting']['n_train']} training examples, two classes; "
+        f"{results['setting']['n_val']} validation and 2 x {results['setting']['n_test']} test examples. "
+        f"{results['environment']['cpu']}, {results['environment']['threads']} threads; commit "
+        f"{results['environment']['commit']}. Ratio and correlation: variance of the logit contrast against the exact "
+        "full-GGN Laplace's at prior precision 1 (all four in the JSON). NLL and ECE are given as in distribution / "
+        "out of distribution.",
+    ]
+    for title, result in results["regimes"].items():
+        lines += ["", f"## {title}: {result['epochs']} epochs, training loss {result['train_loss']:.4f}", ""]
+        lines.append(
+            "| structure | ratio | correlation | evidence | prior by evidence | NLL | ECE | prior by validation "
+            "| NLL | ECE | fit s | predict s | MiB |"
+        )
+        lines.append("|---" * 13 + "|")
+        for name, row in result["structures"].items():
+            ratio = row["variance"][1]
+            cells = [name, f"{ratio['median_ratio']:.2f}", f"{ratio['correlation']:.3f}"]
+            cells.append(f"{row['log_marginal_likelihood']:.0f}")
+            for how in ("evidence", "validation"):
+                cells.append(f"{row[f'prior_by_{how}']:.3g}")
+                cells += [
+                    " / ".join(f"{row[test][how][metric]:.3f}" for test in result["baselines"]["MAP"])
+                    for metric in ("nll", "ece")
+                ]
+            cells += [f"{row[key]:.1f}" for key in ("fit_seconds", "predict_seconds", "megabytes")]
+            lines.append("| " + " | ".join(cells) + " |")
+        for name, row in result["baselines"].items():
+            both = [
+                " / ".join(f"{row[test][m]:.3f}" for test in result["baselines"]["MAP"])
+                for m in ("nll", "ece")
+            ]
+            lines.append(f"| {name} | | | | | | | | {both[0]} | {both[1]} | | | |")
+        lines += ["", f"One training epoch took {result['epoch_seconds']:.1f} s."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Variance ratios over the prior precision, one line a structure, one panel a regime."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results["regimes"]), figsize=(11, 4.2), sharey=True, squeeze=False)
+    for axis, (title, result) in zip(axes[0], results["regimes"].items(), strict=True):
+        for name, row in result["structures"].items():
+            axis.plot(FIXED, [v["median_ratio"] for v in row["variance"]], marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="prior precision", title=title)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("median variance over the exact one's")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs both regimes and writes structures.json, .md and .png."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--tests", type=int, default=100, help="test examples of each data set")
+    parser.add_argument("--train", type=int, default=task.Recipe.n_train)
+    arguments = parser.parse_args()
+    recipe = replace(task.Recipe(), n_test=arguments.tests, n_train=arguments.train)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
+    results: dict[str, Any] = {
+        "environment": {
+            "commit": commit.stdout.strip(),
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+        },
+        "setting": {"n_train": recipe.n_train, "n_val": recipe.n_val, "n_test": recipe.n_test},
+        "regimes": {},
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for title, epochs in (("over-trained", recipe.epochs), ("under-trained", 1)):
+        results["regimes"][title] = regime(replace(recipe, epochs=epochs))
+        (arguments.out / "structures.json").write_text(json.dumps(results, indent=2) + "\n")
+        (arguments.out / "structures.md").write_text(markdown(results))
+        plot(results, arguments.out / "structures.png")
+
+
+if __name__ == "__main__":
+    main()

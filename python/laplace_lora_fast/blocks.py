@@ -1,0 +1,310 @@
+"""Curvature as independent blocks, one per LoRA weight: Kronecker-factored (KFAC, EKFAC) and diagonal.
+
+In a block's eigenbasis H is diagonal, and everything a Laplace posterior is asked for is a function of its eigenvalues.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+import laplace_kernels as lk
+from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
+from laplace_lora_fast.evidence import evidence_root
+from laplace_lora_fast.factors import Spectrum
+from laplace_lora_fast.jacobians import BlockPredictor, jacobian
+from laplace_lora_fast.taps import Site
+
+
+class Block(ABC):
+    """Curvature of one LoRA weight, oriented as [r, d]: lora_A as it is, lora_B transposed.
+
+    Attributes:
+        mean: [r, d] the MAP weight.
+    """
+
+    mean: Tensor
+
+    @abstractmethod
+    def scaled(self, factor: float | Tensor) -> Block:
+        """The block of `factor` times H."""
+
+    @abstractmethod
+    def rotation(self) -> Tensor | None:
+        """[r, r] rotation of the small side that `variances` expects, or None."""
+
+    @abstractmethod
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of H and their multiplicities, fp64."""
+
+    @abstractmethod
+    def variances(
+        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
+    ) -> Tensor:
+        """Quadratic forms J (H + lambda I)^-1 J^T of per-example Jacobians J = sum_t small (x) large.
+
+        Args:
+            small: [N, K or 1, T, r], rotated by `rotation`.
+            large: [N, K or 1, T, d].
+            mask: [N, T].
+            prior_precisions: lambda [G].
+
+        Returns:
+            [G, N, K, K].
+        """
+
+    @abstractmethod
+    def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
+        """(H + lambda I)^power applied to weights [B, r, d]."""
+
+    @abstractmethod
+    def is_sound(self) -> bool:
+        """Whether all tensors are finite and have shapes that belong together."""
+
+    @abstractmethod
+    def describe(self) -> tuple[int, float]:
+        """Rank kept and fraction of the trace in it."""
+
+    def covariance(self, prior_precision: float, transposed: bool) -> Tensor:
+        """Dense (H + lambda I)^-1 [P, P] fp64 over vec of the weight, or of its transpose. For small layers."""
+        r, d = self.mean.shape
+        unit = torch.eye(r * d, dtype=torch.float64, device=self.mean.device).view(-1, r, d)
+        columns = self.apply_power(unit, -1.0, prior_precision).double()
+        if transposed:
+            return columns.view(r, d, r, d).permute(1, 0, 3, 2).reshape(r * d, r * d)
+        return columns.view(r * d, r * d)
+
+
+@dataclass(frozen=True)
+class KronBlock(Block):
+    """H diagonal in a Kronecker eigenbasis, eigenvalues core[j, i] on v_j (x) u_i and tail[j] beyond the u_i.
+
+    Attributes:
+        mean: [r, d] the MAP weight.
+        large: spectrum over the long side d: lora_A's input factor, or lora_B's gradient factor.
+        small_values: [r] fp64, descending: of the other factor (with all scalings in it).
+        small_vectors: V [r, r] fp64.
+        core: [r, k] fp64: KFAC's products of eigenvalues, or EKFAC's measured second moments.
+        tail: [r] fp64.
+    """
+
+    mean: Tensor
+    large: Spectrum
+    small_values: Tensor
+    small_vectors: Tensor
+    core: Tensor
+    tail: Tensor
+
+    @classmethod
+    def kfac(cls, large: Spectrum, small: Tensor, mean: Tensor) -> KronBlock:
+        """H = small (x) large; eigendecomposes the small factor [r, r] (fp64)."""
+        values, vectors = torch.linalg.eigh(small)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).contiguous()
+        mean = mean.clone(
+            memory_format=torch.contiguous_format
+        )  # strides as `load` gives them: results are bitwise
+        return cls(mean, large, values, vectors, values[:, None] * large.values, values * large.tail)
+
+    def scaled(self, factor: float | Tensor) -> KronBlock:
+        small, core, tail = (part * factor for part in (self.small_values, self.core, self.tail))
+        return replace(self, small_values=small, core=core, tail=tail)
+
+    def rotation(self) -> Tensor:
+        return self.small_vectors
+
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        left_out = torch.full_like(self.tail, self.large.dim - self.large.rank)
+        values, counts = torch.cat([self.core.flatten(), self.tail]), torch.ones_like(self.core).flatten()
+        return values, torch.cat([counts, left_out])
+
+    def statistics(self, small: Tensor, large: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """P [N, K, r, k] and, unless the large spectrum is complete, D [N, r, K, K] of `jacobian_stats`."""
+        complete = self.large.rank == self.large.dim
+        basis = self.large.vectors.to(small.dtype)  # the model may have been in another precision at the fit
+        return lk.jacobian_stats(small, large, basis, mask, row_grams=not complete)
+
+    def variances(
+        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
+    ) -> Tensor:
+        projected, row_grams = self.statistics(small, large, mask)
+        n, outputs, r, k = projected.shape
+        flat = projected.reshape(n, outputs, r * k)
+        weights = (1 / (self.core.flatten()[:, None] + prior_precisions)).to(projected)  # [r k, G]
+        columns = [(flat[:, c : c + 1] * flat) @ weights for c in range(outputs)]  # [N, K, G] each
+        cov = torch.stack(columns, 1).permute(3, 0, 1, 2)
+        if row_grams is not None:
+            per_row = projected.transpose(1, 2)
+            residual = row_grams - per_row @ per_row.mT
+            tail = (1 / (self.tail[:, None] + prior_precisions)).to(residual)  # [r, G]
+            cov = cov + torch.einsum("nrcd,rg->gncd", residual, tail)
+        return cov
+
+    def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
+        core, tail = (self.core + prior_precision) ** power, (self.tail + prior_precision) ** power
+        parts = (weights, self.large.vectors, self.small_vectors, core, tail)
+        dtype = self.large.vectors.dtype
+        return lk.kron_apply(*(part.to(dtype) for part in parts))
+
+    def is_sound(self) -> bool:
+        (r, d), k, large = self.mean.shape, self.large.values.numel(), self.large
+        shapes = [(large.values, (k,)), (large.vectors, (d, k)), (large.tail, ()), (large.trace, ())]
+        shapes += [
+            (self.small_values, (r,)),
+            (self.small_vectors, (r, r)),
+            (self.core, (r, k)),
+            (self.tail, (r,)),
+        ]
+        return all(tensor.shape == shape and bool(tensor.isfinite().all()) for tensor, shape in shapes)
+
+    def describe(self) -> tuple[int, float]:
+        return self.large.rank, self.large.captured
+
+
+@dataclass(frozen=True)
+class DiagBlock(Block):
+    """H diagonal in the weights themselves.
+
+    Attributes:
+        mean: [r, d] the MAP weight.
+        values: [r, d], the diagonal of H.
+    """
+
+    mean: Tensor
+    values: Tensor
+
+    def scaled(self, factor: float | Tensor) -> DiagBlock:
+        return replace(self, values=self.values * factor)
+
+    def rotation(self) -> None:
+        return None
+
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        values = self.values.double().flatten()
+        return values, torch.ones_like(values)
+
+    def variances(
+        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
+    ) -> Tensor:
+        flat = jacobian(small, large, mask).flatten(2)
+        values = self.values.flatten().to(flat)  # the fit may have been in another precision
+        covs = [(flat / (values + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
+        return torch.stack(covs)
+
+    def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
+        return weights.to(self.values.dtype) * (self.values + prior_precision) ** power
+
+    def is_sound(self) -> bool:
+        return self.values.shape == self.mean.shape and bool(self.values.isfinite().all())
+
+    def describe(self) -> tuple[int, float]:
+        return self.values.shape[1], 1.0
+
+
+class BlockCurvature(Curvature):
+    """Independent blocks.
+
+    Args:
+        structure: "kfac", "ekfac" or "diag".
+        names: of the blocks.
+        blocks: A and B of every LoRA layer.
+    """
+
+    def __init__(self, structure: str, names: Sequence[BlockName], blocks: Sequence[Block]) -> None:
+        self.structure, self.names, self.blocks = structure, list(names), list(blocks)
+        self.means = [block.mean for block in blocks]
+
+    def scaled(self, factor: float | Tensor) -> BlockCurvature:
+        return BlockCurvature(self.structure, self.names, [block.scaled(factor) for block in self.blocks])
+
+    def whitened_spectrum(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [block.eigenvalues() for block in self.blocks]
+        values = [v.cpu() / lam for (v, _), lam in zip(pairs, prior_precision.tolist(), strict=True)]
+        return torch.cat(values), torch.cat([counts.cpu() for _, counts in pairs])
+
+    def effective_parameters(self, prior_precision: Tensor) -> Tensor:
+        gammas = []
+        for block, lam in zip(self.blocks, prior_precision.tolist(), strict=True):
+            values, counts = block.eigenvalues()
+            gammas.append((counts * values / (values + lam)).sum().cpu())
+        return torch.stack(gammas)
+
+    def maximise_evidence(self, keys: Sequence[str], squared_norms: Sequence[float]) -> dict[str, float]:
+        """Groups are independent, and each has one maximum in log lambda: no search, no model pass."""
+        best = {}
+        for key in dict.fromkeys(keys):
+            members = [index for index, other in enumerate(keys) if other == key]
+            pairs = [self.blocks[index].eigenvalues() for index in members]
+            values, counts = (torch.cat([part.cpu() for part in parts]) for parts in zip(*pairs, strict=True))
+            best[key] = evidence_root(values, counts, sum(squared_norms[index] for index in members), key)
+        return best
+
+    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
+        return BlockPredictor(sites, self.blocks, prior_precisions, n_cotangents)
+
+    def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
+        samples = []
+        for block, lam in zip(self.blocks, prior_precision.tolist(), strict=True):
+            noise = torch.randn((n, *block.mean.shape), generator=generator, dtype=torch.float64)
+            step = block.apply_power(noise.to(block.mean.device), -0.5, lam)
+            samples.append(block.mean.to(step.dtype) + step)
+        return samples
+
+    def covariance(self, block: int, prior_precision: Tensor) -> Tensor:
+        transposed = self.names[block][1] == "B"
+        return self.blocks[block].covariance(float(prior_precision[block]), transposed)
+
+    def damaged(self) -> list[int]:
+        return [index for index, block in enumerate(self.blocks) if not block.is_sound()]
+
+    def describe(self) -> list[tuple[int, float]]:
+        return [block.describe() for block in self.blocks]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Spectra that several blocks share are stored once."""
+        tensors: dict[str, Tensor] = {}
+        order: dict[int, int] = {}
+        for index, block in enumerate(self.blocks):
+            for field in fields(block):  # type: ignore[arg-type]
+                value = getattr(block, field.name)
+                if isinstance(value, Tensor):
+                    tensors[f"block.{index}.{field.name}"] = value
+                    continue
+                place = order.setdefault(id(value), len(order))
+                tensors[f"block.{index}.spectrum"] = torch.tensor(place)
+                tensors |= {
+                    f"spectrum.{place}.{part.name}": getattr(value, part.name) for part in fields(value)
+                }
+        return tensors
+
+    @classmethod
+    def from_tensors(
+        cls,
+        structure: str,
+        names: list[BlockName],
+        tensors: dict[str, Tensor],
+        devices: Sequence[torch.device],
+    ) -> BlockCurvature:
+        spectra: dict[int, Spectrum] = {}
+        blocks: list[Block] = []
+        for index, device in enumerate(devices):
+            place = tensors.get(f"block.{index}.spectrum")
+            if place is None:
+                parts = (tensors[f"block.{index}.{field.name}"].to(device) for field in fields(DiagBlock))
+                blocks.append(DiagBlock(*parts))
+                continue
+            key = int(place)
+            if key not in spectra:
+                spectra[key] = Spectrum(
+                    *(tensors[f"spectrum.{key}.{f.name}"].to(device) for f in fields(Spectrum))
+                )
+            own = {
+                f.name: tensors[f"block.{index}.{f.name}"].to(device)
+                for f in fields(KronBlock)
+                if f.name != "large"
+            }
+            blocks.append(KronBlock(large=spectra[key], **own))
+        return cls(structure, names, blocks)

@@ -1,0 +1,88 @@
+"""Where the Jacobian rows of the dual structure live: on the device, in CPU memory, or in a memory-mapped file."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+from torch import Tensor
+
+
+class Place(str, Enum):
+    """Storage of rows, in the order they are tried."""
+
+    DEVICE = "device"
+    CPU = "cpu"
+    DISK = "disk"
+
+
+class RowStore:
+    """One growing matrix [R, features] per block.
+
+    Rows stay on the device until all blocks together exceed `memory_budget`, then move to CPU memory, and once four
+    times the budget is exceeded to memory-mapped files in a temporary folder, which goes away with the store.
+
+    Args:
+        n_blocks: number of matrices.
+        memory_budget: bytes.
+    """
+
+    def __init__(self, n_blocks: int, memory_budget: int) -> None:
+        self.place = Place.DEVICE
+        self._budget = memory_budget
+        self._chunks: list[list[Tensor]] = [[] for _ in range(n_blocks)]
+        self._devices: list[torch.device] = [torch.device("cpu")] * n_blocks
+        self._bytes = 0
+        self._folder: Path | None = None
+
+    def append(self, block: int, rows: Tensor) -> None:
+        """Adds rows [n, features] below the block's others."""
+        self._devices[block] = rows.device
+        self._bytes += rows.numel() * rows.element_size()
+        wanted = self._place_for(self._bytes)
+        if wanted is not self.place:
+            self.place = wanted
+            for index, chunks in enumerate(self._chunks):
+                self._chunks[index] = [self._stored(index, chunk, n) for n, chunk in enumerate(chunks)]
+        self._chunks[block].append(self._stored(block, rows, len(self._chunks[block])))
+
+    def matrix(self, block: int) -> Tensor:
+        """[R, features] of one block on its device; the only copy made, of one block at a time."""
+        chunks = self._chunks[block]
+        if len(chunks) > 1 and self.place is not Place.DISK:
+            self._chunks[block] = chunks = [torch.cat(chunks)]
+        return (
+            torch.cat([chunk.to(self._devices[block]) for chunk in chunks])
+            if len(chunks) > 1
+            else chunks[0].to(self._devices[block])
+        )
+
+    def matrices(self) -> Sequence[Tensor]:
+        """All blocks' matrices."""
+        return [self.matrix(block) for block in range(len(self._chunks))]
+
+    def _place_for(self, used: int) -> Place:
+        if used <= self._budget:
+            return Place.DEVICE
+        on_cpu = all(device.type == "cpu" for device in self._devices)
+        if used <= 4 * self._budget and not on_cpu:
+            return Place.CPU
+        return Place.DISK
+
+    def _stored(self, block: int, rows: Tensor, number: int) -> Tensor:
+        if self.place is Place.DEVICE:
+            return rows
+        rows = rows.cpu()
+        if self.place is Place.CPU:
+            return rows
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="laplace-rows-"))
+            weakref.finalize(self, rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{block}-{number}"
+        mapped = torch.from_file(str(path), shared=True, size=rows.numel(), dtype=rows.dtype).view(rows.shape)
+        return mapped.copy_(rows)

@@ -1,0 +1,140 @@
+"""Which structure of the curvature serves a fit, and the passes over the data each one takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+from laplace_lora_fast.blocks import BlockCurvature
+from laplace_lora_fast.dual import RowAccumulator
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.fit import Fit, Objective
+from laplace_lora_fast.heads import device_of
+from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
+from laplace_lora_fast.likelihoods import Fisher
+from laplace_lora_fast.moments import DiagAccumulator, EkfacAccumulator
+from laplace_lora_fast.taps import Tap
+
+Loader = Iterable[Mapping[str, Any]]
+
+
+class Structure(str, Enum):
+    """The form in which the curvature is kept."""
+
+    KFAC = "kfac"
+    EKFAC = "ekfac"
+    DUAL = "dual"
+    DIAG = "diag"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a curvature is fitted; see `LaplaceLoRA` for each field.
+
+    Raises:
+        ValueError: a field is not one of its choices.
+    """
+
+    structure: str
+    kfac: str
+    fisher: str
+    mc_samples: int
+    factor: str
+    rank: int | None
+    memory_budget: int
+    sketch_size: int
+    row_sketch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("structure", Structure),
+            ("kfac", Kfac),
+            ("fisher", Fisher),
+            ("factor", FactorKind),
+        ):
+            check_choice(name, getattr(self, name), [choice.value for choice in choices])
+        for name in ("mc_samples", "sketch_size", "row_sketch_size", "rank", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def plan(self) -> FactorPlan:
+        """Dense or sketched factors."""
+        return FactorPlan(FactorKind(self.factor), self.memory_budget, self.sketch_size, self.seed)
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> str:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {list(choices)}, got {value!r}")
+    return value
+
+
+def fit_structure(
+    objective: Objective, loader: Loader, options: FitOptions, progress: bool
+) -> tuple[Fit, str]:
+    """Fits the curvature in the structure the options ask for.
+
+    Returns:
+        The fit, and why its structure was chosen ("" where the caller chose it).
+
+    Raises:
+        InvalidBatchError: the loader is empty, a batch is unusable, or two passes need a loader that allows them.
+        NumericalError: a layer's curvature is not finite.
+    """
+    structure, reason = Structure(options.structure), ""
+    if structure is Structure.AUTO:
+        structure, reason, loader = _choose(objective, loader, options)
+    if structure is Structure.DUAL:
+        rows = RowAccumulator(objective.sites, options.row_sketch_size, options.memory_budget, options.seed)
+        return objective.accumulate(loader, rows, "fit", progress), reason
+    if structure is Structure.DIAG:
+        return objective.accumulate(loader, DiagAccumulator(objective.sites), "fit", progress), reason
+    if structure is Structure.EKFAC and iter(loader) is loader:
+        raise InvalidBatchError(
+            "structure='ekfac' passes over train_loader twice: pass a DataLoader or a list"
+        )
+    kfac = KfacAccumulator(objective.sites, Kfac(options.kfac), options.plan(), options.rank)
+    fit = objective.accumulate(loader, kfac, "fit", progress)
+    if structure is Structure.EKFAC:
+        assert isinstance(fit.curvature, BlockCurvature)
+        fit = objective.accumulate(
+            loader, EkfacAccumulator(objective.sites, fit.curvature), "ekfac", progress
+        )
+    return fit, reason
+
+
+def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[Structure, str, Loader]:
+    """Dual where its rows are fewer than the weights and it fits the memory budget, KFAC otherwise."""
+    length = getattr(loader, "__len__", None)
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise InvalidBatchError("train_loader yielded no batch")
+    whole = chain([first], batches) if batches is loader else loader
+    if length is None:
+        return Structure.KFAC, " (auto: the loader has no length, so the number of rows is unknown)", whole
+    head = objective.head
+    with Tap(objective.model, head, list(objective.sites), None) as tap:
+        logits = tap.forward(head.inputs(first, device_of(objective.model), DeferredChecks()))
+    per_example = logits.shape[1] - (objective.likelihood.name == "classification")
+    if Fisher(options.fisher) is not Fisher.EXACT:
+        per_example = options.mc_samples if Fisher(options.fisher) is Fisher.MC else 1
+    rows = length() * logits.shape[0] * per_example
+    sizes = [(site.rank, width) for site in objective.sites for width in (site.d_in, site.d_out)]
+    weights = sum(rank * width for rank, width in sizes)
+    row_bytes = 4 * rows * sum(rank * min(width, options.row_sketch_size) for rank, width in sizes)
+    kernel_bytes = 3 * 8 * rows**2  # K, its factor and its eigenvectors
+    facts = f"about {rows} rows, {weights} weights, {(row_bytes + kernel_bytes) / 2**20:.0f} MiB"
+    if rows < weights and row_bytes + kernel_bytes <= options.memory_budget:
+        return Structure.DUAL, f" (auto: {facts} fit the budget)", whole
+    return Structure.KFAC, f" (auto: {facts} do not suit the dual)", whole
