@@ -10,6 +10,7 @@ import functools
 import importlib
 import os
 import warnings
+from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any
 
@@ -82,8 +83,9 @@ def _is_compile_failure(error: Exception) -> bool:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    refused = isinstance(error, (CompilationError, OutOfResources, PTXASError))
-    return refused or "PassManager" in str(error)  # the compiler's own passes raise RuntimeError
+    if isinstance(error, (CompilationError, OutOfResources, PTXASError, CalledProcessError)):
+        return True  # the last: the C compiler that builds the launcher
+    return any(words in str(error) for words in ("PassManager", "C compiler"))  # plain RuntimeErrors
 
 
 BACKEND = dispatch.Backend(

@@ -10,7 +10,8 @@ import torch
 
 import laplace_kernels as lk
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+# cuBLAS is deterministic only with a fixed workspace
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_runtest_setup() -> None:

@@ -64,11 +64,23 @@ def failing_with(monkeypatch, error):
     monkeypatch.setattr(module, "gram_", gram_)
 
 
-@pytest.mark.usefixtures("on_cpu")
-def test_a_kernel_that_does_not_compile_is_replaced_with_one_warning(monkeypatch):
+def compile_failures():
+    if importlib.util.find_spec("triton") is None:
+        return []
     from triton.runtime.errors import OutOfResources
 
-    failing_with(monkeypatch, OutOfResources(300000, 232448, "shared memory"))
+    return [
+        OutOfResources(300000, 232448, "shared memory"),
+        RuntimeError("PassManager::run failed"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc"]),
+    ]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("error", compile_failures(), ids=str)
+def test_a_kernel_that_does_not_compile_is_replaced_with_one_warning(monkeypatch, error):
+    failing_with(monkeypatch, error)
     X = torch.randn(5, 3)
     with lk.use_backend("triton"):
         with pytest.warns(UserWarning, match="gram_ runs on reference: triton its kernel does not compile"):
@@ -76,7 +88,7 @@ def test_a_kernel_that_does_not_compile_is_replaced_with_one_warning(monkeypatch
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             lk.explain("kron_apply")
-        assert "does not compile: OutOfResources" in lk.explain("gram_").reason
+        assert f"does not compile: {type(error).__name__}: {error}" in lk.explain("gram_").reason
         assert lk.explain("kron_apply").backend == "triton"
     oracles.assert_near(C.tril(), oracles.gram(X).tril())
 
