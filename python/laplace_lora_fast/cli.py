@@ -79,7 +79,9 @@ def fit(
         typer.Option(help="val_nll, marglik, or a number. Default: val_nll with --val, else marglik."),
     ] = None,
     prior_structure: Annotated[str, typer.Option(help="scalar, ab or (marglik only) layerwise.")] = "scalar",
-    structure: Annotated[str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")] = "kfac",
+    structure: Annotated[
+        str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")
+    ] = "kfac",
     kfac: Annotated[str, typer.Option(help="reduce, expand or paper.")] = "reduce",
     fisher: Annotated[str, typer.Option(help="exact, mc or empirical.")] = "exact",
     factor: Annotated[str, typer.Option(help="dense, sketch or auto.")] = "auto",
@@ -153,9 +155,7 @@ def evaluate(
     rows = read_rows(data)
     peft_model, tokenizer = _load(model, adapter, device, dtype)
     la = LaplaceLoRA.load(posterior, peft_model)
-    fitted_answers = la._head.answer_token_ids
-    expected = None if fitted_answers is None else fitted_answers.tolist()
-    _same_answers(answer_token_ids(tokenizer, rows), expected, data)
+    _same_answers(answer_token_ids(tokenizer, rows), la.answer_token_ids, data)
     loader = make_batches(tokenizer, rows, batch_size)
     predictions = {}
     for method, link in (("MAP", "map"), ("Laplace", link_approx)):

@@ -16,11 +16,9 @@ from laplace_lora_fast.curvature import BlockName
 from laplace_lora_fast.errors import (
     LaplaceError,
     NotFittedError,
-    NumericalError,
     StateError,
     UnsupportedAdapterError,
 )
-from laplace_lora_fast.evidence import evidence_noise
 from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.heads import Head, OutputFn
 from laplace_lora_fast.likelihoods import (
@@ -32,6 +30,7 @@ from laplace_lora_fast.likelihoods import (
     contrast_cotangents,
     probabilities,
 )
+from laplace_lora_fast.marglik import Evidence
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
@@ -169,6 +168,12 @@ class LaplaceLoRA:
         self._sigma_noise = float(value)
 
     @property
+    def answer_token_ids(self) -> list[int] | None:
+        """The tokens whose logits are the classes, or None."""
+        answers = self._head.answer_token_ids
+        return None if answers is None else answers.tolist()
+
+    @property
     def parameters_left_alone(self) -> list[str]:
         """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
         return parameters_left_alone(self.model, self.sites)
@@ -240,15 +245,7 @@ class LaplaceLoRA:
         Raises:
             NotFittedError: before `fit`, or fitted on batches without labels.
         """
-        fit = self._fitted()
-        if fit.log_likelihood is None:
-            raise NotFittedError(
-                "the evidence needs 'labels' in every batch of train_loader: fit again with them"
-            )
-        lam = self._resolve(prior_precision)
-        penalty = (lam * torch.tensor(self._squared_norms(), dtype=torch.float64)).sum()
-        log_det = self.posterior.curvature.log_det_ratio(lam)
-        return self._log_likelihood(fit, fit.log_likelihood) - 0.5 * (penalty + log_det)
+        return self._evidence().log_marginal_likelihood(self._resolve(prior_precision), self.sigma_noise)
 
     def optimize_prior_precision(
         self,
@@ -288,8 +285,10 @@ class LaplaceLoRA:
         keys = prior.group_keys(structure, _block_names(self.sites))
         if tune_sigma_noise and (method != "marglik" or self.likelihood.name != "regression"):
             raise ValueError("tune_sigma_noise needs likelihood='regression' and method='marglik'")
-        if method == "marglik":
-            best = self._maximise_evidence(keys, tune_sigma_noise)
+        if tune_sigma_noise:
+            best, self.sigma_noise = self._evidence().maximise_with_noise(keys, self.sigma_noise)
+        elif method == "marglik":
+            best = self._evidence().maximise(keys, self.sigma_noise)
         elif val_loader is None:
             raise ValueError("method='val_nll' needs val_loader")
         else:
@@ -377,10 +376,9 @@ class LaplaceLoRA:
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
-        answers = self._head.answer_token_ids
         settings = {
             "likelihood": self.likelihood.name,
-            "answer_token_ids": None if answers is None else answers.tolist(),
+            "answer_token_ids": self.answer_token_ids,
             "output_fn": self._head.output_fn is not None,
             "layers": None if self._layers is None else [site.name for site in self.sites],
             "prior_precision": self.prior_precision,
@@ -454,45 +452,8 @@ class LaplaceLoRA:
         value = self.prior_precision if prior_precision is None else prior_precision
         return prior.resolve(value, _block_names(self.sites))
 
-    def _log_likelihood(self, fit: Fit, at_unit_noise: float) -> float:
-        if self.likelihood.name != "regression":
-            return at_unit_noise
-        count = fit.n_examples * fit.n_outputs
-        return at_unit_noise / self.sigma_noise**2 - count * math.log(
-            self.sigma_noise * math.sqrt(2 * math.pi)
-        )
-
-    def _squared_norms(self) -> list[float]:
-        weights = self._fitted().curvature.means
-        means = self._prior_mean or [torch.zeros((), dtype=torch.float64)] * len(weights)
-        return [
-            float((weight.double() - mean.to(weight.device).double()).square().sum())
-            for weight, mean in zip(weights, means, strict=True)
-        ]
-
-    def _maximise_evidence(self, keys: Sequence[str], with_noise: bool) -> dict[str, float]:
-        """With the noise: coordinate ascent, each step the exact maximum over one of (prior precision, noise)."""
-        fit, norms = self._fitted(), self._squared_norms()
-        best = self.posterior.curvature.maximise_evidence(keys, norms)
-        if not with_noise:
-            return best
-        if fit.log_likelihood is None:
-            raise NotFittedError("tune_sigma_noise needs 'labels' in every batch of train_loader")
-        residuals, count = -2 * fit.log_likelihood, fit.n_examples * fit.n_outputs
-        if not residuals > 0:
-            raise NumericalError(
-                "the model interpolates its targets: the evidence has no maximum in sigma_noise"
-            )
-        for _ in range(500):
-            before = self.sigma_noise
-            spectrum = fit.curvature.whitened_spectrum(
-                torch.tensor([best[k] for k in keys], dtype=torch.float64)
-            )
-            self.sigma_noise = evidence_noise(*spectrum, residuals, count)
-            best = self.posterior.curvature.maximise_evidence(keys, norms)
-            if abs(math.log(self.sigma_noise / before)) < 1e-12:
-                break
-        return best
+    def _evidence(self) -> Evidence:
+        return Evidence(self._fitted(), self._prior_mean, self.likelihood.name == "regression")
 
     def _predictive_cotangents(self) -> Tensor:
         outputs = self._fitted().n_outputs

@@ -1,12 +1,4 @@
-"""The Gaussian prior N(mean, 1 / lambda) on the LoRA weights: which blocks share a lambda, and which lambda.
-
-    log p(D | lambda) = log p(D | theta)
-                        - 1/2 sum_blocks [ lambda ||theta - mean||^2 + logdet(H + lambda I) - P log lambda ]
-
-With the eigenvalues h of H known, this is a function of a few numbers. Blocks that share a lambda are independent of
-the others, and in log lambda each group has one maximum: lambda ||theta - mean||^2 = gamma(lambda), where gamma, the
-effective number of parameters, falls while the left side grows (MacKay 1992). No model pass, no grid.
-"""
+"""The Gaussian prior N(mean, 1 / lambda) on the LoRA weights: which blocks share a lambda, and what was asked for."""
 
 from __future__ import annotations
 

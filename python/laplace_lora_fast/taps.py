@@ -11,8 +11,8 @@ follows from the two streams x and g at the layer itself:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
-from laplace_lora_fast.heads import Head, Inputs, device_of
+from laplace_lora_fast.heads import Head, Inputs
+from laplace_lora_fast.modes import (
+    autocast_of_caller,
+    checkpointing_layers,
+    evaluation_mode,
+    frozen,
+    input_embeddings,
+    reentrant,
+)
 
 
 @dataclass(frozen=True)
@@ -292,13 +300,13 @@ class Tap:
 
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
-            checkpointing = _checkpointing_layers(self.model)
-            stack.enter_context(_evaluation_mode(self.model, checkpointing))
-            stack.enter_context(_frozen(self.model))
+            checkpointing = checkpointing_layers(self.model)
+            stack.enter_context(evaluation_mode(self.model, checkpointing))
+            stack.enter_context(frozen(self.model))
             stack.enter_context(self.head.installed())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
-            self._autocast = _autocast_of_caller(self.model)
+            self._autocast = autocast_of_caller(self.model)
             stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
             self._anchor = torch.zeros((), requires_grad=True)
             for index, site in enumerate(self.sites):
@@ -309,8 +317,8 @@ class Tap:
                     self._forward_hook(self.observer, index), with_kwargs=True
                 )
                 stack.callback(handle.remove)
-            if self.observer is not None and _reentrant(checkpointing):  # needs an input that requires grad
-                embedding = _input_embeddings(self.model)
+            if self.observer is not None and reentrant(checkpointing):  # needs an input that requires grad
+                embedding = input_embeddings(self.model)
                 stack.callback(embedding.register_forward_hook(lambda *a: self._start_graph(a[-1])).remove)
             self._stack = stack.pop_all()
         return self
@@ -432,61 +440,3 @@ class Tap:
             f"layer {site.name!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
             f"{length}: its tokens cannot be matched with the attention mask; exclude the layer in LoraConfig"
         )
-
-
-def _checkpointing_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module:
-    """Of the outermost module that knows them: `model` may be a plain wrapper."""
-    owner = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
-    embedding: nn.Module = owner.get_input_embeddings()  # type: ignore[operator]
-    return embedding
-
-
-def _reentrant(checkpointing: list[nn.Module]) -> bool:
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in checkpointing)
-    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
-
-
-def _autocast_of_caller(model: nn.Module) -> torch.autocast:
-    kind = device_of(model).type
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-
-def _has_own_dropout(module: nn.Module) -> bool:
-    return any(
-        "drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()
-    )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module, checkpointing: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, except that transformers' checkpointed layers keep the flag that makes them checkpoint."""
-    were_training = [module for module in model.modules() if module.training]
-    were_not = [layer for layer in checkpointing if not layer.training]
-    try:
-        for module in were_training:
-            module.training = False
-        for layer in checkpointing:
-            layer.training = not _has_own_dropout(layer)
-        yield
-    finally:
-        for module in were_training:
-            module.training = True
-        for layer in were_not:
-            layer.training = False
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad: the backward pass computes no weight gradient."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -1,0 +1,99 @@
+"""Writes the README's figures from the files in bench/results, so that no number is typed by hand.
+
+python -m bench.readme
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def demo() -> str:
+    """The demo's table and where its time went."""
+    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    recipe, phases = record["recipe"], record["phases"]
+    lines = [
+        f"What the demo printed ({recipe['n_train']} training examples seen {recipe['epochs']} times, "
+        f"{recipe['n_val']} held out to choose prior precision and temperature; {record['threads']} CPU threads, "
+        f"{sum(phase['seconds'] for phase in phases.values()):.0f} s in all, the fit cost "
+        f"{record['fit_cost_in_epochs']:.2f} training epochs; [results.json](bench/results/demo.json)):",
+        "",
+        "| data | method | accuracy | ECE-15 | NLL | Brier |",
+        "|---|---|---|---|---|---|",
+    ]
+    for data, methods in record["metrics"].items():
+        for place, (method, m) in enumerate(methods.items()):
+            name = f"{data} (n = {m['count']})" if place == 0 else ""
+            cells = [f"{m[key]:.3f}" for key in ("accuracy", "ece", "nll", "brier")]
+            lines.append(f"| {name} | {method} | " + " | ".join(cells) + " |")
+    chosen = record["prior_precision"]
+    lines += [
+        "",
+        f"Held-out likelihood chose prior precision {chosen['validated']:.3g}, the evidence {chosen['evidence']:.3g}.",
+        "",
+        "![reliability diagram](bench/results/demo-reliability.png)",
+    ]
+    return "\n".join(lines)
+
+
+def bench() -> str:
+    """The newest benchmark's table."""
+    newest = sorted(RESULTS.glob("*-cpu.md"))[-1]
+    plot = newest.with_suffix(".png").relative_to(ROOT)
+    return f"## Speed\n\n{newest.read_text(encoding='utf-8').strip()}\n\n![time over the bare passes]({plot})"
+
+
+def structures() -> str:
+    """What each structure's variance is worth, at a glance; the full table is linked."""
+    record = json.loads((RESULTS / "structures.json").read_text(encoding="utf-8"))
+    regimes = record["regimes"]
+    head = " | ".join(f"{title}: variance ratio, correlation, NLL" for title in regimes)
+    lines = [
+        "**Which structure?** Variance of the logit contrast against the exact full-GGN Laplace's (median ratio and "
+        "correlation at prior precision 1), and test NLL in / out of distribution with the validated prior precision, "
+        "on the demo's model; [full table](bench/results/structures.md).",
+        "",
+        f"| structure | {head} |",
+        "|---" * (1 + len(regimes)) + "|",
+    ]
+    names = next(iter(regimes.values()))["structures"]
+    lines += [
+        f"| {name} | " + " | ".join(_structure(result, name) for result in regimes.values()) + " |"
+        for name in names
+    ]
+    return "\n".join(lines)
+
+
+def _structure(result: dict[str, Any], name: str) -> str:
+    row, tests = result["structures"][name], result["baselines"]["MAP"]
+    ratio = row["variance"][1]
+    nll = " / ".join(f"{row[test]['validation']['nll']:.3f}" for test in tests)
+    return f"{ratio['median_ratio']:.2f}, {ratio['correlation']:.3f}, {nll}"
+
+
+def main() -> None:
+    """Replaces what stands between the markers of each block whose results exist."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    blocks: dict[str, tuple[str, Callable[[], str]]] = {
+        "demo": ("demo.json", demo),
+        "bench": ("*-cpu.md", bench),
+        "structures": ("structures.json", structures),
+    }
+    for name, (needs, render) in blocks.items():
+        if list(RESULTS.glob(needs)):
+            pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+            body = render()
+            text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

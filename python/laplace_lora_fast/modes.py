@@ -1,0 +1,72 @@
+"""The state a model is put in while it is tapped, and what gradient checkpointing means for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from laplace_lora_fast.heads import device_of
+
+
+def checkpointing_layers(model: nn.Module) -> list[nn.Module]:
+    """Modules that transformers' gradient checkpointing is switched on for."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """Of the outermost module that knows them: `model` may be a plain wrapper."""
+    owner = next(module for module in model.modules() if hasattr(module, "get_input_embeddings"))
+    embedding: nn.Module = owner.get_input_embeddings()  # type: ignore[operator]
+    return embedding
+
+
+def reentrant(checkpointing: list[nn.Module]) -> bool:
+    """Whether any of them checkpoints reentrantly: its segments then need an input that requires grad."""
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in checkpointing)
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
+
+def autocast_of_caller(model: nn.Module) -> torch.autocast:
+    """The autocast in force now, on the model's device, to be entered again later."""
+    kind = device_of(model).type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+def _has_own_dropout(module: nn.Module) -> bool:
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()
+    )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, checkpointing: list[nn.Module]) -> Iterator[None]:
+    """Evaluation mode, except that transformers' checkpointed layers keep the flag that makes them checkpoint."""
+    were_training = [module for module in model.modules() if module.training]
+    were_not = [layer for layer in checkpointing if not layer.training]
+    try:
+        for module in were_training:
+            module.training = False
+        for layer in checkpointing:
+            layer.training = not _has_own_dropout(layer)
+        yield
+    finally:
+        for module in were_training:
+            module.training = True
+        for layer in were_not:
+            layer.training = False
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad: the backward pass computes no weight gradient."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
