@@ -14,7 +14,8 @@ This file is the reference of the ops. What holds for all of them:
   `torch.compile(fullgraph=True)` sees through a call. The registered op checks nothing: call the function.
 
 `use_backend` and the environment variable LAPLACE_KERNELS_BACKEND choose an implementation; `explain` says
-which one serves and why.
+which one serves and why. By default that is `reference`, plain PyTorch, on every device: the `triton` kernels
+have not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from laplace_kernels import checks, cuda, dispatch, reference
+from laplace_kernels import checks, cuda, dispatch, reference, triton
 from laplace_kernels.checks import accumulation_dtype
 from laplace_kernels.dispatch import OPS, Choice, backends, explain, use_backend
 
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 dispatch.register_backend(cuda.BACKEND)
+dispatch.register_backend(triton.BACKEND)
 
 
 def gram_(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -84,7 +86,8 @@ def gram_sketch_(
     Args:
         Y: [d, m], fp32 (fp64 if X is fp64), contiguous rows. Changed in place.
         X: [T, d], bf16, fp16, fp32 or fp64. T may be 0.
-        Omega: [d, m] test matrix, any of these dtypes (fp64 if X is); used at its own precision.
+        Omega: [d, m] test matrix, any of these dtypes (fp64 if X is); used at its own precision, to which a GPU
+            backend may round X Omega: pass fp32 for a sketch to fp32 accuracy.
         mask: [T] bool, True where a row counts. None keeps all.
         alpha: Weight of this update.
 
@@ -107,6 +110,8 @@ def gram_group_(
     alphas: Sequence[float] | None = None,
 ) -> None:
     """`gram_` for many matrices at once: a whole model's flush, or many small ones.
+
+    Not for capture in a CUDA graph: the Triton backend reads addresses from host memory at each call.
 
     Args:
         Cs: The accumulators, each as in `gram_`. No two may share memory. Changed in place.

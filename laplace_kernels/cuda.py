@@ -192,5 +192,5 @@ BACKEND = Backend(
     name="cuda",
     kernels={"gram_group_": _gram_group, "gram_sketch_": _gram_sketch},
     obstacle=_obstacle,
-    auto="",  # never ran on a GPU
+    reservation="its kernels have not yet run on hardware, they serve only when asked for",
 )

@@ -41,13 +41,13 @@ class Backend:
         name: What `use_backend` and LAPLACE_KERNELS_BACKEND call it.
         kernels: Op name -> function with the positional arguments of the op's schema.
         obstacle: (op, device, dtype) -> why this backend cannot serve the call, empty when it can.
-        auto: Why "auto" takes it where it can serve, empty when it has to be asked for.
+        reservation: Why "auto" passes it over even where it can serve, empty when it does not.
     """
 
     name: str
     kernels: Mapping[str, Kernel]
     obstacle: Callable[[str, torch.device, torch.dtype], str]
-    auto: str
+    reservation: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ def register_backend(backend: Backend) -> None:
     global _backends
     others = {name: other for name, other in _backends.items() if name != backend.name}
     _backends = {backend.name: backend, **others}
+    _chosen.clear()
+
+
+def reconsider() -> None:
+    """Forget which backend serves what, for a backend whose obstacles have changed."""
     _chosen.clear()
 
 
@@ -135,10 +140,16 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
 
 
 def call(op: str, probe: Tensor, *args: Any) -> Any:
-    """Run `op` on checked arguments; the device and dtype of `probe` decide who serves it."""
+    """Run `op` on checked arguments; the device and dtype of `probe` decide who serves it.
+
+    The caller's autocast does not reach the op: its precision is its contract.
+    """
     with torch.no_grad():
         if torch.compiler.is_compiling():
             return getattr(torch.ops.laplace_kernels, op)(*args)
+        if torch.is_autocast_enabled(probe.device.type):
+            with torch.autocast(probe.device.type, enabled=False):
+                return _kernel(op, probe)(*args)
         return _kernel(op, probe)(*args)
 
 
@@ -160,7 +171,7 @@ def _verdict(backend: Backend, op: str, device: torch.device, dtype: torch.dtype
     if obstacle:
         return False, obstacle
     if _requested == "auto":
-        return bool(backend.auto), backend.auto or "it serves only when asked for"
+        return not backend.reservation, backend.reservation or "it is the first that can serve"
     if _requested == backend.name:
         return True, "it was asked for"
     return False, f"{_requested} was asked for"
@@ -217,7 +228,6 @@ register_backend(
         name="reference",
         kernels={op: getattr(reference, op) for op in OPS},
         obstacle=lambda op, device, dtype: "",
-        auto="it runs on every device",
     )
 )
 _LIBRARY = _register_ops()  # the registrations live as long as this object

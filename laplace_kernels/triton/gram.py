@@ -1,0 +1,234 @@
+"""`gram_`: SYRK over the tiles of the lower triangle, each summed in registers and added to C once.
+
+Two kernels. On sm_90 and sm_100, unmasked 16-bit rows go through tensor descriptors: TMA loads, and a TMA
+reduction into C, so that C is never loaded. Everything else (masks, fp32, ragged strides, sm_80, AMD) goes
+through pointers, where a mask is a load predicate.
+
+When the triangle has fewer tiles than the GPU has multiprocessors, the tokens are split among several
+programs per tile, which add to C in any order. With `torch.use_deterministic_algorithms(True)` they are not
+split.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from laplace_kernels.triton import launch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of C, tokens per step, and how the loop over tokens is pipelined."""
+
+    rows: int
+    columns: int
+    tokens: int
+    stages: int
+    warps: int
+    slices: int = 1  # parts in which the tile is written, to need less shared memory
+
+
+# Largest tile first. Chosen by register and shared memory use; no timing stands behind them yet.
+TMA_TILES = {
+    "sm_90": (Tile(256, 128, 64, 4, 8, slices=4), Tile(128, 128, 64, 4, 8, slices=2)),
+    "sm_100": (Tile(128, 128, 64, 4, 8, slices=2),),
+}
+POINTER_TILES = {
+    "sm_80": (Tile(128, 64, 32, 4, 8), Tile(64, 64, 64, 4, 4)),
+    "sm_90": (Tile(128, 128, 64, 5, 8), Tile(64, 64, 64, 5, 4)),
+    "sm_100": (Tile(128, 128, 64, 5, 8), Tile(64, 64, 64, 5, 4)),
+    "gfx942": (Tile(128, 128, 64, 2, 8), Tile(64, 64, 64, 2, 4)),
+}
+FP32_TILES = {
+    "sm_80": (Tile(64, 64, 16, 4, 4),),
+    "sm_90": (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 3, 4)),
+    "sm_100": (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 3, 4)),
+    "gfx942": (Tile(64, 64, 32, 2, 4),),
+}
+_TOKENS_PER_PROGRAM = 512  # at least, when tokens are split
+
+
+def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
+    """Lower triangle of C += alpha * X^T X over the unmasked rows."""
+    T, d = X.shape
+    if T == 0 or d == 0:
+        return
+    X = launch.contiguous_rows(X)
+    arch = launch.architecture(X.device)
+    through_tma = (
+        arch in TMA_TILES and mask is None and _fits_tma(X) and _fits_tma(C) and X.element_size() == 2
+    )
+    candidates = TMA_TILES[arch] if through_tma else pointer_tiles(arch, X.dtype, is_aligned(X))
+    tile = choose_tile(candidates, d, launch.multiprocessors(X.device))
+    tiles = lower_tiles(d, tile)
+    splits = _splits(T, tiles, launch.multiprocessors(X.device))
+    tokens_per_split = triton.cdiv(triton.cdiv(T, splits), tile.tokens) * tile.tokens
+    grid = (tiles * splits,)
+    with launch.on(X.device):
+        if through_tma:
+            _gram_tma[grid](
+                TensorDescriptor.from_tensor(X, [tile.tokens, tile.rows]),
+                TensorDescriptor.from_tensor(X, [tile.tokens, tile.columns]),
+                TensorDescriptor.from_tensor(C, [tile.rows, tile.columns // tile.slices]),
+                T,
+                alpha,
+                tiles,
+                tokens_per_split,
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                TOKENS=tile.tokens,
+                SLICES=tile.slices,
+                num_stages=tile.stages,
+                num_warps=tile.warps,
+            )
+        else:
+            _gram_pointer[grid](
+                X,
+                C,
+                X if mask is None else mask.contiguous().view(torch.uint8),
+                T,
+                d,
+                X.stride(0),
+                C.stride(0),
+                alpha,
+                tiles,
+                tokens_per_split,
+                HAS_MASK=mask is not None,
+                PRECISION=launch.fp32_precision(arch, X.dtype),
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                TOKENS=tile.tokens,
+                num_stages=tile.stages,
+                num_warps=tile.warps,
+            )
+
+
+def pointer_tiles(arch: str, dtype: torch.dtype, aligned: bool) -> tuple[Tile, ...]:
+    """Tiles for the kernels that read through pointers; rows read element by element need the smallest."""
+    tiles = (FP32_TILES if dtype == torch.float32 else POINTER_TILES)[arch]
+    return tiles if aligned else tiles[-1:]
+
+
+def is_aligned(X: Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    return all(n % 16 == 0 for n in (X.data_ptr(), X.stride(0), X.shape[1]))
+
+
+def choose_tile(tiles: tuple[Tile, ...], d: int, processors: int) -> Tile:
+    """The first tile whose last wave keeps the processors busy too, or else the best one in that."""
+
+    def wave_fill(tile: Tile) -> float:
+        waves = lower_tiles(d, tile) / processors
+        return waves / math.ceil(waves)
+
+    return next((tile for tile in tiles if wave_fill(tile) > 0.9), max(tiles, key=wave_fill))
+
+
+def lower_tiles(d: int, tile: Tile) -> int:
+    """Tiles on or below the diagonal of a [d, d] matrix."""
+    rows = triton.cdiv(d, tile.rows)
+    return int(rows * (rows + 1) // 2 * (tile.rows // tile.columns))
+
+
+def _splits(T: int, tiles: int, processors: int) -> int:
+    if torch.are_deterministic_algorithms_enabled():
+        return 1
+    return max(1, min(processors // tiles, T // _TOKENS_PER_PROGRAM))
+
+
+def _fits_tma(X: Tensor) -> bool:
+    """Base and rows on 16-byte boundaries, and rows that do not overlap."""
+    row_stride = X.stride(0)
+    aligned = X.data_ptr() % 16 == 0 and row_stride * X.element_size() % 16 == 0
+    return aligned and X.stride(1) == 1 and row_stride >= X.shape[1]
+
+
+@triton.jit
+def lower_tile(index, RATIO: tl.constexpr):
+    """Row and column of the index-th tile of the lower triangle, RATIO tiles wide per diagonal block."""
+    pair = index // RATIO
+    row = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > pair, row - 1, row)  # the root is rounded
+    row = tl.where((row + 1) * (row + 2) // 2 <= pair, row + 1, row)
+    return row, (pair - row * (row + 1) // 2) * RATIO + index % RATIO
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "tokens_per_split"])
+def _gram_tma(
+    x_rows,
+    x_columns,
+    c,
+    T,
+    alpha,
+    tiles,
+    tokens_per_split,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    row, column = lower_tile(tl.program_id(0) % tiles, ROWS // COLUMNS)
+    start = tl.program_id(0) // tiles * tokens_per_split
+    stop = tl.minimum(start + tokens_per_split, T)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for t in tl.range(start, stop, TOKENS):
+        a = x_rows.load([t, row * ROWS])
+        b = x_columns.load([t, column * COLUMNS])
+        total = tl.dot(a.T, b, total)
+    total *= alpha
+    _reduce_into(c, row * ROWS, column * COLUMNS, total, ROWS, COLUMNS, SLICES)
+
+
+@triton.jit
+def _reduce_into(c, row, column, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr):
+    if SLICES == 1:
+        c.atomic_add([row, column], tile)
+    else:
+        left, right = tile.reshape((ROWS, 2, COLUMNS // 2)).permute((0, 2, 1)).split()
+        _reduce_into(c, row, column, left, ROWS, COLUMNS // 2, SLICES // 2)
+        _reduce_into(c, row, column + COLUMNS // 2, right, ROWS, COLUMNS // 2, SLICES // 2)
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "tokens_per_split"])
+def _gram_pointer(
+    x,
+    c,
+    mask,
+    T,
+    d,
+    x_stride,
+    c_stride,
+    alpha,
+    tiles,
+    tokens_per_split,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    row, column = lower_tile(tl.program_id(0) % tiles, ROWS // COLUMNS)
+    start = tl.program_id(0) // tiles * tokens_per_split
+    stop = tl.minimum(start + tokens_per_split, T)
+    i = row * ROWS + tl.arange(0, ROWS)
+    j = column * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(start, stop, TOKENS):
+        t = first + tl.arange(0, TOKENS)
+        keep = t < stop
+        if HAS_MASK:
+            keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
+        x_t = x + t[:, None].to(tl.int64) * x_stride
+        a = tl.load(x_t + i[None, :], mask=keep[:, None] & (i < d)[None, :], other=0.0)
+        b = tl.load(x_t + j[None, :], mask=keep[:, None] & (j < d)[None, :], other=0.0)
+        total = tl.dot(a.T, b, total, input_precision=PRECISION)
+    c_tile = c + i[:, None].to(tl.int64) * c_stride + j[None, :]
+    inside = (i < d)[:, None] & (j < d)[None, :]
+    tl.atomic_add(c_tile, total * alpha, mask=inside, sem="relaxed")

@@ -1,0 +1,209 @@
+"""`gram_sketch_`: two skinny products per block of tokens, which stays in the L2 cache between them.
+
+The first kernel writes Z = X Omega for a block, the second adds X^T Z to Y; X comes from device memory once
+and from L2 once. bf16 rows are multiplied by bf16 parts: a fp32 Omega as a high and a low part, and then Z
+too; a bf16 Omega as it is, with Z rounded to bf16. Everything else is multiplied in fp32.
+
+The second kernel splits the tokens among programs, which add to Y in any order, unless
+`torch.use_deterministic_algorithms(True)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from laplace_kernels.triton import launch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens by columns of X that each of the two kernels takes per step."""
+
+    project: tuple[int, int]
+    accumulate: tuple[int, int]
+    stages: int
+    warps: int
+
+
+# Chosen by register and shared memory use; no timing stands behind them yet.
+BF16_TILES = {
+    "sm_80": Tiles(project=(64, 64), accumulate=(32, 64), stages=3, warps=4),
+    "sm_90": Tiles(project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
+    "sm_100": Tiles(project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
+    "gfx942": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=4),
+}
+FP32_TILES = {
+    "sm_80": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=8),
+    "sm_90": Tiles(project=(64, 32), accumulate=(32, 64), stages=3, warps=8),
+    "sm_100": Tiles(project=(64, 32), accumulate=(32, 64), stages=3, warps=8),
+    "gfx942": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=8),
+}
+_CACHED_BYTES = 24 << 20  # of X per block of tokens: half of the L2 cache of an H100
+_MAX_COLUMNS = 64  # of Omega per program
+_TOKENS_PER_PROGRAM = 512  # at least, when tokens are split
+
+
+def gram_sketch_(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: float) -> None:
+    """Y += alpha * X^T (X Omega) over the unmasked rows."""
+    T, d = X.shape
+    m = Omega.shape[1]
+    if T == 0 or d == 0 or m == 0:
+        return
+    X = launch.contiguous_rows(X)
+    if mask is not None:
+        mask = mask.contiguous().view(torch.uint8)
+    block = max(256, _CACHED_BYTES // (d * X.element_size()))
+    bf16 = X.dtype == torch.bfloat16
+    parts = 2 if bf16 and Omega.dtype != torch.bfloat16 else 1
+    Z = X.new_empty((parts, min(T, block), m), dtype=torch.bfloat16 if bf16 else torch.float32)
+    with launch.on(X.device):
+        for first in range(0, T, block):
+            rows = slice(first, first + block)
+            _launch_block(Y, X[rows], Omega, None if mask is None else mask[rows], alpha, Z)
+
+
+def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: float, Z: Tensor) -> None:
+    T, d = X.shape
+    m = Omega.shape[1]
+    arch = launch.architecture(X.device)
+    tiles = (BF16_TILES if X.dtype == torch.bfloat16 else FP32_TILES)[arch]
+    columns = min(_MAX_COLUMNS, max(16, triton.next_power_of_2(m)))
+    column_blocks = triton.cdiv(m, columns)
+    options = {
+        "HAS_MASK": mask is not None,
+        "PARTS": Z.shape[0],
+        "PRECISION": launch.fp32_precision(arch, X.dtype),
+        "COLUMNS": columns,
+        "num_stages": tiles.stages,
+        "num_warps": tiles.warps,
+    }
+    mask = X if mask is None else mask
+    tokens, width = tiles.project
+    _project[(triton.cdiv(T, tokens), column_blocks)](
+        X, Omega, Z, mask, T, d, m, X.stride(0), *Omega.stride(), Z.stride(0), **options, TOKENS=tokens,
+        WIDTH=width
+    )  # fmt: skip
+    tokens, width = tiles.accumulate
+    row_blocks = triton.cdiv(d, width)
+    splits = 1
+    if not torch.are_deterministic_algorithms_enabled():
+        processors = launch.multiprocessors(X.device)
+        splits = max(1, min(processors // (row_blocks * column_blocks), T // _TOKENS_PER_PROGRAM))
+    tokens_per_split = triton.cdiv(triton.cdiv(T, splits), tokens) * tokens
+    _accumulate[(row_blocks * splits, column_blocks)](
+        X, Y, Z, mask, T, d, m, X.stride(0), Y.stride(0), Z.stride(0), alpha, row_blocks, tokens_per_split,
+        **options, TOKENS=tokens, WIDTH=width,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _project(
+    x,
+    omega,
+    z,
+    mask,
+    T,
+    d,
+    m,
+    x_stride,
+    omega_row_stride,
+    omega_column_stride,
+    z_part_stride,
+    HAS_MASK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    keep = t < T
+    if HAS_MASK:
+        keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
+    x_t = x + t[:, None].to(tl.int64) * x_stride
+    omega_column = omega + column[None, :].to(tl.int64) * omega_column_stride
+    total = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for first in tl.range(0, d, WIDTH):
+        i = first + tl.arange(0, WIDTH)
+        rows = tl.load(x_t + i[None, :], mask=keep[:, None] & (i < d)[None, :], other=0.0)
+        inside = (i < d)[:, None] & (column < m)[None, :]
+        w = tl.load(omega_column + i[:, None].to(tl.int64) * omega_row_stride, mask=inside, other=0.0)
+        if PARTS == 2:
+            high, low = bf16_parts(w.to(tl.float32))
+            total = tl.dot(rows, high, total)
+            total = tl.dot(rows, low, total)
+        elif rows.dtype == tl.bfloat16:
+            total = tl.dot(rows, w, total)
+        else:
+            total = tl.dot(rows.to(tl.float32), w.to(tl.float32), total, input_precision=PRECISION)
+    z_tile = z + t[:, None].to(tl.int64) * m + column[None, :]
+    inside = (t < T)[:, None] & (column < m)[None, :]
+    if PARTS == 2:
+        high, low = bf16_parts(total)
+        tl.store(z_tile, high, mask=inside)
+        tl.store(z_tile + z_part_stride, low, mask=inside)
+    else:
+        tl.store(z_tile, total.to(z.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bf16_parts(value):
+    """Two bf16 numbers that add up to a fp32 one, to 16 bits."""
+    high = value.to(tl.bfloat16)
+    return high, (value - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["T", "row_blocks", "tokens_per_split"])
+def _accumulate(
+    x,
+    y,
+    z,
+    mask,
+    T,
+    d,
+    m,
+    x_stride,
+    y_stride,
+    z_part_stride,
+    alpha,
+    row_blocks,
+    tokens_per_split,
+    HAS_MASK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    start = tl.program_id(0) // row_blocks * tokens_per_split
+    stop = tl.minimum(start + tokens_per_split, T)
+    i = tl.program_id(0) % row_blocks * WIDTH + tl.arange(0, WIDTH)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((WIDTH, COLUMNS), tl.float32)
+    for first in tl.range(start, stop, TOKENS):
+        t = first + tl.arange(0, TOKENS)
+        inside = (t < stop)[:, None] & (column < m)[None, :]
+        keep = t < stop
+        if HAS_MASK:
+            keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
+        x_tile = x + t[:, None].to(tl.int64) * x_stride + i[None, :]
+        rows = tl.load(x_tile, mask=keep[:, None] & (i < d)[None, :], other=0.0)
+        z_tile = z + t[:, None].to(tl.int64) * m + column[None, :]
+        high = tl.load(z_tile, mask=inside, other=0.0)
+        if PARTS == 2:
+            low = tl.load(z_tile + z_part_stride, mask=inside, other=0.0)
+            total = tl.dot(rows.T, high, total)
+            total = tl.dot(rows.T, low, total)
+        elif rows.dtype == tl.bfloat16:
+            total = tl.dot(rows.T, high, total)
+        else:
+            total = tl.dot(rows.to(tl.float32).T, high, total, input_precision=PRECISION)
+    y_tile = y + i[:, None].to(tl.int64) * y_stride + column[None, :]
+    inside = (i < d)[:, None] & (column < m)[None, :]
+    tl.atomic_add(y_tile, total * alpha, mask=inside, sem="relaxed")

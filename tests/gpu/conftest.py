@@ -1,0 +1,36 @@
+"""Tests that need a GPU; without one they are skipped, visibly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import laplace_kernels as lk
+
+# cuBLAS is deterministic only with a fixed workspace
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_runtest_setup() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every op by every backend."""
+    with lk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms; torch.empty is then filled with NaN, so reading what was not written shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

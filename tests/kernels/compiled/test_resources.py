@@ -1,0 +1,44 @@
+"""Every configuration in the tables compiles, fits its architecture, and uses what it promises."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.triton_launches import TENSOR_CORE, launches
+from tests.kernels.triton_offline import SHARED_MEMORY, TARGETS, compiling_for
+
+CASES = [(arch, launch) for arch in TARGETS for launch in launches(arch)]
+
+
+@pytest.mark.parametrize(("arch", "launch"), CASES, ids=[f"{arch}: {launch.label}" for arch, launch in CASES])
+def test_resources(arch, launch):
+    with compiling_for(arch) as compiled:
+        launch.run()
+    assert compiled, "nothing was compiled"
+    for kernel in compiled:
+        assert kernel.spills == 0, kernel
+        assert kernel.shared <= SHARED_MEMORY[arch], kernel
+        assert any(kernel.instructions[instruction] for instruction in TENSOR_CORE.values()), kernel
+        for instruction in launch.promised:
+            assert kernel.instructions[instruction] > 0, (instruction, kernel)
+        if "UTMALDG" in launch.promised:
+            assert kernel.instructions["LDGSTS"] == 0, kernel
+
+
+def test_spills_and_shared_memory_are_seen():
+    """A configuration too large for the registers, and one too large for shared memory."""
+    import torch
+    from triton.runtime.errors import OutOfResources
+
+    from laplace_kernels.triton import gram
+
+    def compile_tile(tile):
+        with pytest.MonkeyPatch.context() as patch, compiling_for("sm_90") as compiled:
+            patch.setattr(gram, "choose_tile", lambda *args: tile)
+            gram.gram_(torch.empty(512, 512), torch.empty(100, 512).bfloat16(), None, 1.0)
+        return compiled
+
+    (crowded,) = compile_tile(gram.Tile(128, 128, 64, 4, 2))
+    assert crowded.spills > 0
+    with pytest.raises(OutOfResources, match="shared memory"):
+        compile_tile(gram.Tile(256, 128, 128, 4, 8))
