@@ -16,7 +16,11 @@ test: $(VENV)/.test-stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	$(BIN)/python -c "import laplace_kernels._cuda" || test $(BUILD_CUDA) = 0
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels/interpreted
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/compiled
+	$(BIN)/python -m bench.gpu_report --dry
 
 # Ours, the bare passes and the peers in one run; then the README's figures from the files.
 bench: $(VENV)/.test-stamp
