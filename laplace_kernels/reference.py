@@ -69,7 +69,7 @@ def jacobian_stats(
         else:
             P[n] = jacobian @ basis
         if jacobian is not None and row_grams:
-            rows = jacobian.transpose(1, 2)
+            rows = jacobian.transpose(1, 2).contiguous()  # batched GEMMs want it so
             D[n] = rows @ rows.mT
     return P, D
 

@@ -137,7 +137,7 @@ class KronBlock(Block):
         columns = [(flat[:, c : c + 1] * flat) @ weights for c in range(outputs)]  # [N, K, G] each
         cov = torch.stack(columns, 1).permute(3, 0, 1, 2)
         if row_grams is not None:
-            per_row = projected.transpose(1, 2)
+            per_row = projected.transpose(1, 2).contiguous()
             residual = row_grams - per_row @ per_row.mT
             tail = (1 / (self.tail[:, None] + prior_precisions)).to(residual)  # [r, G]
             cov = cov + torch.einsum("nrcd,rg->gncd", residual, tail)
