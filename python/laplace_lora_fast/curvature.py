@@ -23,7 +23,7 @@ BlockName = tuple[str, str]  # layer, side
 class Predictor(Observer, Protocol):
     """Observer that turns one batch into logits and their covariance under G priors."""
 
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One forward and K backward passes over a batch.
 
         Args:
@@ -32,7 +32,8 @@ class Predictor(Observer, Protocol):
             cotangents: [C, K], the directions of the outputs to look at.
 
         Returns:
-            Logits [N, C] and covariances [G, N, K, K] of `logits @ cotangents`.
+            Logits [N, C] of the model; mean [N, K] ([G, N, K] where it depends on the prior) and covariances
+            [G, N, K, K] of `logits @ cotangents`.
         """
 
 
@@ -116,3 +117,15 @@ class Curvature(ABC):
         """logdet(H + Lambda) - logdet Lambda, fp64 scalar."""
         values, counts = self.whitened_spectrum(prior_precision)
         return (counts * values.log1p()).sum()
+
+    def log_marginal_likelihood(
+        self, prior_precision: Tensor, log_likelihood: float, penalty: float
+    ) -> Tensor:
+        """Laplace's estimate, fp64 scalar.
+
+        Args:
+            prior_precision: fp64 [n_blocks].
+            log_likelihood: of the trained model.
+            penalty: sum over blocks of lambda ||theta - prior mean||^2.
+        """
+        return log_likelihood - 0.5 * (penalty + self.log_det_ratio(prior_precision))

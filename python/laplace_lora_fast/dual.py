@@ -1,33 +1,46 @@
 """The exact GGN in row space: linearised Laplace without a Kronecker approximation, for small data.
 
-With R = N (C - 1) Fisher-weighted Jacobian rows Phi (over the weights of all layers together) H = Phi^T Phi, and all
-that is asked of (H + Lambda)^-1 is an R x R problem (the dual, or kernel, form of Bayesian linear regression; Rasmussen
-and Williams 2006, section 2.1):
+With R = N (C - 1) Jacobian rows J (over the weights of all layers together) and the square root S of the likelihood's
+Hessian, block diagonal with a [K, K] block an example, H = Phi^T Phi for Phi = S^T J, and all that is asked of
+(H + Lambda)^-1 is an R x R problem (the dual, or kernel, form of Bayesian linear regression; Rasmussen and Williams
+2006, section 2.1):
 
-    K = Phi Lambda^-1 Phi^T
+    K = Phi Lambda^-1 Phi^T = S^T (J Lambda^-1 J^T) S
     covariance    J* Lambda^-1 J*^T - K*R (I + K)^-1 KR*      K*R = J* Lambda^-1 Phi^T
     evidence      logdet(H + Lambda) - logdet Lambda = logdet(I + K)
 
-Phi is not kept whole: of each [r, d] Jacobian, J Omega [r, m] is, with a fixed random orthonormal Omega [d, m] times
-sqrt(d / m), one per block. Inner products are then unbiased, and exact for m = d. Test rows use the same Omega, so that
-the covariance is one of a Gaussian: never negative.
+J is kept rather than Phi: it does not vanish where the model is certain, and serves any S (see refit.py). It is not
+kept whole: of each [r, d] Jacobian, J Omega [r, m] is, with a fixed random orthonormal Omega [d, m] times sqrt(d / m),
+one per block. Inner products are then unbiased, and exact for m = d. Test rows use the same Omega, so that the
+covariance is one of a Gaussian: never negative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
+from laplace_lora_fast.dual_predictor import (
+    DualPredictor,
+    Solver,
+    shared_solvers,
+    sketched,
+    times_root,
+    times_transposed_root,
+    whitened,
+)
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.evidence import evidence_root
-from laplace_lora_fast.heads import Inputs
+from laplace_lora_fast.fit import Accumulator
 from laplace_lora_fast.jacobians import JacobianObserver
+from laplace_lora_fast.likelihoods import contrast_cotangents
 from laplace_lora_fast.rows import RowStore
-from laplace_lora_fast.taps import Site, Tap
+from laplace_lora_fast.taps import Site
 
 
 def random_projection(dim: int, size: int, seed: int, like: Tensor) -> Tensor:
@@ -41,17 +54,20 @@ def random_projection(dim: int, size: int, seed: int, like: Tensor) -> Tensor:
     return omega
 
 
-class RowAccumulator(JacobianObserver):
-    """Observer that keeps the sketched Jacobian rows of every block, one row per example and cotangent.
+class RowAccumulator(JacobianObserver, Accumulator):
+    """Observer that keeps the sketched Jacobian rows of every block, example by example.
 
     Args:
         sites: the tapped layers.
         sketch_size: m.
         memory_budget: bytes of rows before they leave the device.
         seed: of Omega.
+        exact: whether the Fisher information is the exact one: rows are then those of the plain outputs.
     """
 
-    def __init__(self, sites: Sequence[Site], sketch_size: int, memory_budget: int, seed: int) -> None:
+    def __init__(
+        self, sites: Sequence[Site], sketch_size: int, memory_budget: int, seed: int, exact: bool = True
+    ) -> None:
         super().__init__(sites, [None] * (2 * len(sites)))
         self._means = [weight for site in sites for weight in (site.A, site.B.mT)]
         self._projections = [
@@ -60,24 +76,39 @@ class RowAccumulator(JacobianObserver):
         ]
         self._names = [(site.name, side) for site in sites for side in "AB"]
         self._store = RowStore(len(self._names), memory_budget)
-        self._reached: set[int] = set()
+        self._batch: list[list[Tensor]] = [[] for _ in self._names]  # [N, r m] a pass
+        self._roots: list[Tensor] = []
+        self._exact = exact
 
     def start(self, groups: list[int]) -> None:
         """Takes the grouping of inputs from the first forward pass."""
         self.groups = groups
 
+    def directions(self, fisher: Tensor) -> Tensor:
+        """The outputs themselves, or contrasts where the exact Fisher is blind to a shift; else the Fisher's own."""
+        n, outputs, passes = fisher.shape
+        if not self._exact:
+            self._roots.append(torch.eye(passes, dtype=fisher.dtype, device=fisher.device).expand(n, -1, -1))
+            return fisher
+        self._roots.append(fisher[:, outputs - passes :])
+        plain = torch.eye(outputs) if passes == outputs else contrast_cotangents(outputs)
+        return plain.to(fisher).expand(n, -1, -1)
+
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        self._append(block, sketched(small, large, self._projections[block], mask))
+        self._batch[block].append(sketched(small, large, self._projections[block], mask))
 
     def finish_pass(self, n: int) -> None:
         """A backward pass over n examples is over: blocks it did not reach have zero rows."""
-        for block in set(range(len(self._names))) - self._reached:
-            mean, projection = self._means[block], self._projections[block]
-            self._append(block, projection.new_zeros(n, mean.shape[0] * projection.shape[1]))
-        self._reached.clear()
+        passes = max(len(rows) for rows in self._batch)
+        for rows, mean, projection in zip(self._batch, self._means, self._projections, strict=True):
+            if len(rows) < passes:
+                rows.append(projection.new_zeros(n, mean.shape[0] * projection.shape[1]))
 
     def finish_batch(self) -> None:
-        """A batch is over."""
+        """A batch is over: its rows are complete, example by example."""
+        for block, rows in enumerate(self._batch):
+            self._store.append(block, torch.stack(rows, 1).flatten(0, 1))
+            rows.clear()
         self.forget()
 
     def curvature(self) -> DualCurvature:
@@ -91,48 +122,57 @@ class RowAccumulator(JacobianObserver):
             if not matrix.isfinite().all():
                 raise NumericalError(f"the Jacobian of layer {layer!r} is not finite: the model overflows")
         means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
-        return DualCurvature(self._names, means, rows, self._projections)
-
-    def _append(self, block: int, rows: Tensor) -> None:
-        self._reached.add(block)
-        self._store.append(block, rows)
-
-
-def sketched(small: Tensor, large: Tensor, projection: Tensor, mask: Tensor | None) -> Tensor:
-    """J Omega of one output of every example, [N, r m]."""
-    projected, _ = lk.jacobian_stats(small, large, projection.to(small.dtype), mask, row_grams=False)
-    return projected.flatten(1)
+        return DualCurvature(self._names, means, rows, self._projections, torch.cat(self._roots))
 
 
 class DualCurvature(Curvature):
-    """H = Phi^T Phi by its rows.
+    """H = J^T S S^T J by its rows.
 
     Args:
         names: of the blocks.
         means: MAP weights [r, d].
-        rows: Phi Omega of every block, [R, r m].
+        rows: J Omega of every block, [R, r m], R = N K.
         projections: Omega of every block, [d, m].
+        roots: the blocks of S, [N, K, K].
     """
 
     structure = "dual"
 
     def __init__(
-        self, names: list[BlockName], means: list[Tensor], rows: list[Tensor], projections: list[Tensor]
+        self,
+        names: list[BlockName],
+        means: list[Tensor],
+        rows: list[Tensor],
+        projections: list[Tensor],
+        roots: Tensor,
     ) -> None:
         self.names, self.means, self.rows, self.projections = names, means, rows, projections
+        self.roots = roots
 
     @property
     def n_rows(self) -> int:
         """R."""
         return self.rows[0].shape[0]
 
+    def roots_at(self, prior_precision: Tensor) -> Tensor:
+        """The blocks of S under a prior, fp64 [N, K, K] beside the rows: the same under all, unless refitted."""
+        return self.roots.to(self.rows[0].device, torch.float64)
+
     def scaled(self, factor: float) -> DualCurvature:
-        return DualCurvature(
-            self.names, self.means, [rows * factor**0.5 for rows in self.rows], self.projections
-        )
+        return DualCurvature(self.names, self.means, self.rows, self.projections, self.roots * factor**0.5)
 
     def kernel(self, weights: Sequence[float]) -> Tensor:
-        """Weighted sum of the blocks' kernels Phi_b Phi_b^T, fp64 [R, R]; blocks of weight 0 are not touched."""
+        """Weighted sum of the blocks' kernels J_b J_b^T, fp64 [R, R]; blocks of weight 0 are not touched."""
+        if len(set(weights)) == 1:
+            return weights[0] * self._plain_kernel
+        return self._sum_of_kernels(weights)
+
+    @cached_property
+    def _plain_kernel(self) -> Tensor:
+        """Serves every scalar prior."""
+        return self._sum_of_kernels([1.0] * len(self.rows))
+
+    def _sum_of_kernels(self, weights: Sequence[float]) -> Tensor:
         home = self.rows[0].device
         kernel = torch.zeros(self.n_rows, self.n_rows, dtype=torch.float64, device=home)
         for rows, weight in zip(self.rows, weights, strict=True):
@@ -140,18 +180,21 @@ class DualCurvature(Curvature):
                 lk.gram_(kernel, rows.to(home, torch.float64).mT, alpha=weight)
         return lk.mirror_(kernel)
 
+    def whitened_kernel(self, prior_precision: Tensor) -> Tensor:
+        """S^T J Lambda^-1 J^T S, fp64 [R, R]."""
+        return whitened(self.kernel((1 / prior_precision).tolist()), self.roots_at(prior_precision))
+
     def whitened_spectrum(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
-        values = torch.linalg.eigvalsh(self.kernel((1 / prior_precision).tolist())).clamp_min(0).cpu()
+        values = torch.linalg.eigvalsh(self.whitened_kernel(prior_precision)).clamp_min(0).cpu()
         return values, torch.ones_like(values)
 
     def effective_parameters(self, prior_precision: Tensor) -> Tensor:
-        weights = (1 / prior_precision).tolist()
-        kernel = self.kernel(weights)
+        roots, kernel = self.roots_at(prior_precision), self.whitened_kernel(prior_precision)
         inverse = torch.linalg.inv(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device))
         shares = []
-        for rows, weight in zip(self.rows, weights, strict=True):
-            wide = rows.to(inverse)
-            shares.append(weight * (wide * (inverse @ wide)).sum())
+        for rows, weight in zip(self.rows, (1 / prior_precision).tolist(), strict=True):
+            phi = times_transposed_root(roots, rows.to(inverse))
+            shares.append(weight * (phi * (inverse @ phi)).sum())
         return torch.stack(shares).cpu()
 
     def maximise_evidence(self, keys: Sequence[str], squared_norms: Sequence[float]) -> dict[str, float]:
@@ -164,7 +207,9 @@ class DualCurvature(Curvature):
         common = evidence_root(values, counts, sum(distances), groups[0] if len(groups) == 1 else "")
         if len(groups) == 1:
             return {groups[0]: common}
-        kernels = torch.stack([self.kernel([float(key == group) for key in keys]) for group in groups]).cpu()
+        roots = self.roots_at(torch.ones(len(keys), dtype=torch.float64))
+        plain = [self.kernel([float(key == group) for key in keys]) for group in groups]
+        kernels = torch.stack([whitened(kernel, roots) for kernel in plain]).cpu()
         traces = kernels.diagonal(dim1=1, dim2=2).sum(1)
         for group, distance, trace in zip(groups, distances, traces, strict=True):
             evidence_root(trace[None], torch.ones(1), distance, group)  # refuses a group without a maximum
@@ -195,7 +240,22 @@ class DualCurvature(Curvature):
         return dict(zip(groups, log_lambda.detach().exp().tolist(), strict=True))
 
     def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
-        return DualPredictor(sites, self, prior_precisions, n_cotangents)
+        precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
+        kernels = torch.stack(
+            [self.kernel([float(other == part) for other in parts]) for part in range(len(precisions))]
+        )
+        solvers = self.solvers(kernels, parts, precisions)
+        return DualPredictor(sites, self.rows, self.projections, parts.tolist(), solvers, n_cotangents)
+
+    def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
+        """One a prior.
+
+        Args:
+            kernels: J J^T of every part, [parts, R, R].
+            parts: for each block its part.
+            precisions: fp64 [parts, G].
+        """
+        return shared_solvers(kernels, self.roots_at(precisions[parts, 0]), precisions)
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Matheron's rule: w = w0 - Lambda^-1 Phi^T (I + K)^-1 (Phi w0 + e), w0 from the prior, e white.
@@ -209,12 +269,14 @@ class DualCurvature(Curvature):
             noise = torch.randn((n, rows.shape[1]), generator=generator, dtype=torch.float64).to(mean.device)
             priors.append(noise * weight**0.5)
         home = self.rows[0].device
-        outputs = torch.randn((self.n_rows, n), generator=generator, dtype=torch.float64).to(home)
+        outputs = torch.zeros(self.n_rows, n, dtype=torch.float64, device=home)
         for rows, prior in zip(self.rows, priors, strict=True):
             outputs += (rows.double() @ prior.mT).to(home)
-        kernel = self.kernel(weights)
+        roots = self.roots_at(prior_precision)
+        noise = torch.randn((self.n_rows, n), generator=generator, dtype=torch.float64).to(home)
+        kernel = self.whitened_kernel(prior_precision)
         chol = torch.linalg.cholesky(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=home))
-        solved = torch.cholesky_solve(outputs, chol)
+        solved = times_root(roots, torch.cholesky_solve(times_transposed_root(roots, outputs) + noise, chol))
         samples = []
         for mean, rows, prior, weight, projection in zip(
             self.means, self.rows, priors, weights, self.projections, strict=True
@@ -231,16 +293,14 @@ class DualCurvature(Curvature):
             raise ValueError(
                 f"{self.names[block]} is sketched: fit with sketch_size >= {projection.shape[0]}"
             )
-        weights = (1 / prior_precision).tolist()
-        kernel = self.kernel(weights)
+        kernel = self.whitened_kernel(prior_precision)
+        phi = times_transposed_root(self.roots_at(prior_precision), rows.to(kernel))
         gain = torch.linalg.solve(
-            kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), rows.to(kernel)
+            kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), phi
         )
         r, d = mean.shape
-        weight = weights[block]
-        cov: Tensor = (
-            weight * torch.eye(r * d, dtype=torch.float64) - (weight**2 * rows.to(kernel).mT @ gain).cpu()
-        )
+        weight = float(1 / prior_precision[block])
+        cov: Tensor = weight * torch.eye(r * d, dtype=torch.float64) - (weight**2 * phi.mT @ gain).cpu()
         if self.names[block][1] == "A":
             return cov
         return cov.view(r, d, r, d).permute(1, 0, 3, 2).reshape(r * d, r * d)
@@ -254,14 +314,18 @@ class DualCurvature(Curvature):
             fits = rows.shape == (self.n_rows, r * m) and projection.shape[0] == d
             if not (fits and rows.isfinite().all() and projection.isfinite().all()):
                 damaged.append(index)
-        return damaged
+        sound = self.roots.dim() == 3 and self.roots.shape[:2].numel() == self.n_rows
+        return damaged if sound and self.roots.isfinite().all() else list(range(len(self.means)))
 
     def describe(self) -> list[tuple[int, float]]:
         return [(min(self.n_rows, p.shape[1]), 1.0) for p in self.projections]
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {"mean": self.means, "rows": self.rows, "projection": self.projections}
-        return {f"block.{i}.{part}": tensor for part, each in parts.items() for i, tensor in enumerate(each)}
+        blocks = {
+            f"block.{i}.{part}": tensor for part, each in parts.items() for i, tensor in enumerate(each)
+        }
+        return blocks | {"roots": self.roots}
 
     @classmethod
     def from_tensors(
@@ -275,92 +339,4 @@ class DualCurvature(Curvature):
             [tensors[f"block.{index}.{part}"].to(device) for index, device in enumerate(devices)]
             for part in ("mean", "rows", "projection")
         )
-        return cls(names, means, rows, projections)
-
-
-class DualPredictor(JacobianObserver):
-    """Covariances J* Lambda^-1 J*^T - K*R (I + K)^-1 KR* under G priors.
-
-    Blocks that have the same prior precision in all of them are summed into one part on the way; rows are read once a
-    backward pass.
-
-    Args:
-        sites: the tapped layers.
-        dual: the training rows.
-        prior_precisions: fp64 [n_blocks, G].
-        n_cotangents: K.
-    """
-
-    def __init__(
-        self, sites: Sequence[Site], dual: DualCurvature, prior_precisions: Tensor, n_cotangents: int
-    ) -> None:
-        super().__init__(sites, [None] * len(dual.names))
-        self._dual, self._n_cotangents = dual, n_cotangents
-        self._precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
-        self._parts: list[int] = parts.tolist()
-        kernels = [
-            dual.kernel([float(other == part) for other in self._parts])
-            for part in range(len(self._precisions))
-        ]
-        self._solvers = _solvers(torch.stack(kernels), self._precisions)
-        self._features: dict[int, list[Tensor]] = {}
-        self._cross: Tensor | None = None  # [parts, N, K, R]
-        self._own: Tensor | None = None  # [parts, N, K, K]
-
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        home, n, k = self._dual.rows[0].device, inputs.batch_size, self._n_cotangents
-        sizes = len(self._precisions), n, k
-        self._cross = torch.zeros(*sizes, self._dual.n_rows, dtype=torch.float64, device=home)
-        self._own = torch.zeros(*sizes, k, dtype=torch.float64, device=home)
-        logits = self.sweep(tap, inputs, cotangents)
-        cov = torch.stack([solver.covariance(self._own, self._cross) for solver in self._solvers])
-        return logits, cov.to(logits.dtype)
-
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        waiting = self._features.setdefault(block, [])
-        waiting.append(sketched(small, large, self._dual.projections[block], mask))
-        if len(waiting) < self._n_cotangents:
-            return
-        features = torch.stack(self._features.pop(block), 1).double()  # [N, K, r m]
-        assert self._cross is not None
-        assert self._own is not None
-        part = self._parts[block]
-        self._own[part] += (features @ features.mT).to(self._own.device)
-        self._cross[part] += (features @ self._dual.rows[block].to(features).mT).to(self._cross.device)
-
-    def forget(self) -> None:
-        super().forget()
-        self._features.clear()
-
-
-class _Solver:
-    """(I + K)^-1 for one prior, from a factorisation shared with other priors: K = fixed part + last part / lambda."""
-
-    def __init__(self, weights: Tensor, basis: Tensor, values: Tensor) -> None:
-        self._weights = weights  # [parts], 1 / lambda
-        self._basis = basis  # T [R, R] with (I + K)^-1 = T diag(1 / (1 + values)) T^T
-        self._values = values  # [R]
-
-    def covariance(self, own: Tensor, cross: Tensor) -> Tensor:
-        """[N, K, K] from the parts' J* J*^T [parts, N, K, K] and J* Phi^T [parts, N, K, R]."""
-        prior = torch.einsum("p,pncd->ncd", self._weights, own)
-        weighted = torch.einsum("p,pncr->ncr", self._weights, cross) @ self._basis
-        return prior - (weighted / (1 + self._values)) @ weighted.mT
-
-
-def _solvers(kernels: Tensor, precisions: Tensor) -> list[_Solver]:
-    """One solver per column of precisions [parts, G]; columns that differ in the last part only share an eigenbasis."""
-    identity = torch.eye(kernels.shape[1], dtype=kernels.dtype, device=kernels.device)
-    shared: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
-    solvers = []
-    for column in precisions.mT:
-        *leading, last = column.tolist()
-        key = tuple(leading)
-        if key not in shared:
-            fixed = identity + sum(kernel / lam for kernel, lam in zip(kernels, leading, strict=False))
-            inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(fixed), identity, upper=False)
-            values, vectors = torch.linalg.eigh(inverse @ kernels[-1] @ inverse.mT)
-            shared[key] = inverse.mT @ vectors, values.clamp_min(0)
-        basis, values = shared[key]
-        solvers.append(_Solver((1 / column).to(kernels.device), basis, values / last))
-    return solvers
+        return cls(names, means, rows, projections, tensors["roots"])

@@ -94,3 +94,37 @@ def increasing_root(function: Callable[[float], tuple[float, float]], start: flo
             raise NumericalError("the evidence has no maximum for a prior precision between 1e-86 and 1e86")
         x = following
     return x
+
+
+def maximum_on_log_axis(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function of a positive number is largest: four values a decade, then golden-section search.
+
+    Args:
+        function: x -> value.
+        low: where to begin.
+        high: where to end.
+
+    Raises:
+        NumericalError: the largest value lies at an end.
+    """
+    steps = round(4 * math.log10(high / low))
+    points = [math.log(low) + math.log(high / low) * i / steps for i in range(steps + 1)]
+    best = max(range(steps, -1, -1), key=lambda i: function(math.exp(points[i])))
+    if best in (0, steps):
+        raise NumericalError(
+            f"the evidence has no maximum for a prior precision between {low:g} and {high:g}"
+        )
+    left, right = points[best - 1], points[best + 1]
+    share = (math.sqrt(5) - 1) / 2
+    a, b = right - share * (right - left), left + share * (right - left)
+    at_a, at_b = function(math.exp(a)), function(math.exp(b))
+    while right - left > 1e-7:
+        if at_a > at_b:
+            right, b, at_b = b, a, at_a
+            a = right - share * (right - left)
+            at_a = function(math.exp(a))
+        else:
+            left, a, at_a = a, b, at_b
+            b = left + share * (right - left)
+            at_b = function(math.exp(b))
+    return math.exp((left + right) / 2)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,24 @@ from torch import Tensor, nn
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import Curvature
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, LaplaceWarning
-from laplace_lora_fast.heads import Head, check_outputs, device_of
+from laplace_lora_fast.heads import Head, Inputs, check_outputs, device_of
 from laplace_lora_fast.likelihoods import Fisher, Likelihood, fisher_cotangents
 from laplace_lora_fast.progress import track
-from laplace_lora_fast.taps import Observer, Site, Tap
+from laplace_lora_fast.taps import Site, Tap
 
 
-class Accumulator(Observer, Protocol):
-    """Observer that makes a curvature out of Fisher-weighted streams."""
+class Accumulator(ABC):
+    """Observer (see taps.py) that makes a curvature out of Fisher-weighted streams."""
 
     def start(self, groups: list[int]) -> None:
         """After the first forward pass, which tells which sites share their input."""
+
+    def start_batch(self, tap: Tap, inputs: Inputs, targets: Tensor | None) -> None:
+        """Between the forward pass of a batch and its backward passes."""
+
+    def directions(self, fisher: Tensor) -> Tensor:
+        """What to send back from the logits, [N, C, K]: the Fisher cotangents [N, C, K], or what replaces them."""
+        return fisher
 
     def finish_pass(self, n: int) -> None:
         """After each backward pass over n examples."""
@@ -31,6 +39,13 @@ class Accumulator(Observer, Protocol):
     def finish_batch(self) -> None:
         """After each batch."""
 
+    @abstractmethod
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None: ...
+
+    @abstractmethod
+    def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None: ...
+
+    @abstractmethod
     def curvature(self) -> Curvature:
         """After the last batch. Raises NumericalError if something is not finite."""
 
@@ -108,9 +123,11 @@ class Objective:
                 self.likelihood.check(outputs)
                 checks.require(outputs.isfinite().all(), f"batch {index} gives logits that are not finite")
                 targets = self.likelihood.targets(inputs.labels, outputs, checks)
-                cotangents = fisher_cotangents(
+                accumulator.start_batch(tap, inputs, targets)
+                fisher = fisher_cotangents(
                     self.likelihood, self.fisher, outputs, targets, generator, self.mc_samples
                 )
+                cotangents = accumulator.directions(fisher)
                 for k in range(cotangents.shape[2]):
                     tap.backward(logits, cotangents[:, :, k], last=k == cotangents.shape[2] - 1)
                     accumulator.finish_pass(inputs.batch_size)

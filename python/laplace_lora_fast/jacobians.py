@@ -122,11 +122,11 @@ class BlockPredictor(JacobianObserver):
         self._waiting: dict[int, list[Tensor]] = {}
         self._covariance: Tensor | None = None
 
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._covariance = None
         logits = self.sweep(tap, inputs, cotangents)
         assert self._covariance is not None
-        return logits, self._covariance
+        return logits, logits @ cotangents.to(logits), self._covariance
 
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
         if self._n_cotangents == 1:

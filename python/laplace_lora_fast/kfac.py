@@ -27,6 +27,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum
+from laplace_lora_fast.fit import Accumulator
 from laplace_lora_fast.taps import Site
 
 
@@ -73,7 +74,7 @@ class FactorPlan:
         return dense
 
 
-class KfacAccumulator:
+class KfacAccumulator(Accumulator):
     """Observer that sums the running factors of every site: one per distinct input, one per output gradient.
 
     Args:

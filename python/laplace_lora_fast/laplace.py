@@ -34,10 +34,11 @@ from laplace_lora_fast.marglik import Evidence
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
+from laplace_lora_fast.refit import RefittedCurvature
 from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure
 from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
 from laplace_lora_fast.taps import Layers, Site, find_sites, parameters_left_alone, read_adapter
-from laplace_lora_fast.validation import DEFAULT_GRID, minimise_nll
+from laplace_lora_fast.validation import DEFAULT_GRID, minimise_loo_nll, minimise_nll
 
 Batch = Mapping[str, Any]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
@@ -67,6 +68,10 @@ class LaplaceLoRA:
             weights and fit `memory_budget`, else "kfac".
         layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
             output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
+        mean: what the linearised outputs are centred on. "map": the trained model's. "refit": the linearised model's
+            own optimum under the prior, starting from the model without its adapter (Immer, Korzepa and Bauer 2021).
+            It needs "dual" and labels, costs one more forward pass a batch, and can choose its prior precision by
+            leaving out one training example at a time ("loo").
         kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023). "paper" is
             the convention of the code behind the Laplace-LoRA paper, to compare with published results: pads count,
             and the curvature is too large by the padded length of a batch. With LoRA on the output head, pass
@@ -102,6 +107,7 @@ class LaplaceLoRA:
         answer_token_ids: Sequence[int] | None = None,
         output_fn: OutputFn | None = None,
         structure: str = "kfac",
+        mean: str = "map",
         layers: Layers = None,
         kfac: str = "reduce",
         fisher: str = "exact",
@@ -120,6 +126,7 @@ class LaplaceLoRA:
         self.likelihood: Likelihood = _likelihood(likelihood)
         self.options = FitOptions(
             structure=structure,
+            mean=mean,
             kfac=kfac,
             fisher=fisher,
             mc_samples=mc_samples,
@@ -139,6 +146,10 @@ class LaplaceLoRA:
         if prior_mean is not None:
             pairs = read_adapter(prior_mean, self.sites)
             self._prior_mean = [weight for a, b in pairs for weight in (a, b.mT)]
+            if mean == "refit" and any(bool(b.any()) for _, b in pairs):
+                raise ValueError(
+                    "mean='refit' starts from the model without its adapter: prior_mean must have lora_B = 0"
+                )
         self._fit: Fit | None = None
         self._reason = ""
         self._versions: list[tuple[int, int]] = []
@@ -220,10 +231,14 @@ class LaplaceLoRA:
         return self
 
     @property
+    def _is_regression(self) -> bool:
+        return self.likelihood.name == "regression"
+
+    @property
     def posterior(self) -> Posterior:
         """The Gaussian over the LoRA weights at the current prior precision and noise."""
         curvature = self._fitted().curvature
-        if self.likelihood.name == "regression" and self.sigma_noise != 1:
+        if self._is_regression and self.sigma_noise != 1:
             curvature = curvature.scaled(1 / self.sigma_noise**2)
         return Posterior(curvature, self._resolve(None))
 
@@ -264,13 +279,14 @@ class LaplaceLoRA:
         Args:
             method: "marglik" maximises the evidence (milliseconds, no model pass). "val_nll" minimises the held-out
                 negative log-likelihood over `grid` with one pass over `val_loader`, none per value; recommended
-                wherever a few held-out examples exist.
+                wherever a few held-out examples exist. "loo" needs mean="refit" and no held-out data: it minimises the
+                leave-one-out negative log-likelihood of the training examples over `grid`, without a model pass.
             prior_structure: "scalar", "ab" (one for all lora_A, one for all lora_B) or, for "marglik" only,
-                "layerwise".
+                "layerwise". Only "scalar" for mean="refit" without held-out data.
             val_loader: labelled batches for "val_nll".
-            link_approx: predictive link of "val_nll": "probit", "mc" or "bridge".
+            link_approx: predictive link of "val_nll" and "loo": "probit", "mc" or "bridge".
             n_samples: of the "mc" link.
-            grid: values tried by "val_nll", ascending.
+            grid: values tried by "val_nll" and "loo", ascending.
             tune_sigma_noise: regression and "marglik" only: maximise the evidence over the noise as well.
             progress: show a bar.
 
@@ -281,14 +297,24 @@ class LaplaceLoRA:
         structure = PriorStructure(
             check_choice("prior_structure", prior_structure, [m.value for m in PriorStructure])
         )
-        check_choice("method", method, ["marglik", "val_nll"])
+        check_choice("method", method, ["marglik", "val_nll", "loo"])
+        link = Link(check_choice("link_approx", link_approx, [m.value for m in Link if m is not Link.MAP]))
         keys = prior.group_keys(structure, _block_names(self.sites))
-        if tune_sigma_noise and (method != "marglik" or self.likelihood.name != "regression"):
-            raise ValueError("tune_sigma_noise needs likelihood='regression' and method='marglik'")
+        if tune_sigma_noise and not (
+            method == "marglik" and self._is_regression and self.options.mean == "map"
+        ):
+            raise ValueError(
+                "tune_sigma_noise needs likelihood='regression', method='marglik' and mean='map'"
+            )
         if tune_sigma_noise:
             best, self.sigma_noise = self._evidence().maximise_with_noise(keys, self.sigma_noise)
         elif method == "marglik":
             best = self._evidence().maximise(keys, self.sigma_noise)
+        elif method == "loo":
+            curvature = self.posterior.curvature
+            if not isinstance(curvature, RefittedCurvature) or structure is not PriorStructure.SCALAR:
+                raise ValueError("method='loo' needs mean='refit' and prior_structure='scalar'")
+            best = {"": minimise_loo_nll(curvature, grid, link, n_samples, self.options.seed, progress)}
         elif val_loader is None:
             raise ValueError("method='val_nll' needs val_loader")
         else:
@@ -298,7 +324,7 @@ class LaplaceLoRA:
                 val_loader,
                 self._predictive_cotangents(),
                 grid,
-                Link(check_choice("link_approx", link_approx, [m.value for m in Link if m is not Link.MAP])),
+                link,
                 n_samples,
                 self.sigma_noise,
                 self.options.seed,
@@ -314,7 +340,8 @@ class LaplaceLoRA:
 
         Args:
             batch: as for `fit`; labels are not needed.
-            prior_precision: another one than the current, or a list of G: the covariance is then [G, N, C, C].
+            prior_precision: another one than the current, or a list of G: the covariance is then [G, N, C, C], and the
+                mean of a refitted model [G, N, C].
 
         Returns:
             fp32 (fp64 for an fp64 model).
@@ -453,7 +480,7 @@ class LaplaceLoRA:
         return prior.resolve(value, _block_names(self.sites))
 
     def _evidence(self) -> Evidence:
-        return Evidence(self._fitted(), self._prior_mean, self.likelihood.name == "regression")
+        return Evidence(self._fitted(), self._prior_mean, self._is_regression)
 
     def _predictive_cotangents(self) -> Tensor:
         outputs = self._fitted().n_outputs
@@ -476,7 +503,7 @@ class LaplaceLoRA:
         mean, cov, labels = self._distribution(
             loader, self._predictive_cotangents(), prior_precision, progress
         )
-        if self.likelihood.name == "regression":
+        if self._is_regression:
             return (mean, cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2), labels
         generator = torch.Generator().manual_seed(self.options.seed)
         return probabilities(link, mean, cov, n_samples, generator), labels
@@ -497,7 +524,9 @@ class LaplaceLoRA:
         mean, cov, labels = distribution(
             self._linearised(), precisions, loader, cotangents, "predict", progress
         )
-        return mean, cov if several else cov[0], labels
+        if several:
+            return mean, cov, labels
+        return mean[0] if mean.dim() == 3 else mean, cov[0], labels
 
     def _linearised(self) -> LinearisedModel:
         fit, curvature = self._fitted(), self.posterior.curvature

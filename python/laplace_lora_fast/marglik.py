@@ -42,8 +42,10 @@ class Evidence:
             NotFittedError: the fit saw batches without labels.
         """
         penalty = (prior_precision * torch.tensor(self.squared_norms(), dtype=torch.float64)).sum()
-        log_det = self.fit.curvature.scaled(self._scale(sigma_noise)).log_det_ratio(prior_precision)
-        return self._log_likelihood(sigma_noise) - 0.5 * (penalty + log_det)
+        curvature = self.fit.curvature.scaled(self._scale(sigma_noise))
+        return curvature.log_marginal_likelihood(
+            prior_precision, self._log_likelihood(sigma_noise), float(penalty)
+        )
 
     def maximise(self, keys: Sequence[str], sigma_noise: float) -> dict[str, float]:
         """The best prior precision of each group at a given noise.

@@ -11,11 +11,12 @@ from torch import Tensor
 import laplace_kernels as lk
 from laplace_lora_fast.blocks import BlockCurvature, DiagBlock, KronBlock
 from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.fit import Accumulator
 from laplace_lora_fast.jacobians import JacobianObserver, jacobian
 from laplace_lora_fast.taps import Site
 
 
-class EkfacAccumulator(JacobianObserver):
+class EkfacAccumulator(JacobianObserver, Accumulator):
     """Re-measures the eigenvalues of KFAC's blocks in their eigenbasis (George et al. 2018, "EKFAC").
 
     core[j, i] = sum over rows of (v_j^T J u_i)^2, the best diagonal in that basis; tail[j] spreads what is left of
@@ -43,9 +44,6 @@ class EkfacAccumulator(JacobianObserver):
         if row_grams is not None:
             self._rest[block] += (row_grams[:, :, 0, 0].double() - kept.sum(-1)).sum(0)
 
-    def finish_pass(self, n: int) -> None:
-        """Nothing waits."""
-
     def finish_batch(self) -> None:
         self.forget()
 
@@ -58,7 +56,7 @@ class EkfacAccumulator(JacobianObserver):
         return BlockCurvature("ekfac", self._kfac.names, blocks)
 
 
-class DiagAccumulator(JacobianObserver):
+class DiagAccumulator(JacobianObserver, Accumulator):
     """The exact diagonal of the GGN: sum over rows of J^2, elementwise.
 
     Args:
@@ -81,9 +79,6 @@ class DiagAccumulator(JacobianObserver):
 
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
         self._sums[block] += jacobian(small, large, mask).square().sum((0, 1))
-
-    def finish_pass(self, n: int) -> None:
-        """Nothing waits."""
 
     def finish_batch(self) -> None:
         self.forget()

@@ -63,7 +63,7 @@ def distribution(
         progress: show it.
 
     Returns:
-        Mean [N, K], covariance [G, N, K, K], targets (None if some batch has no labels).
+        Mean [N, K] ([G, N, K] of refitted models), covariance [G, N, K, K], targets (None if some batch has no labels).
 
     Raises:
         InvalidBatchError: the loader is empty or a batch is unusable.
@@ -73,12 +73,12 @@ def distribution(
     means, covs, targets = [], [], []
     with linearised.tap(predictor) as tap:
         for inputs in linearised.batches(track(loader, what, progress), checks):
-            logits, cov = predictor.run(tap, inputs, cotangents)
+            logits, mean, cov = predictor.run(tap, inputs, cotangents)
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
-            means.append(logits @ cotangents.to(logits))
+            means.append(mean)
             covs.append(cov)
     checks.settle()
-    return torch.cat(means), torch.cat(covs, 1), _joined(targets)
+    return torch.cat(means, -2), torch.cat(covs, 1), _joined(targets)
 
 
 def map_logits(

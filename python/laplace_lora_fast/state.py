@@ -20,10 +20,11 @@ from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.dual import DualCurvature
 from laplace_lora_fast.errors import LaplaceError, StateError
 from laplace_lora_fast.fit import Fit
+from laplace_lora_fast.refit import RefittedCurvature
 from laplace_lora_fast.taps import Site
 
 FILE_NAME = "posterior.safetensors"
-FORMAT = "laplace-lora-fast/1"
+FORMAT = "laplace-lora-fast/2"
 
 
 def save(
@@ -77,7 +78,10 @@ class Saved:
         """
         names = [(layer, side) for layer, side in self.header["names"]]
         _check_names(names, sites)
-        kind = DualCurvature if self.header["structure"] == DualCurvature.structure else BlockCurvature
+        rows: dict[str, type[Curvature]] = {
+            kind.structure: kind for kind in (DualCurvature, RefittedCurvature)
+        }
+        kind = rows.get(self.header["structure"], BlockCurvature)
         devices = [site.A.device for site in sites for _ in "AB"]
         try:
             curvature = kind.from_tensors(self.header["structure"], names, self.tensors, devices)
@@ -106,7 +110,8 @@ def load(folder: str | PathLike[str]) -> Saved:
                     f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
                 )
             header = json.loads(metadata.get("header", ""))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies: at torch's alignment, on which the bits of a product depend, and independent of the file
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
     except json.JSONDecodeError as error:

@@ -16,6 +16,7 @@ from laplace_lora_fast.heads import device_of
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.moments import DiagAccumulator, EkfacAccumulator
+from laplace_lora_fast.refit import RefitAccumulator
 from laplace_lora_fast.taps import Tap
 
 Loader = Iterable[Mapping[str, Any]]
@@ -31,6 +32,13 @@ class Structure(str, Enum):
     AUTO = "auto"
 
 
+class Mean(str, Enum):
+    """What the linearised model's outputs are centred on."""
+
+    MAP = "map"  # the trained model
+    REFIT = "refit"  # the linearised model's own optimum under the prior
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """How a curvature is fitted; see `LaplaceLoRA` for each field.
@@ -40,6 +48,7 @@ class FitOptions:
     """
 
     structure: str
+    mean: str
     kfac: str
     fisher: str
     mc_samples: int
@@ -53,6 +62,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         for name, choices in (
             ("structure", Structure),
+            ("mean", Mean),
             ("kfac", Kfac),
             ("fisher", Fisher),
             ("factor", FactorKind),
@@ -62,6 +72,10 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if Mean(self.mean) is Mean.REFIT and not (
+            self.structure in ("dual", "auto") and self.fisher == "exact"
+        ):
+            raise ValueError("mean='refit' needs structure='dual' (or 'auto') and fisher='exact'")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -92,10 +106,18 @@ def fit_structure(
         NumericalError: a layer's curvature is not finite.
     """
     structure, reason = Structure(options.structure), ""
+    if Mean(options.mean) is Mean.REFIT:
+        refit = RefitAccumulator(
+            objective.sites, options.row_sketch_size, options.memory_budget, options.seed
+        )
+        return objective.accumulate(loader, refit, "fit", progress), reason
     if structure is Structure.AUTO:
         structure, reason, loader = _choose(objective, loader, options)
     if structure is Structure.DUAL:
-        rows = RowAccumulator(objective.sites, options.row_sketch_size, options.memory_budget, options.seed)
+        exact = objective.fisher is Fisher.EXACT
+        rows = RowAccumulator(
+            objective.sites, options.row_sketch_size, options.memory_budget, options.seed, exact
+        )
         return objective.accumulate(loader, rows, "fit", progress), reason
     if structure is Structure.DIAG:
         return objective.accumulate(loader, DiagAccumulator(objective.sites), "fit", progress), reason

@@ -356,6 +356,18 @@ class Tap:
             )
         return logits
 
+    def prior_logits(self, inputs: Inputs) -> Tensor:
+        """Logits [N, C] with the adapter switched off in every tapped LoRA layer: no graph, nothing observed."""
+        layers = [site for site in self.sites if isinstance(site, Site)]
+        try:
+            for site in layers:
+                site.module.scaling[site.adapter] = 0.0  # type: ignore[operator, union-attr, index]
+            with torch.no_grad(), self._autocast:
+                return self.head.logits(self.model, inputs)
+        finally:
+            for site in layers:
+                site.module.scaling[site.adapter] = site.scaling  # type: ignore[operator, union-attr, index]
+
     def backward(self, logits: Tensor, cotangent: Tensor, last: bool) -> None:
         """Sends `cotangent` [N, C] back from `logits` and shows the observer every gradient.
 
