@@ -676,10 +676,9 @@ DATA = pytest.param(
 def test_another_adapter_fitted_with_the_prior_of_the_first():
     model = add_other(tiny.tiny_llama(), ("k_proj",))
     layers = {site.name: 2.0 for site in LaplaceLoRA(model).sites}
-    centred = LaplaceLoRA(model, prior_mean=model.state_dict(), **ANSWERS).fit(
-        [tiny.batch(3)], progress=False
-    )
-    by_layer = LaplaceLoRA(model, prior_precision=layers, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    kfac = ANSWERS | {"structure": "kfac"}
+    centred = LaplaceLoRA(model, prior_mean=model.state_dict(), **kfac).fit([tiny.batch(3)], progress=False)
+    by_layer = LaplaceLoRA(model, prior_precision=layers, **kfac).fit([tiny.batch(3)], progress=False)
     expected = [la.predict(tiny.batch(2)) for la in (centred, by_layer)]
     model.set_adapter("other")
     with pytest.raises(UnsupportedAdapterError, match="prior_mean belongs to adapter 'default'"):

@@ -15,7 +15,7 @@ COTANGENTS = {"exact": oracle.exact_cotangents, "empirical": oracle.empirical_co
 
 def fitted(model: torch.nn.Module, batches: list[tiny.Batch], **options: object) -> LaplaceLoRA:
     causal = "CausalLM" in type(model.get_base_model()).__name__
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS if causal else None, **options)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS if causal else None, structure="kfac", **options)
     return la.fit(batches, progress=False)
 
 

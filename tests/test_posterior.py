@@ -24,7 +24,7 @@ PRIORS = {
 
 def fitted(model: torch.nn.Module, **options: object) -> LaplaceLoRA:
     causal = "CausalLM" in type(model.get_base_model()).__name__
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS if causal else None, **options)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS if causal else None, structure="kfac", **options)
     return la.fit(tiny.split(TRAIN, 4), progress=False)
 
 
@@ -62,7 +62,7 @@ def test_logit_covariance_equals_brute_force(mode: str, prior: str, rank: int | 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_contrasts_equal_brute_force(classes: int) -> None:
     model = tiny.tiny_llama_classifier(classes)
-    la = LaplaceLoRA(model, prior_precision=0.4)
+    la = LaplaceLoRA(model, structure="kfac", prior_precision=0.4)
     la.fit([tiny.batch(8, classes=classes, seed=1, padding="right")], progress=False)
     cov = brute_force_covariance(la, model, oracle.class_logits)
     contrast = torch.cat([-torch.ones(1, classes - 1), torch.eye(classes - 1)]).double()
@@ -90,7 +90,9 @@ def test_one_example_of_one_token_gives_the_exact_ggn_laplace() -> None:
     """KFAC of each weight is then exact; compare with J (lambda I + J^T Lambda J)^-1 J^T by blocks."""
     model = tiny.tiny_llama(layers=1, targets=("down_proj",))
     one = {"input_ids": torch.tensor([[9]]), "labels": torch.tensor([1])}
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, prior_precision=0.3).fit([one], progress=False)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac", prior_precision=0.3).fit(
+        [one], progress=False
+    )
     hessian = oracle.softmax_hessian(oracle.answer_logits(model, one).detach())
     train = oracle.jacobians(model, one, oracle.answer_logits)
     test = oracle.jacobians(model, TEST, oracle.answer_logits)

@@ -15,7 +15,9 @@ TRAIN, VAL = tiny.batch(9, length=6, seed=1), tiny.batch(7, length=6, seed=5)
 
 
 def fitted(model: torch.nn.Module | None = None, **options: object) -> LaplaceLoRA:
-    la = LaplaceLoRA(model or tiny.tiny_llama(), answer_token_ids=tiny.ANSWERS, **options)
+    la = LaplaceLoRA(
+        model or tiny.tiny_llama(), **{"answer_token_ids": tiny.ANSWERS, "structure": "kfac"} | options
+    )
     return la.fit([TRAIN], progress=False)
 
 
@@ -106,7 +108,7 @@ def regression_data() -> tiny.Batch:
 
 def regression(sigma_noise: float = 1.0) -> LaplaceLoRA:
     model = tiny.tiny_llama_classifier(1)
-    la = LaplaceLoRA(model, likelihood="regression", sigma_noise=sigma_noise)
+    la = LaplaceLoRA(model, likelihood="regression", structure="kfac", sigma_noise=sigma_noise)
     return la.fit([regression_data()], progress=False)
 
 

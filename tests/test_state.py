@@ -65,7 +65,7 @@ CASES = {
 
 def build(name):
     make, arguments = CASES[name]
-    model, arguments = make(), dict(arguments)
+    model, arguments = make(), {"structure": "kfac", **arguments}
     if "prior_mean" in arguments:
         arguments["prior_mean"] = arguments["prior_mean"](model)
     classes = 0 if "regression" in name else 3

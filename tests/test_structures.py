@@ -304,11 +304,11 @@ def test_auto_chooses_the_dual_for_small_data_and_says_why() -> None:
 
 def test_layers_select_sites() -> None:
     model = tiny.tiny_llama()
-    everything = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS)
+    everything = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac")
     names = [site.name for site in everything.sites]
     last = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, layers="last")
     assert [site.name for site in last.sites] == names[2:]
-    chosen = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, layers=[names[1]])
+    chosen = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, layers=[names[1]], structure="kfac")
     assert [site.name for site in chosen.sites] == [names[1]]
     values = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, layers=lambda name: "v_proj" in name)
     assert [site.name for site in values.sites] == names[1::2]

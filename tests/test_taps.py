@@ -434,7 +434,7 @@ def test_autocast_of_the_caller_does_not_reach_what_is_left_of_a_fit(factor):
 
 def test_autocast_of_the_caller_does_not_reach_samples():
     model, batch = tiny.tiny_llama(dtype=torch.float32), tiny.batch(4)
-    la = LaplaceLoRA(model, **ANSWERS).fit([batch], progress=False)
+    la = LaplaceLoRA(model, structure="kfac", **ANSWERS).fit([batch], progress=False)
     expected = la.posterior.sample(2, torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         sampled = la.posterior.sample(2, torch.Generator().manual_seed(0))

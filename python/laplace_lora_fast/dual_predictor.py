@@ -128,14 +128,32 @@ def whitened(kernel: Tensor, roots: Tensor) -> Tensor:
     return times_transposed_root(roots, times_transposed_root(roots, kernel).mT)
 
 
+def one_solver(kernels: Tensor, roots: Tensor, column: Tensor, alpha: Tensor | None = None) -> Solver:
+    """The solver of one prior, by a Cholesky factorisation.
+
+    Args:
+        kernels: J J^T of every part, [parts, R, R].
+        roots: the blocks of S, [N, K, K].
+        column: prior precision of every part, [parts], fp64.
+        alpha: as for `Solver`.
+    """
+    weights = (1 / column).to(kernels.device)
+    kernel = whitened(torch.einsum("p,pij->ij", weights, kernels), roots)
+    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(identity + kernel), identity, upper=False)
+    return Solver(weights, times_root(roots, inverse.mT), torch.zeros_like(inverse[0]), alpha)
+
+
 def shared_solvers(kernels: Tensor, roots: Tensor, precisions: Tensor) -> list[Solver]:
-    """One solver per column of precisions [parts, G]; columns that differ in the last part only share an eigenbasis.
+    """A solver per column of precisions [parts, G]; columns that differ in the last part only share an eigenbasis.
 
     Args:
         kernels: J J^T of every part, [parts, R, R].
         roots: the blocks of S, [N, K, K].
         precisions: fp64.
     """
+    if precisions.shape[1] == 1:
+        return [one_solver(kernels, roots, precisions[:, 0])]
     white = [whitened(kernel, roots) for kernel in kernels]
     identity = torch.eye(kernels.shape[1], dtype=kernels.dtype, device=kernels.device)
     shared: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}

@@ -60,6 +60,7 @@ class Fit:
         n_examples: N.
         n_outputs: C.
         log_likelihood: sum of log p(y | f) at unit noise; None if some batch had no labels.
+        reason: why its structure was chosen, where the caller left that open.
     """
 
     curvature: Curvature
@@ -67,6 +68,7 @@ class Fit:
     n_examples: int
     n_outputs: int
     log_likelihood: float | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

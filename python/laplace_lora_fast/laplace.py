@@ -64,18 +64,18 @@ class LaplaceLoRA:
         output_fn: instead: (model output, batch) -> logits [N, C]. Models with a `logits` [N, C] output
             (sequence classification) need neither.
         structure: of the curvature. "kfac"; "ekfac" (KFAC's eigenvalues re-measured in a second pass); "dual" (the
-            exact GGN in row space, for small data); "diag"; or "auto": "dual" where its rows are fewer than the
-            weights and fit `memory_budget`, else "kfac".
+            exact GGN in row space, for small data); "diag"; or "auto": "kfac" if `kfac`, `factor` or `rank` is given,
+            else "dual" where its rows are fewer than the weights and than 4096 and fit `memory_budget`, else "kfac".
         layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
             output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
         mean: what the linearised outputs are centred on. "map": the trained model's. "refit": the linearised model's
             own optimum under the prior, starting from the model without its adapter (Immer, Korzepa and Bauer 2021).
             It needs "dual" and labels, costs one more forward pass a batch, and can choose its prior precision by
             leaving out one training example at a time ("loo").
-        kfac: "reduce" or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023). "paper" is
-            the convention of the code behind the Laplace-LoRA paper, to compare with published results: pads count,
-            and the curvature is too large by the padded length of a batch. With LoRA on the output head, pass
-            `output_fn` there: with `answer_token_ids` the head sees the last position only.
+        kfac: "reduce" (the default) or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023).
+            "paper" is the convention of the code behind the Laplace-LoRA paper, to compare with published results:
+            pads count, and the curvature is too large by the padded length of a batch. With LoRA on the output head,
+            pass `output_fn` there: with `answer_token_ids` the head sees the last position only.
         fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
@@ -106,10 +106,10 @@ class LaplaceLoRA:
         *,
         answer_token_ids: Sequence[int] | None = None,
         output_fn: OutputFn | None = None,
-        structure: str = "kfac",
+        structure: str = "auto",
         mean: str = "map",
         layers: Layers = None,
-        kfac: str = "reduce",
+        kfac: str | None = None,
         fisher: str = "exact",
         mc_samples: int = 1,
         factor: str = "auto",
@@ -151,7 +151,6 @@ class LaplaceLoRA:
                     "mean='refit' starts from the model without its adapter: prior_mean must have lora_B = 0"
                 )
         self._fit: Fit | None = None
-        self._reason = ""
         self._versions: list[tuple[int, int]] = []
 
     @property
@@ -226,7 +225,7 @@ class LaplaceLoRA:
             options.mc_samples,
             options.seed,
         )
-        self._fit, self._reason = fit_structure(objective, train_loader, options, progress)
+        self._fit = fit_structure(objective, train_loader, options, progress)
         self.sites, self._versions = sites, _versions(sites)
         return self
 
@@ -459,8 +458,8 @@ class LaplaceLoRA:
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
-        self._fitted()
-        return summarise(self.posterior, self.prior_precision, self.parameters_left_alone, self._reason)
+        reason = self._fitted().reason
+        return summarise(self.posterior, self.prior_precision, self.parameters_left_alone, reason)
 
     def _fitted(self) -> Fit:
         """The fit, if it still belongs to the adapter's weights."""

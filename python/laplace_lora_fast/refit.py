@@ -28,7 +28,7 @@ from torch import Tensor
 
 from laplace_lora_fast.curvature import BlockName
 from laplace_lora_fast.dual import DualCurvature, RowAccumulator
-from laplace_lora_fast.dual_predictor import Solver, times_root, times_transposed_root, whitened
+from laplace_lora_fast.dual_predictor import Solver, one_solver, times_root, times_transposed_root, whitened
 from laplace_lora_fast.errors import InvalidBatchError, NumericalError
 from laplace_lora_fast.evidence import maximum_on_log_axis
 from laplace_lora_fast.heads import Inputs
@@ -247,17 +247,11 @@ class RefittedCurvature(DualCurvature):
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
         """One Newton iteration and one factorisation a prior."""
-        solvers = []
-        for column in precisions.mT:
-            mode = self.mode(column[parts])
-            weights = (1 / column).to(kernels.device)
-            kernel = whitened(torch.einsum("p,pij->ij", weights, kernels), mode.roots)
-            identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-            chol = torch.linalg.cholesky(identity + kernel)
-            inverse = torch.linalg.solve_triangular(chol, identity, upper=False)
-            basis = times_root(mode.roots, inverse.mT.contiguous())
-            solvers.append(Solver(weights, basis, torch.zeros_like(basis[0]), mode.alpha.flatten()))
-        return solvers
+        modes = [self.mode(column[parts]) for column in precisions.mT]
+        return [
+            one_solver(kernels, mode.roots, column, mode.alpha.flatten())
+            for mode, column in zip(modes, precisions.mT, strict=True)
+        ]
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Raises ValueError: the refitted mean is one of outputs, there are no weights that have it."""

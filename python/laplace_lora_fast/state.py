@@ -25,6 +25,7 @@ from laplace_lora_fast.taps import Site
 
 FILE_NAME = "posterior.safetensors"
 FORMAT = "laplace-lora-fast/2"
+_OF_THE_FIT = ("groups", "n_examples", "n_outputs", "log_likelihood", "reason")
 
 
 def save(
@@ -45,10 +46,7 @@ def save(
         "settings": settings,
         "structure": fit.curvature.structure,
         "names": fit.curvature.names,
-        "groups": fit.groups,
-        "n_examples": fit.n_examples,
-        "n_outputs": fit.n_outputs,
-        "log_likelihood": fit.log_likelihood,
+        **{key: getattr(fit, key) for key in _OF_THE_FIT},
     }
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +87,7 @@ class Saved:
             prior_mean = [self.tensors[f"prior_mean.{index}"] for index in range(count)] or None
         except KeyError as error:
             raise StateError(f"{self.path} lacks {error}") from error
-        rest = {key: self.header[key] for key in ("groups", "n_examples", "n_outputs", "log_likelihood")}
+        rest = {key: self.header[key] for key in _OF_THE_FIT}
         return Fit(curvature, **rest), prior_mean
 
 
@@ -116,9 +114,7 @@ def load(folder: str | PathLike[str]) -> Saved:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
     except json.JSONDecodeError as error:
         raise StateError(f"{path} has a damaged header: {error}") from error
-    missing = {"settings", "structure", "names", "groups", "n_examples", "n_outputs", "log_likelihood"} - set(
-        header
-    )
+    missing = {"settings", "structure", "names", *_OF_THE_FIT} - set(header)
     if missing:
         raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
     return Saved(path, header, tensors)

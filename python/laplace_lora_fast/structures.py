@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from laplace_lora_fast.refit import RefitAccumulator
 from laplace_lora_fast.taps import Tap
 
 Loader = Iterable[Mapping[str, Any]]
+_MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
 
 
 class Structure(str, Enum):
@@ -49,7 +50,7 @@ class FitOptions:
 
     structure: str
     mean: str
-    kfac: str
+    kfac: str | None
     fisher: str
     mc_samples: int
     factor: str
@@ -67,7 +68,8 @@ class FitOptions:
             ("fisher", Fisher),
             ("factor", FactorKind),
         ):
-            check_choice(name, getattr(self, name), [choice.value for choice in choices])
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), [choice.value for choice in choices])
         for name in ("mc_samples", "sketch_size", "row_sketch_size", "rank", "memory_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +78,11 @@ class FitOptions:
             self.structure in ("dual", "auto") and self.fisher == "exact"
         ):
             raise ValueError("mean='refit' needs structure='dual' (or 'auto') and fisher='exact'")
+
+    @property
+    def names_kfac(self) -> bool:
+        """Whether the caller set an option that only KFAC has."""
+        return self.kfac is not None or self.factor != "auto" or self.rank is not None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -93,50 +100,49 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def fit_structure(
-    objective: Objective, loader: Loader, options: FitOptions, progress: bool
-) -> tuple[Fit, str]:
+def fit_structure(objective: Objective, loader: Loader, options: FitOptions, progress: bool) -> Fit:
     """Fits the curvature in the structure the options ask for.
-
-    Returns:
-        The fit, and why its structure was chosen ("" where the caller chose it).
 
     Raises:
         InvalidBatchError: the loader is empty, a batch is unusable, or two passes need a loader that allows them.
         NumericalError: a layer's curvature is not finite.
     """
-    structure, reason = Structure(options.structure), ""
+    structure = Structure(options.structure)
+    if structure is Structure.AUTO and Mean(options.mean) is Mean.MAP:
+        chosen, reason, loader = _choose(objective, loader, options)
+        fit = fit_structure(objective, loader, replace(options, structure=chosen.value), progress)
+        return replace(fit, reason=reason)
     if Mean(options.mean) is Mean.REFIT:
         refit = RefitAccumulator(
             objective.sites, options.row_sketch_size, options.memory_budget, options.seed
         )
-        return objective.accumulate(loader, refit, "fit", progress), reason
-    if structure is Structure.AUTO:
-        structure, reason, loader = _choose(objective, loader, options)
+        return objective.accumulate(loader, refit, "fit", progress)
     if structure is Structure.DUAL:
         exact = objective.fisher is Fisher.EXACT
         rows = RowAccumulator(
             objective.sites, options.row_sketch_size, options.memory_budget, options.seed, exact
         )
-        return objective.accumulate(loader, rows, "fit", progress), reason
+        return objective.accumulate(loader, rows, "fit", progress)
     if structure is Structure.DIAG:
-        return objective.accumulate(loader, DiagAccumulator(objective.sites), "fit", progress), reason
+        return objective.accumulate(loader, DiagAccumulator(objective.sites), "fit", progress)
     if structure is Structure.EKFAC and iter(loader) is loader:
         raise InvalidBatchError(
             "structure='ekfac' passes over train_loader twice: pass a DataLoader or a list"
         )
-    kfac = KfacAccumulator(objective.sites, Kfac(options.kfac), options.plan(), options.rank)
+    kfac = KfacAccumulator(objective.sites, Kfac(options.kfac or "reduce"), options.plan(), options.rank)
     fit = objective.accumulate(loader, kfac, "fit", progress)
     if structure is Structure.EKFAC:
         assert isinstance(fit.curvature, BlockCurvature)
         fit = objective.accumulate(
             loader, EkfacAccumulator(objective.sites, fit.curvature), "ekfac", progress
         )
-    return fit, reason
+    return fit
 
 
 def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[Structure, str, Loader]:
-    """Dual where its rows are fewer than the weights and it fits the memory budget, KFAC otherwise."""
+    """Dual where its rows are few and it fits the memory budget; KFAC otherwise, and where its options are named."""
+    if options.names_kfac:
+        return Structure.KFAC, "kfac, factor or rank asks for it", loader
     length = getattr(loader, "__len__", None)
     batches = iter(loader)
     first = next(batches, None)
@@ -144,19 +150,23 @@ def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[
         raise InvalidBatchError("train_loader yielded no batch")
     whole = chain([first], batches) if batches is loader else loader
     if length is None:
-        return Structure.KFAC, " (auto: the loader has no length, so the number of rows is unknown)", whole
+        return Structure.KFAC, "the loader has no length, so the number of rows is unknown", whole
     head = objective.head
-    with Tap(objective.model, head, list(objective.sites), None) as tap:
-        logits = tap.forward(head.inputs(first, device_of(objective.model), DeferredChecks()))
-    per_example = logits.shape[1] - (objective.likelihood.name == "classification")
+    inputs = head.inputs(first, device_of(objective.model), DeferredChecks())
+    if head.answer_token_ids is not None:
+        outputs = len(head.answer_token_ids)
+    else:
+        with Tap(objective.model, head, list(objective.sites), None) as tap:
+            outputs = tap.forward(inputs).shape[1]
+    per_example = outputs - (objective.likelihood.name == "classification")
     if Fisher(options.fisher) is not Fisher.EXACT:
         per_example = options.mc_samples if Fisher(options.fisher) is Fisher.MC else 1
-    rows = length() * logits.shape[0] * per_example
+    rows = length() * inputs.batch_size * per_example
     sizes = [(site.rank, width) for site in objective.sites for width in (site.d_in, site.d_out)]
     weights = sum(rank * width for rank, width in sizes)
     row_bytes = 4 * rows * sum(rank * min(width, options.row_sketch_size) for rank, width in sizes)
     kernel_bytes = 3 * 8 * rows**2  # K, its factor and its eigenvectors
     facts = f"about {rows} rows, {weights} weights, {(row_bytes + kernel_bytes) / 2**20:.0f} MiB"
-    if rows < weights and row_bytes + kernel_bytes <= options.memory_budget:
-        return Structure.DUAL, f" (auto: {facts} fit the budget)", whole
-    return Structure.KFAC, f" (auto: {facts} do not suit the dual)", whole
+    if rows < min(weights, _MOST_ROWS) and row_bytes + kernel_bytes <= options.memory_budget:
+        return Structure.DUAL, f"{facts} suit the dual", whole
+    return Structure.KFAC, f"{facts} do not suit the dual", whole

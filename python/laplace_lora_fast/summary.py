@@ -66,7 +66,7 @@ def summarise(
     curvature = posterior.curvature
     width = max(len(layer) for layer, _ in curvature.names) + 2
     lines = [
-        f"structure {curvature.structure}{reason}",
+        f"structure {curvature.structure}" + (f" (auto: {reason})" if reason else ""),
         f"{'weight':{width}}  {'shape':>14}  {'rank':>6}  {'captured':>8}  {'effective parameters':>22}",
     ]
     gammas = posterior.effective_parameters().tolist()

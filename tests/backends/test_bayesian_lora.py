@@ -124,7 +124,7 @@ def test_default_factors_are_the_fits(mode: str) -> None:
 def test_default_is_laplace_lora_from_factors_to_evidence_and_variance() -> None:
     """With complete low-rank factors. Padding on the right, batches of one and of three."""
     model, data = tiny.tiny_llama(targets=("q_proj",)), tiny.batch(7, length=6, seed=2, padding="right")
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, prior_precision=2.5)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac", prior_precision=2.5)
     la.fit([data], progress=False)
     factors = rooted(model, tiny.split(data, 3), n_kfac=16, threshold=10)
     s2 = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)

@@ -30,7 +30,7 @@ DATA = tiny.batch(6, length=5, padding=None, seed=4)
 
 
 def fitted(**options: object) -> LaplaceLoRA:
-    la = LaplaceLoRA(tiny.tiny_llama(), answer_token_ids=tiny.ANSWERS, **options)
+    la = LaplaceLoRA(tiny.tiny_llama(), **{"answer_token_ids": tiny.ANSWERS, "structure": "kfac"} | options)
     return la.fit(tiny.split(DATA, 4), progress=False)
 
 
@@ -76,7 +76,7 @@ def test_there_and_back(prior: str) -> None:
 
 def test_a_posterior_that_laplace_torch_fitted() -> None:
     model = tiny.tiny_llama()
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac")
     other = theirs(la, CurvlinopsGGN)
     other.fit(batched.loader(DATA, 3))
     from_state_dict(la, other.state_dict())
@@ -112,6 +112,7 @@ def test_what_cannot_be_converted_says_why() -> None:
     unlabelled = [{k: v for k, v in DATA.items() if k != "labels"}]
     with pytest.raises(NotFittedError, match="labels"):
         to_state_dict(la.fit(unlabelled, progress=False))
-    head = LaplaceLoRA(tiny.tiny_llama(targets=("lm_head",)), answer_token_ids=tiny.ANSWERS)
+    model = tiny.tiny_llama(targets=("lm_head",))
+    head = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac")
     with pytest.raises(ValueError, match="answer rows"):
         to_kron(head.fit([DATA], progress=False))

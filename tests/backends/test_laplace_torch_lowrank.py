@@ -141,7 +141,7 @@ def test_a_half_precision_base_with_fp32_adapters() -> None:
     low = lowrank(batched.Batched(model, answers=True), prior_precision=0.7)
     low.fit(batched.loader(TRAIN, 4))
     assert low.prior_precision.dtype == torch.float32
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, prior_precision=0.7)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac", prior_precision=0.7)
     la.fit(tiny.split(TRAIN, 4), progress=False)
     assert_close(low.log_marginal_likelihood(), la.log_marginal_likelihood(), 1e-4)
     assert_close(low._glm_predictive_distribution(TEST)[1], la.logit_distribution(TEST)[1], 1e-4)

@@ -93,7 +93,7 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
     """Gives `la` the posterior in a `KronLaplace.state_dict()` over the same LoRA weights, as if it had been fitted.
 
     Args:
-        la: over the same model and adapter, structure="kfac"; its prior mean, prior precision and noise are
+        la: over the same model and adapter, structure="kfac" or "auto"; its prior mean, prior precision and noise are
             overwritten.
         state: laplace-torch's.
 
@@ -105,7 +105,7 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
             precision is neither one number, one a layer, nor one for all lora_A and one for all lora_B.
         ValueError: `la` has another structure.
     """
-    if la.options.structure != "kfac":
+    if la.options.structure not in ("kfac", "auto") or la.options.mean != "map":
         raise ValueError(f"laplace-torch's factors are structure='kfac', not {la.options.structure!r}")
     if (
         state["cls_name"] != "KronLaplace"
