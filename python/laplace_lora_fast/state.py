@@ -106,7 +106,8 @@ def load(folder: str | PathLike[str]) -> Saved:
                     f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
                 )
             header = json.loads(metadata.get("header", ""))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # cloned to torch's alignment, on which the last bit of products can depend
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
     except json.JSONDecodeError as error:
