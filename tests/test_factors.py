@@ -167,7 +167,9 @@ def test_fp32_accumulation_of_low_precision_rows_does_not_drift() -> None:
     """Peers that accumulate in bf16 lose 14 % of the trace after 500 updates."""
     x = rows(2, 6, 0, dtype=torch.bfloat16)
     factor = DenseFactor(6, torch.float32, CPU)
-    for _ in range(2000):
+    updates = 2000
+    for _ in range(updates):
         factor.add_tokens(x, None)
-    expected = 2000 * (x.double().mT @ x.double())
-    assert_close(factor.spectrum(None).dense().double(), expected, 2e-5)
+    expected = updates * (x.double().mT @ x.double())
+    half_an_ulp = torch.finfo(torch.float32).eps / 2  # equal updates can all round the same way
+    assert_close(factor.spectrum(None).dense().double(), expected, updates * half_an_ulp)

@@ -193,9 +193,9 @@ def test_tokens_in_other_shapes(length, padding):
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("length", [1, 2])
 def test_shapes_in_which_axes_could_be_confused(n, length):
-    batch = tiny.batch(n, length, padding=None)
-    assert_same_gradients(tiny.tiny_llama(targets=("q_proj", "lm_head")), batch, **ANSWERS)
-    assert_same_gradients(tiny.tiny_bert_classifier(2, targets=("query", "dense", "classifier")), batch)
+    batch = tiny.batch(n, length, padding=None)  # of one token attention's queries have no gradient
+    assert_same_gradients(tiny.tiny_llama(targets=("v_proj", "lm_head")), batch, **ANSWERS)
+    assert_same_gradients(tiny.tiny_bert_classifier(2, targets=("value", "dense", "classifier")), batch)
 
 
 def test_output_fn_reads_any_position_and_lora_on_lm_head_then_sees_every_token():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from bench.gpu.timing import Call, inputs_beyond_cache, measure
+from bench.gpu.timing import Call, Variant, inputs_beyond_cache, measure, recording
 
 EXAMPLES, CLASSES, RANK, BASIS, SKETCH, SAMPLES, GROUP = 8, 4, 8, 64, 64, 16, 32
 
@@ -52,28 +54,39 @@ def cases(widths: tuple[int, ...], tokens: tuple[int, ...], device: torch.device
         yield _gram_group(widths[0] // 4, T, device)
 
 
+def measure_ops(
+    widths: tuple[int, ...], tokens: tuple[int, ...], device: torch.device, rounds: int, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """One record per case that is reached before the deadline; it says what failed."""
+    for case in cases(widths, tokens, device):
+        if time.monotonic() > deadline:
+            return
+        record: dict[str, Any] = {"op": case.op, "d": case.d, "T": case.T, "gflop": case.flops / 1e9}
+        record |= {"megabytes": case.nbytes / 1e6, "microseconds": {}, "failed": {}}
+        with recording(record["failed"], "every variant"):
+            record |= run_case(case, device, rounds)
+        yield record
+
+
 def run_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     """Times of the baseline and of each backend that serves the case."""
     sets = [case.operands() for _ in range(inputs_beyond_cache(int(case.nbytes), device))]
-    variants = {"baseline": [_bind(case.baseline, operands) for operands in sets]}
+    variants = {"baseline": Variant([_bind(case.baseline, operands) for operands in sets])}
     unavailable = {}
     for backend in lk.backends():
         with lk.use_backend(backend):
             choice = lk.explain(case.op.split()[0], device, torch.bfloat16)
         if choice.backend == backend:
-            variants[backend] = [_under(backend, _bind(case.run, operands)) for operands in sets]
+            calls = [_bind(case.run, operands) for operands in sets]
+            variants[backend] = Variant(calls, partial(lk.use_backend, backend))
         else:
             unavailable[backend] = choice.reason
-    times = measure(variants, device, rounds, case.capture)
+    times, failed = measure(variants, device, rounds, case.capture)
     return {
-        "op": case.op,
-        "d": case.d,
-        "T": case.T,
-        "gflop": case.flops / 1e9,
-        "executed_gflop": {name: _executed(case, name, device) / 1e9 for name in variants},
-        "megabytes": case.nbytes / 1e6,
+        "executed_gflop": {name: _executed(case, name, device) / 1e9 for name in times},
         "microseconds": {name: asdict(spread) for name, spread in times.items()},
         "unavailable": unavailable,
+        "failed": failed,
     }
 
 
@@ -92,14 +105,6 @@ def _executed(case: Case, variant: str, device: torch.device) -> float:
 
 def _bind(function: Callable[..., object], operands: tuple[Any, ...]) -> Call:
     return lambda: function(*operands)
-
-
-def _under(backend: str, call: Call) -> Call:
-    def run() -> object:
-        with lk.use_backend(backend):
-            return call()
-
-    return run
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -17,50 +17,69 @@ def markdown(report: Report) -> str:
     lines += ["| op | d | T | variant | microseconds (p20-p80) | over baseline | TFLOP/s | executed | GB/s |"]
     lines += ["|---|---:|---:|---|---|---:|---:|---:|---:|"]
     for case in report["ops"]:
-        baseline = case["microseconds"]["baseline"]["median"]
+        where = f"| {case['op']} | {case['d']} | {case['T'] or ''} "
+        baseline = case["microseconds"].get("baseline", {}).get("median", float("nan"))
         for name, spread in case["microseconds"].items():
             us = spread["median"]
             lines.append(
-                f"| {case['op']} | {case['d']} | {case['T'] or ''} | {name} "
-                f"| {us:.1f} ({spread['p20']:.1f}-{spread['p80']:.1f}) | {baseline / us:.2f} "
+                f"{where}| {name} | {us:.1f} ({spread['p20']:.1f}-{spread['p80']:.1f}) | {baseline / us:.2f} "
                 f"| {case['gflop'] / us * 1e3:.4g} | {case['executed_gflop'][name] / us * 1e3:.4g} "
                 f"| {case['megabytes'] / us * 1e3:.4g} |"
             )
-    lines += ["", "| model | LoRA on | backend | fit, per batch | predict over forward |"]
-    lines += ["|---|---|---|---|---:|"]
+        lines += [f"{where}| {name} | {_cell(error)} | | | | |" for name, error in case["failed"].items()]
+    lines += [
+        "",
+        "| model | LoRA on | backend | fit, per batch | with every token's row | predict over forward |",
+    ]
+    lines += ["|---|---|---|---|---|---:|"]
     for record in report["models"]:
         lines.append(f"| {record['model']} | {record['targets']} | {_model_cells(record)} |")
     return "\n".join(lines) + "\n"
 
 
 def _model_cells(record: Report) -> str:
-    if "skipped" in record:
-        return f"skipped: {record['skipped']} | | "
-    fit = f"{record['fit_per_batch'] * 1e3:.1f} ms, {record['fit_overhead']:+.1%} on forward + backward"
-    return f"{record['backend']} | {fit} | {record['predict_over_forward']:.2f}"
+    backend = record.get("backend", "")
+    for what in ("skipped", "failed"):
+        if what in record:
+            return f"{backend} | {what}: {_cell(record[what])} | | "
+    fits = (
+        f"{record[fit + '_per_batch']['median'] * 1e3:.1f} ms, {record[fit + '_overhead']:+.1%}"
+        for fit in ("fit", "fit_expand")
+    )
+    return f"{backend} | {' | '.join(fits)} | {record['predict_over_forward']:.2f}"
 
 
-def plot(report: Report, folder: Path) -> None:
-    """One PNG per op: speed over the baseline against d, a panel for each T."""
+def _cell(text: str) -> str:
+    return text.replace("|", "/")
+
+
+def plot(report: Report, path: Path) -> None:
+    """Speed over the baseline against d: a row of panels for each op, a panel for each T."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for op in dict.fromkeys(case["op"] for case in report["ops"]):
-        cases = [case for case in report["ops"] if case["op"] == op]
-        tokens = sorted({case["T"] for case in cases})
-        figure, panels = pyplot.subplots(
-            1, len(tokens), squeeze=False, sharey=True, figsize=(4 * len(tokens), 3.2)
-        )
-        for panel, T in zip(panels[0], tokens, strict=True):
-            _plot_panel(panel, [case for case in cases if case["T"] == T])
+    cases = [case for case in report["ops"] if "baseline" in case["microseconds"]]
+    ops = list(dict.fromkeys(case["op"] for case in cases))
+    if not ops:
+        return
+    columns = max(len({case["T"] for case in cases if case["op"] == op}) for op in ops)
+    figure, panels = pyplot.subplots(
+        len(ops), columns, squeeze=False, figsize=(4 * columns, 3.2 * len(ops)), sharey="row"
+    )
+    for row, op in zip(panels, ops, strict=True):
+        tokens = sorted({case["T"] for case in cases if case["op"] == op})
+        for panel, T in zip(row, tokens, strict=False):
+            _plot_panel(panel, [case for case in cases if (case["op"], case["T"]) == (op, T)])
             panel.set_title(f"{op}, T = {T}" if T else op)
-        panels[0][0].set_ylabel("speed over baseline")
-        panels[0][0].legend()
-        figure.tight_layout()
-        figure.savefig(folder / f"{op.replace(' ', '_')}.png", dpi=120)
-        pyplot.close(figure)
+        for panel in row[len(tokens) :]:
+            panel.set_axis_off()
+        row[0].set_ylabel("speed over baseline")
+        row[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def _plot_panel(panel: Any, cases: list[Report]) -> None:

@@ -185,7 +185,8 @@ def doctor() -> None:
     versions = Table(title="Versions", show_header=False)
     versions.add_row("python", platform.python_version())
     for package in ("laplace-lora-fast", "torch", "triton", "peft", "transformers", "torchmetrics"):
-        versions.add_row(package, _version(package))
+        # torch's own version names its build, its metadata's need not
+        versions.add_row(package, torch.__version__ if package == "torch" else _version(package))
     console.print(versions)
     names = Table(title="Devices", show_header=False)
     for device in devices:

@@ -108,7 +108,7 @@ def load(folder: str | PathLike[str]) -> Saved:
                     f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
                 )
             header = json.loads(metadata.get("header", ""))
-            # copies: at torch's alignment, on which the bits of a product depend, and independent of the file
+            # cloned to torch's alignment, on which the last bit of products can depend
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StateError(f"{path} is truncated or damaged: {error}") from error

@@ -92,7 +92,7 @@ def kernels(path: Path) -> dict[tuple[str, str], Kernel]:
         elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
             found[arch, kernel] = Kernel(int(match[1]), int(match[2]) + int(match[3]), Counter())
     for line in dump("-sass", path).splitlines():
-        if match := re.search(r"code for (\w+)", line):
+        if match := re.match(r"arch = (\w+)", line):  # "code for" lacks the a of sm_90a before CUDA 13
             arch = match[1]
         elif match := re.search(r"Function : (\w+)", line):
             kernel = short_name(match[1])

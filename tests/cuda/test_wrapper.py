@@ -65,7 +65,8 @@ def emulated():
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
         patch.setattr(cuda, "_needs_gpu", lambda device: "")
-        with lk.use_backend("cuda"), warnings.catch_warnings(action="error"):
+        with lk.use_backend("cuda"), warnings.catch_warnings():
+            warnings.simplefilter("error")
             yield
 
 

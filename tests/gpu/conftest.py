@@ -19,6 +19,18 @@ def pytest_runtest_setup() -> None:
         pytest.skip("needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def _gpu_still_answers() -> Iterator[None]:
+    """After a fault in a kernel every later call in the process fails: leave it, xdist starts another."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU does not answer any more: {error}", returncode=1)
+
+
 @pytest.fixture(params=["reference", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every op by every backend."""

@@ -31,7 +31,8 @@ def _served_by_cuda():
     choice = lk.explain("gram_sketch_", "cuda", torch.bfloat16)
     if choice.others.get("cuda", "").startswith("laplace_kernels._cuda is not there"):
         pytest.skip(choice.others["cuda"])
-    with lk.use_backend("cuda"), warnings.catch_warnings(action="error"):
+    with lk.use_backend("cuda"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="laplace_kernels")  # a silent fallback would prove nothing
         assert lk.explain("gram_sketch_", "cuda", torch.bfloat16).backend == "cuda"
         yield
 

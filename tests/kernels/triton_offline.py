@@ -112,7 +112,8 @@ def _inspect(name: str, arch: str, files: dict[str, Path]) -> Compiled:
     else:
         assembly = files[".amdgcn"].read_text()
         registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
-        spills = sum(_number(rf"\.{kind}_spill_count:\s+(\d+)", assembly) for kind in ("vgpr", "sgpr"))
+        # spilled scalar registers go into vector registers, not to memory
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     counts = {word: len(re.findall(rf"\b(?:V_)?{word}", assembly.upper())) for word in INSTRUCTIONS}
     return Compiled(name, arch, registers, spills, shared, counts)
 
