@@ -42,7 +42,7 @@ def test_dense_factor_is_the_sum_of_outer_products(d: int, sizes: list[int], tok
     """However the rows come, waiting or flushed."""
     factor, parts = dense(d), [rows(n, d, seed) for seed, n in enumerate(sizes)]
     for place, part in enumerate(parts):
-        factor.add_tokens(part, None) if tokens and place % 2 else factor.add_rows(part.clone())
+        factor.add_tokens(part, None) if tokens and place % 2 else factor.add_rows(part)
     everything = torch.cat(parts)
     expected = everything.mT @ everything
     spectrum = factor.spectrum(None)
@@ -68,7 +68,7 @@ def test_tail_keeps_the_trace(rank: int, n: int) -> None:
     """U S U^T + tau (I - U U^T): leading eigenpairs of C and its trace; from rows and from the matrix."""
     x = rows(n, 7, 0)
     factor = dense(7)
-    factor.add_rows(x.clone())
+    factor.add_rows(x)
     spectrum = factor.spectrum(rank)
     c = x.mT @ x
     values = torch.linalg.eigvalsh(c).flip(0)
@@ -116,8 +116,8 @@ def test_sketch_recovers_the_leading_directions(dtype: torch.dtype) -> None:
 def test_sketch_of_few_rows_is_exact() -> None:
     x = rows(6, 30, 0)
     factor = sketch(30, 8)
-    factor.add_rows(x[:2].clone())
-    factor.add_rows(x[2:].clone())
+    factor.add_rows(x[:2])
+    factor.add_rows(x[2:])
     assert_close(factor.spectrum(None).dense(), x.mT @ x, 1e-12)
 
 
@@ -128,8 +128,8 @@ def test_merge_adds_the_data(make: object, first: int, second: int) -> None:
     """Whether either side holds waiting rows, an accumulator, or nothing."""
     x, y = rows(first, 9, 0), rows(second, 9, 1)
     left, right = make(), make()  # type: ignore[operator]
-    left.add_rows(x.clone())
-    right.add_rows(y.clone())
+    left.add_rows(x)
+    right.add_rows(y)
     if first == second == 30 and left.kind == "sketch":
         with pytest.raises(NumericalError, match="Omega"):
             left.merge(right)
@@ -170,4 +170,4 @@ def test_fp32_accumulation_of_low_precision_rows_does_not_drift() -> None:
     for _ in range(2000):
         factor.add_tokens(x, None)
     expected = 2000 * (x.double().mT @ x.double())
-    assert_close(factor.spectrum(None).dense().double(), expected, 2e-5)
+    assert_close(factor.spectrum(None).dense().double(), expected, 2000 * 2**-24)  # every addition rounds
