@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.waiting import WaitingRows
 
@@ -89,7 +90,9 @@ class Factor(ABC):
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
         self.dim, self.dtype, self.device = dim, dtype, device
         self._waiting = WaitingRows(dim, capacity)
-        self._many = min(capacity // 2, tokens_worth_an_update(device))  # half of it would hardly wait for anything
+        self._many = min(
+            capacity // 2, tokens_worth_an_update(device)
+        )  # half of it would hardly wait for anything
 
     def add_tokens(self, x: Tensor, mask: Tensor | None) -> None:
         """Adds the rows of x [..., d] whose mask [...] is True; x is read now and not kept."""
@@ -174,7 +177,9 @@ class DenseFactor(Factor):
     kind = "dense"
 
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dim, dtype, device, capacity=dim // 2)  # beyond, an SVD of the rows costs more than C
+        super().__init__(
+            dim, dtype, device, capacity=dim // 2
+        )  # beyond, an SVD of the rows costs more than C
         self._lower: Tensor | None = None
 
     @property
@@ -294,7 +299,8 @@ class SketchFactor(Factor):
         return torch.cat([torch.linalg.qr(columns).Q, self._exact], 1)
 
     def _noise(self, like: Tensor, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64).to(like)
+        noise = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return to_device(noise.to(like.dtype), like.device)
 
     def _whitened(self) -> tuple[Tensor, Tensor]:
         """(Omega W, Y W) in fp64 with Omega W orthonormal; dependent columns (a zero B, say) drop out."""

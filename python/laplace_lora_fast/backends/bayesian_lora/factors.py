@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from laplace_lora_fast.backends.linear import LinearSite, named_fields
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import (
     DeferredChecks,
     InvalidBatchError,
@@ -17,7 +18,7 @@ from laplace_lora_fast.errors import (
     UnsupportedAdapterError,
 )
 from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, flush_full
-from laplace_lora_fast.heads import Head, Inputs, device_of
+from laplace_lora_fast.heads import Head, Inputs
 from laplace_lora_fast.kfac import Kfac, add_gradient, add_input
 from laplace_lora_fast.likelihoods import Categorical, Fisher, fisher_cotangents
 from laplace_lora_fast.progress import track
