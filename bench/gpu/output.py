@@ -26,18 +26,24 @@ def markdown(report: Report) -> str:
                 f"| {case['gflop'] / us * 1e3:.4g} | {case['executed_gflop'][name] / us * 1e3:.4g} "
                 f"| {case['megabytes'] / us * 1e3:.4g} |"
             )
-    lines += ["", "| model | LoRA on | backend | fit, per batch | predict over forward |"]
-    lines += ["|---|---|---|---|---:|"]
+    lines += ["", "| model | LoRA on | batch | backend | method | per batch | over bare passes |"]
+    lines += ["|---|---|---|---|---|---:|---:|"]
     for record in report["models"]:
-        lines.append(f"| {record['model']} | {record['targets']} | {_model_cells(record)} |")
+        lines += [f"| {record['model']} | {record['targets']} | {cells} |" for cells in _model_cells(record)]
     return "\n".join(lines) + "\n"
 
 
-def _model_cells(record: Report) -> str:
+def _model_cells(record: Report) -> list[str]:
+    """One row for each way to fit, over forward and backward pass, and one for predicting, over a forward pass."""
+    where = f"{record['examples']} x {record['tokens']} | {record['backend']}"
     if "skipped" in record:
-        return f"skipped: {record['skipped']} | | "
-    fit = f"{record['fit_per_batch'] * 1e3:.1f} ms, {record['fit_overhead']:+.1%} on forward + backward"
-    return f"{record['backend']} | {fit} | {record['predict_over_forward']:.2f}"
+        return [f"{where} | skipped: {record['skipped']} | | "]
+    rows = [
+        f"{where} | fit, {method} | {cost['per_batch'] * 1e3:.1f} ms | {1 + cost['overhead']:.2f}"
+        for method, cost in record["fit"].items()
+    ]
+    predict = f"{record['predict']['median'] * 1e3:.1f} ms | {record['predict_over_forward']:.2f}"
+    return [*rows, f"{where} | predict | {predict}"]
 
 
 def plot(report: Report, folder: Path) -> None:
