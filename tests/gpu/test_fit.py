@@ -14,12 +14,10 @@ from tests import tiny
 from tests.kernels import oracles
 from tests.oracle import assert_close
 
-EAGER = {"attn_implementation": "eager"}  # transformers' masks for SDPA wait for the device themselves
 
-
-def decoder(dtype: torch.dtype):
+def decoder(dtype: torch.dtype, attention: str = "sdpa"):
     """Wide enough for the tokens of small batches to wait for each other."""
-    config = EAGER | {"hidden_size": 64, "intermediate_size": 96}
+    config = {"attn_implementation": attention, "hidden_size": 64, "intermediate_size": 96}
     return tiny.tiny_llama(dtype, ("q_proj", "v_proj", "down_proj"), config=config)
 
 
@@ -110,7 +108,10 @@ def patience() -> Iterator[None]:
     ids=str,
 )
 def test_no_batch_waits_for_the_device(backend, options):
-    model, batches = decoder(torch.float32).cuda(), tiny.split(tiny.batch(24, 5), 3)
+    model = decoder(
+        torch.float32, "eager"
+    ).cuda()  # transformers' masks for SDPA wait for the device themselves
+    batches = tiny.split(tiny.batch(24, 5), 3)
     fitted(model, batches, **options)  # compiles
     la = fitted(model, watched(batches), **options)
     la.predict_loader(batches, progress=False)
