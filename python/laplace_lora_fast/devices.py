@@ -12,5 +12,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """X on `device`. Only on the way to the CPU does the host wait for it."""
+    """X on `device`. Only on the way to the CPU does the host wait for it.
+
+    Pinned memory may thus be read after this has returned: a loader gives each batch its own, as torch's does.
+    """
     return x.to(device, non_blocking=device.type != "cpu")

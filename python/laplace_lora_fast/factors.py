@@ -90,9 +90,8 @@ class Factor(ABC):
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
         self.dim, self.dtype, self.device = dim, dtype, device
         self._waiting = WaitingRows(dim, capacity)
-        self._many = min(
-            capacity // 2, tokens_worth_an_update(device)
-        )  # half of it would hardly wait for anything
+        # Pieces of half the capacity would be copied to wait for one other at best.
+        self._many = min(capacity // 2, tokens_worth_an_update(device))
 
     def add_tokens(self, x: Tensor, mask: Tensor | None) -> None:
         """Adds the rows of x [..., d] whose mask [...] is True; x is read now and not kept."""
@@ -172,14 +171,16 @@ class Factor(ABC):
 
 
 class DenseFactor(Factor):
-    """C [d, d] itself, exact. By default its spectrum is complete."""
+    """C [d, d] itself, exact. By default its spectrum is complete.
+
+    Up to d / 2 rows wait, in a quarter of C's bytes if they are of 16 bits, in half of them if they are as C is.
+    """
 
     kind = "dense"
 
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(
-            dim, dtype, device, capacity=dim // 2
-        )  # beyond, an SVD of the rows costs more than C
+        # Beyond d / 2, an SVD of the rows costs more than C.
+        super().__init__(dim, dtype, device, capacity=dim // 2)
         self._lower: Tensor | None = None
 
     @property
