@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laplace_lora_fast import NumericalError
-from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor
+import laplace_kernels as lk
+from laplace_lora_fast import NumericalError, factors
+from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, flush_full
+from laplace_lora_fast.waiting import WaitingRows
 from tests.oracle import assert_close
 
 CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def test_dense_factor_is_the_sum_of_outer_products(d: int, sizes: list[int], tok
     """However the rows come, waiting or flushed."""
     factor, parts = dense(d), [rows(n, d, seed) for seed, n in enumerate(sizes)]
     for place, part in enumerate(parts):
-        factor.add_tokens(part, None) if tokens and place % 2 else factor.add_rows(part.clone())
+        factor.add_tokens(part, None) if tokens and place % 2 else factor.add_rows(part)
     everything = torch.cat(parts)
     expected = everything.mT @ everything
     spectrum = factor.spectrum(None)
@@ -50,6 +52,55 @@ def test_dense_factor_is_the_sum_of_outer_products(d: int, sizes: list[int], tok
     torch.testing.assert_close(spectrum.trace, expected.trace())
     basis = rows(3, d, 7).mT
     torch.testing.assert_close(factor.quadratic(basis), basis.mT @ expected @ basis, atol=1e-10, rtol=1e-10)
+
+
+def test_few_tokens_wait_and_are_then_added_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked or not, in each precision; a factor that takes them at once and one that is never full among them."""
+    launches: list[list[int]] = []
+    gram_group_ = lk.gram_group_
+
+    def recorded(Cs: list[Tensor], Xs: list[Tensor]) -> None:
+        launches.append([len(x) for x in Xs])
+        gram_group_(Cs, Xs)
+
+    monkeypatch.setattr(lk, "gram_group_", recorded)
+    monkeypatch.setattr(factors, "tokens_worth_an_update", lambda device: 7)
+    low, full = torch.bfloat16, torch.float32
+    made: list[tuple[Factor, torch.dtype]]
+    made = [(DenseFactor(d, full, CPU), dtype) for d, dtype in ((8, full), (24, full), (24, low), (28, full))]
+    made += [(DenseFactor(60, full, CPU), full), (sketch(10, 10, dtype=full), full)]
+    sums = [torch.zeros(factor.dim, factor.dim, dtype=torch.float64) for factor, _ in made]
+    for step in range(9):  # at most 4, 12, 12, 14, 30 and 10 rows may wait
+        for (factor, dtype), total in zip(made, sums, strict=True):
+            x = rows(3, factor.dim, step, dtype=dtype)
+            mask = torch.tensor([step % 2 > 0, True, True])
+            total += x[mask].double().mT @ x[mask].double()
+            x = x.masked_fill(~mask[:, None], torch.nan)
+            factor.add_tokens(x[None], None if step % 2 else mask[None])
+            x.fill_(torch.inf)  # it was read, not kept
+        flush_full(factor for factor, _ in made)
+    assert launches == [[12, 12], [12]] * 2
+    for (factor, _), total in zip(made, sums, strict=True):
+        assert factor.is_finite()
+        assert_close(factor.spectrum(factor.dim).dense().double(), total, 1e-5)
+
+
+def test_waiting_rows_keep_their_memory_and_the_better_precision() -> None:
+    waiting = WaitingRows(4, 6)
+    places = []
+    for _ in range(3):
+        for n in (1, 2, 3):
+            waiting.append(torch.full((n, 4), n, dtype=torch.bfloat16), None)
+        assert waiting.room == 0
+        assert waiting.rows[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
+        places.append(waiting.rows.data_ptr())
+        waiting.clear()
+    assert len(set(places)) == 1
+    assert waiting.rows.untyped_storage().nbytes() == 6 * 4 * 2
+    third = torch.full((1, 4), 1 / 3)
+    waiting.append(third.bfloat16(), None)
+    waiting.append(third, torch.ones(1, dtype=torch.bool))
+    assert torch.equal(waiting.rows, torch.cat([third.bfloat16().float(), third]))
 
 
 def test_masked_tokens_are_selected_away() -> None:
@@ -68,7 +119,7 @@ def test_tail_keeps_the_trace(rank: int, n: int) -> None:
     """U S U^T + tau (I - U U^T): leading eigenpairs of C and its trace; from rows and from the matrix."""
     x = rows(n, 7, 0)
     factor = dense(7)
-    factor.add_rows(x.clone())
+    factor.add_rows(x)
     spectrum = factor.spectrum(rank)
     c = x.mT @ x
     values = torch.linalg.eigvalsh(c).flip(0)
@@ -116,8 +167,8 @@ def test_sketch_recovers_the_leading_directions(dtype: torch.dtype) -> None:
 def test_sketch_of_few_rows_is_exact() -> None:
     x = rows(6, 30, 0)
     factor = sketch(30, 8)
-    factor.add_rows(x[:2].clone())
-    factor.add_rows(x[2:].clone())
+    factor.add_rows(x[:2])
+    factor.add_rows(x[2:])
     assert_close(factor.spectrum(None).dense(), x.mT @ x, 1e-12)
 
 
@@ -128,8 +179,8 @@ def test_merge_adds_the_data(make: object, first: int, second: int) -> None:
     """Whether either side holds waiting rows, an accumulator, or nothing."""
     x, y = rows(first, 9, 0), rows(second, 9, 1)
     left, right = make(), make()  # type: ignore[operator]
-    left.add_rows(x.clone())
-    right.add_rows(y.clone())
+    left.add_rows(x)
+    right.add_rows(y)
     if first == second == 30 and left.kind == "sketch":
         with pytest.raises(NumericalError, match="Omega"):
             left.merge(right)

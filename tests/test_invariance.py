@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from laplace_lora_fast import LaplaceLoRA, UnsupportedAdapterError
+import laplace_kernels as lk
+from laplace_lora_fast import LaplaceLoRA, UnsupportedAdapterError, factors
 from tests import tiny
 
 MODES = [(kfac, fisher) for kfac in ("expand", "reduce") for fisher in ("exact", "empirical")]
@@ -130,11 +131,13 @@ def test_predictions_do_not_depend_on_batch_size():
 class Pooled(nn.Module):
     """Mean of token features, with `filler` in every padded row of the hidden states, forward and backward."""
 
-    def __init__(self, classes, filler, segment=None):
+    def __init__(self, classes, filler, segment=None, width=8):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.first = nn.Embedding(tiny.VOCAB, 6), nn.Linear(6, 8)
-        self.second, self.third, self.head = nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, classes)
+        ends = 3 * width // 4
+        self.embed, self.first = nn.Embedding(tiny.VOCAB, ends), nn.Linear(ends, width)
+        self.second, self.third = nn.Linear(width, width), nn.Linear(width, ends)
+        self.head = nn.Linear(ends, classes)
         self.filler, self.segment, self.calls = filler, segment, 0
 
     def forward(self, input_ids, attention_mask):
@@ -149,8 +152,8 @@ class Pooled(nn.Module):
         return self.third(torch.tanh(self.second(torch.tanh(hidden)))).sin()
 
 
-def pooled_model(classes, filler=0.0, segment=None, targets=("first", "second", "third", "head")):
-    return tiny.adapt(Pooled(classes, filler, segment), targets=targets, r=2)
+def pooled_model(classes, filler=0.0, segment=None, targets=("first", "second", "third", "head"), width=8):
+    return tiny.adapt(Pooled(classes, filler, segment, width), targets=targets, r=2)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -201,6 +204,35 @@ def test_what_padded_rows_hold_in_sketches(kfac):
         la = LaplaceLoRA(pooled_model(3, filler), factor="sketch", sketch_size=3, rank=2, kfac=kfac)
         covs.append(la.fit(tiny.split(train, 4), progress=False).logit_distribution(test)[1])
     torch.testing.assert_close(covs[1], covs[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    """Tokens wait for each other as they do for a GPU; the sizes of the groups they are then added in."""
+    sizes, gram_group_ = [], lk.gram_group_
+
+    def recorded(Cs, Xs):
+        sizes.append(len(Cs))
+        gram_group_(Cs, Xs)
+
+    monkeypatch.setattr(factors, "tokens_worth_an_update", lambda device: 1000)
+    monkeypatch.setattr(lk, "gram_group_", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize("segment", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
+@pytest.mark.parametrize("kfac", ["expand", "paper", "reduce"])
+def test_what_waits_for_the_batches_that_follow(kfac, segment, request):
+    """Batches of few tokens, added to the factors as they come or gathered and added together."""
+    train, test = tiny.batch(14, 5, seed=1, padding="right"), tiny.batch(4, 5, seed=2)
+    filler = 0.0 if kfac == "paper" else torch.nan  # the paper's code counts pads
+    loaders = [tiny.split(train, 2), tiny.split(train, 3)[::-1]]
+    width = {"width": 64}
+    expected = results(fitted(pooled_model(3, **width), loaders[0], kfac), test)
+    sizes = request.getfixturevalue("grouped")
+    for loader in loaders:
+        assert_same(results(fitted(pooled_model(3, filler, segment, **width), loader, kfac), test), expected)
+    assert kfac == "reduce" or max(sizes) > 2  # factors of one width fill up together
 
 
 def test_padded_rows_of_the_poisoned_model_are_not_finite():

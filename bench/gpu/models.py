@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from bench.gpu.timing import Laps, Spread, no_fallback, recording, seconds
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import LaplaceLoRA, factors
 
 Batch = dict[str, Tensor]
 
@@ -123,17 +124,21 @@ def _costs(
 ) -> dict[str, Any]:
     """Seconds per batch of fitting by either treatment of tokens; of the rest of a fit; of predicting a batch."""
     laps, start = Laps(batches, device), time.perf_counter()
-    fitted = LaplaceLoRA(model, answer_token_ids=ANSWERS, rank=64).fit(laps, progress=False)
+    fitted = LaplaceLoRA(model, answer_token_ids=ANSWERS, structure="kfac", rank=64).fit(laps, progress=False)
     passes = sum(laps.seconds())  # waits for the device
     rest = time.perf_counter() - start - passes
     predict = seconds(lambda: fitted.predict(batches[0]), device, rounds)
     reduce, expand = laps.spread(), _expand(model, batches, device)
+    with mock.patch.object(factors, "tokens_worth_an_update", return_value=0):  # no token waits for others
+        at_once = _expand(model, batches, device)
     return {
         "fit_per_batch": asdict(reduce),
         "fit_overhead": reduce.median / bare["forward_backward"].median - 1,
         "fit_rest": rest,
         "fit_expand_per_batch": asdict(expand),
         "fit_expand_overhead": expand.median / bare["forward_backward"].median - 1,
+        "fit_expand_at_once_per_batch": asdict(at_once),
+        "fit_expand_at_once_overhead": at_once.median / bare["forward_backward"].median - 1,
         "predict": asdict(predict),
         "predict_over_forward": predict.median / bare["forward"].median,
     }

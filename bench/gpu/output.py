@@ -29,9 +29,9 @@ def markdown(report: Report) -> str:
         lines += [f"{where}| {name} | {_cell(error)} | | | | |" for name, error in case["failed"].items()]
     lines += [
         "",
-        "| model | LoRA on | backend | fit, per batch | with every token's row | predict over forward |",
+        "| model | LoRA on | backend | fit, per batch | with every token's row | and none waiting | predict over forward |",
     ]
-    lines += ["|---|---|---|---|---|---:|"]
+    lines += ["|---|---|---|---|---|---|---:|"]
     for record in report["models"]:
         lines.append(f"| {record['model']} | {record['targets']} | {_model_cells(record)} |")
     return "\n".join(lines) + "\n"
@@ -41,10 +41,10 @@ def _model_cells(record: Report) -> str:
     backend = record.get("backend", "")
     for what in ("skipped", "failed"):
         if what in record:
-            return f"{backend} | {what}: {_cell(record[what])} | | "
+            return f"{backend} | {what}: {_cell(record[what])} | | | "
     fits = (
         f"{record[fit + '_per_batch']['median'] * 1e3:.1f} ms, {record[fit + '_overhead']:+.1%}"
-        for fit in ("fit", "fit_expand")
+        for fit in ("fit", "fit_expand", "fit_expand_at_once")
     )
     return f"{backend} | {' | '.join(fits)} | {record['predict_over_forward']:.2f}"
 

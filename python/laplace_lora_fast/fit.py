@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import Curvature
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, LaplaceWarning
-from laplace_lora_fast.heads import Head, Inputs, check_outputs, device_of
+from laplace_lora_fast.heads import Head, Inputs, check_outputs
 from laplace_lora_fast.likelihoods import Fisher, Likelihood, fisher_cotangents
 from laplace_lora_fast.progress import track
 from laplace_lora_fast.taps import Site, Tap
@@ -111,7 +112,7 @@ class Objective:
         generator = torch.Generator().manual_seed(self.seed)
         checks, device = DeferredChecks(), device_of(self.model)
         n_examples = n_outputs = 0
-        log_likelihood: Tensor | None = torch.zeros((), dtype=torch.float64)
+        log_likelihood: Tensor | float | None = 0.0
         with Tap(self.model, self.head, list(self.sites), accumulator) as tap:
             for index, batch in enumerate(track(loader, what, progress)):
                 inputs = self.head.inputs(batch, device, checks)
@@ -140,7 +141,6 @@ class Objective:
                 if targets is None or log_likelihood is None:
                     log_likelihood = None
                 else:
-                    log_likelihood = log_likelihood.to(outputs.device)
                     log_likelihood = log_likelihood + self.likelihood.log_likelihood(outputs, targets)
         if n_examples == 0:
             raise InvalidBatchError("train_loader yielded no batch")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 
 OutputFn = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -96,7 +97,7 @@ class Head:
             if mask.device.type == "cpu" and mask.all():
                 mask = None
         elif length is not None:
-            last = torch.full((n,), length - 1)
+            last = torch.full((n,), length - 1, device=device)
         model = {
             k: _usable(v, device) if isinstance(v, Tensor) else v
             for k, v in batch.items()
@@ -106,15 +107,15 @@ class Head:
             model["use_cache"] = False
         if self.answer_token_ids is not None and mask is not None and "position_ids" in self._accepts:
             assert positions is not None  # left padding shifts no position, as in generation
-            model.setdefault("position_ids", (positions - 1).clamp(min=0).to(device))
+            model.setdefault("position_ids", to_device((positions - 1).clamp(min=0), device))
         labels = batch.get("labels", batch.get("label"))
         return Inputs(
             model=model,
-            mask=None if mask is None else mask.to(device),
+            mask=None if mask is None else to_device(mask, device),
             batch_size=n,
             length=length,
             labels=None if labels is None else torch.as_tensor(labels),
-            last=None if last is None else last.to(device),
+            last=None if last is None else to_device(last, device),
         )
 
     @contextmanager
@@ -145,7 +146,8 @@ class Head:
         else:
             logits = output.logits if hasattr(output, "logits") else output
             if self.answer_token_ids is not None:
-                logits = logits.flatten(0, -2).index_select(-1, self.answer_token_ids.to(logits.device))
+                self.answer_token_ids = self.answer_token_ids.to(logits.device)  # waits once
+                logits = logits.flatten(0, -2).index_select(-1, self.answer_token_ids)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != inputs.batch_size:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InvalidBatchError(
@@ -170,11 +172,6 @@ def check_outputs(logits: Tensor, n_outputs: int) -> None:
         )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model expects its inputs."""
-    return torch.device(getattr(model, "device", None) or next(model.parameters()).device)
-
-
 def _innermost(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrappers, whose forward names the arguments it takes."""
     base = getattr(model, "get_base_model", None)
@@ -183,7 +180,7 @@ def _innermost(model: nn.Module) -> nn.Module:
 
 def _usable(x: Tensor, device: torch.device) -> Tensor:
     """On `device`, and fit for a graph: a tensor made in inference mode is not."""
-    x = x.to(device)
+    x = to_device(x, device)
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 

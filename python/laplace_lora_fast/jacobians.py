@@ -52,7 +52,9 @@ class JacobianObserver(ABC):
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
         dtype = lk.accumulation_dtype(g.dtype)
         x = self._inputs[self.groups[site]]
-        to_a, to_b = (matrix.to(dtype) for matrix in self._maps[site])
+        to_a, to_b = self._maps[site]
+        if to_a.dtype != dtype:  # once
+            to_a, to_b = self._maps[site] = to_a.to(dtype), to_b.to(dtype)
         if site not in self._small_b:  # the same in every backward pass
             self._small_b[site] = (x.to(dtype) @ to_b)[:, None]  # s V^T A x
         small_a = (g.to(dtype) @ to_a)[:, None]  # s V^T B^T g
@@ -118,7 +120,10 @@ class BlockPredictor(JacobianObserver):
         rows = [
             row.unique(return_inverse=True) for row in prior_precisions
         ]  # a grid over groups repeats its values
-        self._precisions = [(v.to(b.mean.device), i) for (v, i), b in zip(rows, blocks, strict=True)]
+        self._precisions = [
+            (values.to(block.mean.device), inverse.to(block.mean.device))
+            for (values, inverse), block in zip(rows, blocks, strict=True)
+        ]
         self._waiting: dict[int, list[Tensor]] = {}
         self._covariance: Tensor | None = None
 
@@ -152,7 +157,7 @@ class BlockPredictor(JacobianObserver):
         values, inverse = self._precisions[block]
         cov = self._blocks[block].variances(small, large, mask, values)
         if len(inverse) > len(values) or len(values) > 1:
-            cov = cov[inverse.to(cov.device)]
+            cov = cov[inverse]
         if self._covariance is None:
             self._covariance = torch.zeros_like(cov)
         self._covariance += cov.to(self._covariance.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 import laplace_kernels as lk
 from laplace_lora_fast.blocks import BlockCurvature, KronBlock
 from laplace_lora_fast.errors import NumericalError
-from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum
+from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum, flush_full
 from laplace_lora_fast.fit import Accumulator
 from laplace_lora_fast.taps import Site
 
@@ -53,7 +53,7 @@ class FactorPlan:
 
     Attributes:
         kind: of all factors; auto keeps the smallest ones dense as long as they fit the budget together.
-        memory_budget: bytes of dense factors for auto.
+        memory_budget: bytes of dense factors for auto, with the rows that may wait for them: up to half as much again.
         sketch_size: columns of a sketch.
         seed: of the sketches.
     """
@@ -69,7 +69,7 @@ class FactorPlan:
             return [self.kind is FactorKind.DENSE] * len(dims)
         dense, used = [False] * len(dims), 0
         for index in sorted(range(len(dims)), key=dims.__getitem__):
-            used += dims[index] ** 2 * itemsize
+            used += dims[index] ** 2 * itemsize * 3 // 2
             dense[index] = used <= self.memory_budget
         return dense
 
@@ -121,10 +121,8 @@ class KfacAccumulator(Accumulator):
         add_gradient(self._gradients[site], self._mode, g, mask)
 
     def finish_pass(self, n: int) -> None:
-        """Nothing waits."""
-
-    def finish_batch(self) -> None:
-        """Nothing waits."""
+        """Makes room for the next pass, in all factors together."""
+        flush_full([*self._inputs.values(), *self._gradients])
 
     def curvature(self) -> BlockCurvature:
         """Eigendecomposes every block's curvature.

@@ -81,7 +81,8 @@ class LaplaceLoRA:
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
         rank: leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
             quarter of `sketch_size` of a sketched one.
-        memory_budget: bytes of dense factors for factor="auto", of rows kept on the device for structure="dual".
+        memory_budget: bytes of dense factors (and of the rows that wait for them) for factor="auto", of rows kept on
+            the device for structure="dual".
         sketch_size: columns of a sketched factor.
         row_sketch_size: columns m of a sketched Jacobian row for structure="dual"; exact from a layer's width on.
         prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.

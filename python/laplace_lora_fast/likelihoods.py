@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 
 
@@ -107,20 +108,20 @@ class Categorical:
                 f"'labels' must hold {n} class indices, got shape {tuple(labels.shape)} of {labels.dtype}"
             )
         checks.require(((labels >= 0) & (labels < classes)).all(), f"'labels' must lie in [0, {classes})")
-        return labels.to(logits.device, torch.long).clamp(
-            0, classes - 1
-        )  # in range even while a check is pending
+        targets = to_device(labels.long(), logits.device)
+        return targets.clamp(0, classes - 1)  # in range even while a check is pending
 
     def log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
         return logits.double().log_softmax(1).gather(1, targets[:, None]).sum()
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return logits.softmax(1) - torch.nn.functional.one_hot(targets, logits.shape[1]).to(logits.dtype)
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        return logits.softmax(1) - (targets[:, None] == classes).to(logits.dtype)
 
     def sample(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
         gumbel = -(-noise.clamp_min(torch.finfo(noise.dtype).tiny).log()).log()
-        return (logits.double() + gumbel.to(logits.device)).argmax(1)
+        return (logits.double() + to_device(gumbel, logits.device)).argmax(1)
 
     def hessian_root(self, logits: Tensor) -> Tensor:
         """Columns of diag(q) Q with q = sqrt(p) and Q an orthonormal basis of q's complement, [N, C, C - 1].
@@ -155,13 +156,13 @@ class Gaussian:
             raise InvalidBatchError(
                 f"'labels' have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}"
             )
-        targets = labels.reshape(logits.shape[0], -1).to(logits)
+        targets = labels.reshape(logits.shape[0], -1).to(logits.dtype)
         if targets.shape != logits.shape:
             raise InvalidBatchError(
                 f"'labels' have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}"
             )
         checks.require(targets.isfinite().all(), "'labels' hold a value that is not finite")
-        return targets
+        return to_device(targets, logits.device)
 
     def log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
         return -0.5 * (logits.double() - targets.double()).square().sum()
@@ -171,7 +172,7 @@ class Gaussian:
 
     def sample(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-        return logits + noise.to(logits)
+        return logits + to_device(noise.to(logits.dtype), logits.device)
 
     def hessian_root(self, logits: Tensor) -> Tensor:
         n, outputs = logits.shape

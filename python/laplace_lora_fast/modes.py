@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from laplace_lora_fast.heads import device_of
+from laplace_lora_fast.devices import device_of
 
 
 def checkpointing_layers(model: nn.Module) -> list[nn.Module]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import Curvature
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
-from laplace_lora_fast.heads import Head, Inputs, check_outputs, device_of
+from laplace_lora_fast.heads import Head, Inputs, check_outputs
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.progress import track
 from laplace_lora_fast.taps import Observer, Site, Tap
@@ -68,7 +69,7 @@ def distribution(
     Raises:
         InvalidBatchError: the loader is empty or a batch is unusable.
     """
-    checks = DeferredChecks()
+    checks, cotangents = DeferredChecks(), cotangents.to(device_of(linearised.model))
     predictor = linearised.curvature.predictor(linearised.sites, prior_precisions, cotangents.shape[1])
     means, covs, targets = [], [], []
     with linearised.tap(predictor) as tap:

@@ -9,10 +9,10 @@ from itertools import chain
 from typing import Any
 
 from laplace_lora_fast.blocks import BlockCurvature
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.dual import RowAccumulator
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.fit import Fit, Objective
-from laplace_lora_fast.heads import device_of
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.moments import DiagAccumulator, EkfacAccumulator

@@ -23,6 +23,7 @@ from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.heads import Head, Inputs
 from laplace_lora_fast.modes import (
@@ -115,6 +116,7 @@ def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site
         if adapter is not None:
             _refuse_unsupported(name, module, adapter)
             rows = head.answer_token_ids if module is head.output_layer else None
+            rows = None if rows is None else rows.to(device_of(module))
             sites.append(Site(name, module, adapter, float(module.scaling[adapter]), rows))
     if not sites:
         raise UnsupportedAdapterError(

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from laplace_lora_fast.backends.linear import LinearSite, named_fields
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import (
     DeferredChecks,
     InvalidBatchError,
     NumericalError,
     UnsupportedAdapterError,
 )
-from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor
-from laplace_lora_fast.heads import Head, Inputs, device_of
+from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, flush_full
+from laplace_lora_fast.heads import Head, Inputs
 from laplace_lora_fast.kfac import Kfac, add_gradient, add_input
 from laplace_lora_fast.likelihoods import Categorical, Fisher, fisher_cotangents
 from laplace_lora_fast.progress import track
@@ -102,6 +103,7 @@ def calculate_kronecker_factors(
                 cotangents = fisher_cotangents(Categorical(), which, outputs, None, generator)
             for k in range(cotangents.shape[2]):
                 tap.backward(logits, cotangents[:, :, k], last=k == cotangents.shape[2] - 1)
+                sums.finish_pass()
             n_batches += 1
     if tap.groups is None:
         raise InvalidBatchError("loader yielded no batch")
@@ -247,6 +249,10 @@ class _AllTokenFactors:
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
         add_gradient(self._factor(self._gradients, site, g, 2 * site + 1), self._mode, g, mask)
 
+    def finish_pass(self) -> None:
+        """After each backward pass."""
+        flush_full([*self._inputs.values(), *self._gradients.values()])
+
     def saw(self, group: int) -> bool:
         """Whether any input came."""
         return group in self._inputs
@@ -299,6 +305,9 @@ class _LastTokenFactors:
 
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
         self._add(self._gradients, site, g[:, -1])
+
+    def finish_pass(self) -> None:
+        """Nothing waits."""
 
     def saw(self, group: int) -> bool:
         """Whether any input came."""

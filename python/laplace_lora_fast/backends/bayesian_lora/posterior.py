@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.backends.bayesian_lora.factors import Factors
 from laplace_lora_fast.backends.linear import JacobianObserver, locate
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks
-from laplace_lora_fast.heads import Head, device_of
+from laplace_lora_fast.heads import Head
 from laplace_lora_fast.taps import Tap, find_sites
 
 

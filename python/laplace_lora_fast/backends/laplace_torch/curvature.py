@@ -19,8 +19,8 @@ from laplace_lora_fast.backends.linear import (
     locate,
     selected,
 )
+from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks
-from laplace_lora_fast.heads import device_of
 from laplace_lora_fast.kfac import Kfac
 from laplace_lora_fast.likelihoods import Fisher, fisher_cotangents
 from laplace_lora_fast.taps import Observer, Tap

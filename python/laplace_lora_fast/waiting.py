@@ -1,0 +1,67 @@
+"""Rows on their way into a running factor, gathered so that one update of it serves many of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class WaitingRows:
+    """A bounded matrix [n, d] of rows whose memory grows as they come and is then kept for the next ones.
+
+    Masked rows are stored as zeros, which no sum of outer products sees: no row is selected by index, and whatever
+    adds them up later needs no mask.
+
+    Args:
+        dim: d.
+        capacity: most rows held at a time.
+
+    Attributes:
+        n: rows held.
+    """
+
+    def __init__(self, dim: int, capacity: int) -> None:
+        self.dim, self.capacity, self.n = dim, capacity, 0
+        self._last = 0
+        self._memory: Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        """Rows that may still come."""
+        return self.capacity - self.n
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for as many rows as came last."""
+        return self._last > self.room
+
+    @property
+    def rows(self) -> Tensor:
+        """[n, d], n > 0: a view, overwritten by what comes after `clear`."""
+        assert self._memory is not None
+        return self._memory[: self.n]
+
+    def append(self, x: Tensor, mask: Tensor | None) -> None:
+        """Copies x [..., d] of at most `room` rows, zeros where the mask [...] is False."""
+        stop = self.n + x.shape[:-1].numel()
+        memory = self._reserve(stop, x)
+        place = memory[self.n : stop].view(x.shape)
+        if mask is None:
+            place.copy_(x)
+        else:
+            torch.where(mask[..., None], x.to(memory.dtype), memory.new_zeros(()), out=place)
+        self._last, self.n = stop - self.n, stop
+
+    def clear(self) -> None:
+        """Forgets the rows; keeps their memory."""
+        self.n = 0
+
+    def _reserve(self, size: int, like: Tensor) -> Tensor:
+        """Memory of at least `size` rows in a dtype that loses nothing of `like`."""
+        memory = like.new_empty(0, self.dim) if self._memory is None else self._memory
+        dtype = torch.promote_types(memory.dtype, like.dtype)
+        if len(memory) < size or dtype != memory.dtype:
+            grown = memory.new_empty(min(self.capacity, max(size, 2 * self.n)), self.dim, dtype=dtype)
+            grown[: self.n] = memory[: self.n]
+            memory = self._memory = grown
+        return memory

@@ -1,0 +1,118 @@
+"""Fits and predictions on a GPU: against fp64 on the CPU, and without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import laplace_kernels as lk
+from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast.factors import DenseFactor, flush_full
+from tests import tiny
+from tests.kernels import oracles
+from tests.oracle import assert_close
+
+
+def decoder(dtype: torch.dtype, attention: str = "sdpa"):
+    """Wide enough for the tokens of small batches to wait for each other."""
+    config = {"attn_implementation": attention, "hidden_size": 64, "intermediate_size": 96}
+    return tiny.tiny_llama(dtype, ("q_proj", "v_proj", "down_proj"), config=config)
+
+
+def fitted(model, loader, **options) -> LaplaceLoRA:
+    return LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, **options).fit(loader, progress=False)
+
+
+@pytest.fixture
+def group_sizes(monkeypatch) -> list[int]:
+    """The sizes of the groups in which factors are updated."""
+    sizes, gram_group_ = [], lk.gram_group_
+
+    def recorded(Cs, Xs):
+        sizes.append(len(Cs))
+        gram_group_(Cs, Xs)
+
+    monkeypatch.setattr(lk, "gram_group_", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize("kfac", ["expand", "reduce"])
+@pytest.mark.parametrize("loader_on", ["cpu", "cuda"])
+def test_fit_and_predict_equal_fp64_on_the_cpu(backend, group_sizes, kfac, loader_on):
+    train, test = tiny.batch(24, 5, seed=1), tiny.batch(4, 5, seed=2)
+    expected = fitted(decoder(torch.float64), [train], kfac=kfac, factor="dense")
+    model = decoder(torch.float32).cuda()
+    loader = [{k: v.to(loader_on) for k, v in batch.items()} for batch in tiny.split(train, 2)]
+    found = fitted(model, loader, kfac=kfac, factor="dense")
+    assert max(group_sizes, default=0) > 1
+    for name, layer in expected.factors.items():
+        for side in "AB":
+            ours, oracle = getattr(found.factors[name], side), getattr(layer, side)
+            assert_close(ours.input_factor.cpu().double(), oracle.input_factor, 1e-3)
+            assert_close(ours.gradient_factor.cpu().double(), oracle.gradient_factor, 1e-3)
+    mean, cov = (part.cpu().double() for part in found.logit_distribution(test))
+    expected_mean, expected_cov = expected.logit_distribution(test)
+    assert_close(mean, expected_mean, 1e-3)
+    assert_close(cov, expected_cov, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tokens_that_waited(backend, group_sizes, dtype):
+    """As they come for a model in half precision, NaN in the pads; three factors in one launch, three times."""
+    generator = torch.Generator().manual_seed(0)
+    made = [DenseFactor(d, torch.float32, torch.device("cuda")) for d in (130, 136, 144)]
+    seen: list[list[torch.Tensor]] = [[], [], []]
+    for _ in range(6):
+        keep = torch.rand(3, 10, generator=generator) < 0.7
+        for factor, parts in zip(made, seen, strict=True):
+            x = torch.randn(3, 10, factor.dim, generator=generator).to(dtype)
+            parts.append(x[keep])
+            x = x.masked_fill(~keep[..., None], torch.nan)
+            factor.add_tokens(x.cuda(), keep.cuda())
+        flush_full(made)
+    assert group_sizes == [3, 3, 3]
+    for factor, parts in zip(made, seen, strict=True):
+        oracles.assert_near(factor.lower.tril().cpu(), oracles.gram(torch.cat(parts)).tril(), 5e-5)
+
+
+def watched(batches: list[tiny.Batch]) -> Iterator[tiny.Batch]:
+    """The batches; from the second one on nothing may wait for the device."""
+    yield batches[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield from batches[1:]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def patience() -> Iterator[None]:
+    """After a test that failed, too, the device may be waited for."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kfac": "expand", "factor": "dense"},
+        {"kfac": "reduce", "factor": "dense"},
+        {"kfac": "expand", "factor": "sketch", "sketch_size": 8},
+        {"fisher": "mc"},
+        {"structure": "diag"},
+        {"structure": "dual"},
+    ],
+    ids=str,
+)
+def test_no_batch_waits_for_the_device(backend, options):
+    model = decoder(
+        torch.float32, "eager"
+    ).cuda()  # transformers' masks for SDPA wait for the device themselves
+    batches = tiny.split(tiny.batch(24, 5), 3)
+    fitted(model, batches, **options)  # compiles
+    la = fitted(model, watched(batches), **options)
+    la.predict_loader(batches, progress=False)
+    la.predict_loader(watched(batches), progress=False)
