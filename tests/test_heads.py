@@ -97,9 +97,9 @@ def test_answers_in_another_order_are_the_same_classes_renamed():
     model, train, test = tiny.tiny_llama(targets=("q_proj", "lm_head")), tiny.batch(6), tiny.batch(3, seed=1)
     order = [2, 0, 1]
     renamed = {**train, "labels": torch.tensor([order.index(label) for label in train["labels"].tolist()])}
-    one = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac").fit([train], progress=False)
-    other = LaplaceLoRA(model, answer_token_ids=[tiny.ANSWERS[i] for i in order]).fit(
-        [renamed], progress=False
+    one, other = (
+        LaplaceLoRA(model, answer_token_ids=ids, structure="kfac").fit([data], progress=False)
+        for ids, data in ((tiny.ANSWERS, train), ([tiny.ANSWERS[i] for i in order], renamed))
     )
     torch.testing.assert_close(
         other.log_marginal_likelihood(), one.log_marginal_likelihood(), rtol=1e-10, atol=1e-10

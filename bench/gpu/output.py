@@ -29,7 +29,7 @@ def markdown(report: Report) -> str:
         lines += [f"{where}| {name} | {_cell(error)} | | | | |" for name, error in case["failed"].items()]
     lines += [
         "",
-        "| model | LoRA on | backend | fit, per batch | with every token's row | and none waiting | predict over forward |",
+        "| model | LoRA on | backend | fit, per batch | every token a row | at once | predict over forward |",
     ]
     lines += ["|---|---|---|---|---|---|---:|"]
     for record in report["models"]:

@@ -31,7 +31,7 @@ class LaplaceCallback(TrainerCallback):
             DataLoader.
         eval_data: what to tune the prior on, likewise; None for the Trainer's evaluation set, which it has to evaluate
             during training for this.
-        method: "val_nll", "marglik", or None to keep `prior_precision`.
+        method: "val_nll", "marglik", "loo" (with the option mean="refit"), or None to keep `prior_precision`.
         prior_structure: as for `LaplaceLoRA.optimize_prior_precision`.
         folder: where adapter and posterior go; None for the Trainer's `output_dir`.
         options: what `LaplaceLoRA` takes beside the model.
@@ -54,8 +54,10 @@ class LaplaceCallback(TrainerCallback):
         folder: str | PathLike[str] | None = None,
         **options: Any,
     ) -> None:
-        if method not in ("val_nll", "marglik", None):
-            raise ValueError(f"method must be 'val_nll', 'marglik' or None, got {method!r}")
+        if method not in ("val_nll", "marglik", "loo", None):
+            raise ValueError(f"method must be 'val_nll', 'marglik', 'loo' or None, got {method!r}")
+        if method == "loo" and options.get("mean") != "refit":
+            raise ValueError("method='loo' needs mean='refit'")
         self.laplace: LaplaceLoRA | None = None
         self._train_data, self._eval_data = train_data, eval_data
         self._method, self._prior_structure = method, prior_structure
@@ -69,7 +71,7 @@ class LaplaceCallback(TrainerCallback):
         if self._method == "val_nll" and self._eval_data is None and args.eval_strategy == "no":
             raise ValueError(
                 "method='val_nll' needs eval_data, or a Trainer that evaluates (eval_strategy); "
-                "method='marglik' needs no held-out data"
+                "method='loo' with mean='refit', and 'marglik', need no held-out data"
             )
 
     def on_train_end(

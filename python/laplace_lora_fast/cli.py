@@ -76,13 +76,19 @@ def fit(
     val: Annotated[Path | None, typer.Option(help="Held-out rows, for --prior val_nll.")] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="val_nll, marglik, or a number. Default: val_nll with --val, else marglik."),
+        typer.Option(
+            help="val_nll, loo, marglik, or a number. Default: val_nll with --val, else loo with --mean refit, else "
+            "marglik."
+        ),
     ] = None,
     prior_structure: Annotated[str, typer.Option(help="scalar, ab or (marglik only) layerwise.")] = "scalar",
     structure: Annotated[
         str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")
-    ] = "kfac",
-    kfac: Annotated[str, typer.Option(help="reduce, expand or paper.")] = "reduce",
+    ] = "auto",
+    mean: Annotated[
+        str, typer.Option(help="map, or refit: the linearised model's own optimum under the prior.")
+    ] = "map",
+    kfac: Annotated[str | None, typer.Option(help="reduce, expand or paper.")] = None,
     fisher: Annotated[str, typer.Option(help="exact, mc or empirical.")] = "exact",
     factor: Annotated[str, typer.Option(help="dense, sketch or auto.")] = "auto",
     rank: Annotated[int | None, typer.Option(min=1, help="Eigenpairs kept of each large factor.")] = None,
@@ -95,10 +101,11 @@ def fit(
     from laplace_lora_fast import LaplaceLoRA
     from laplace_lora_fast.prompts import answer_token_ids, make_batches, read_rows
 
-    method = prior or ("marglik" if val is None else "val_nll")
+    unheld = "loo" if mean == "refit" else "marglik"
+    method = prior or (unheld if val is None else "val_nll")
     precision = _number(method)
-    if precision is None and method not in ("val_nll", "marglik"):
-        raise ValueError(f"--prior must be val_nll, marglik or a number, got {method!r}")
+    if precision is None and method not in ("val_nll", "loo", "marglik"):
+        raise ValueError(f"--prior must be val_nll, loo, marglik or a number, got {method!r}")
     if (method == "val_nll") != (val is not None):
         raise ValueError("--prior val_nll and --val need each other")
     rows = read_rows(data)
@@ -113,6 +120,7 @@ def fit(
         peft_model,
         answer_token_ids=answers,
         structure=structure,
+        mean=mean,
         kfac=kfac,
         fisher=fisher,
         factor=factor,

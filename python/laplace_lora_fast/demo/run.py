@@ -25,7 +25,7 @@ from laplace_lora_fast.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.report import metrics_table, score, write_plots
 
 MAP, TEMPERATURE = "MAP", "MAP + temperature"
-VALIDATED, EVIDENCE = "Laplace (validated)", "Laplace (evidence)"
+VALIDATED, EVIDENCE, REFIT = "Laplace (validated)", "Laplace (evidence)", "Laplace (refit, leave-one-out)"
 
 Loader = list[dict[str, Tensor]]
 
@@ -49,16 +49,18 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the validation split and the evidence chose.
+    """What the validation split, the evidence and leaving out training examples chose.
 
     Attributes:
         validated: Prior precision with the lowest held-out NLL.
         evidence: Prior precision with the highest marginal likelihood.
+        left_out: Prior precision of the refitted model with the lowest leave-one-out NLL; saw no held-out example.
         temperature: Temperature with the lowest held-out NLL of the plain model.
     """
 
     validated: float
     evidence: float
+    left_out: float
     temperature: float
 
 
@@ -86,15 +88,19 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
         epochs = task.fine_tune(model, train, answers, recipe)
     losses = " ".join(f"{epoch.loss:.4f}" for epoch in epochs)
     console.print(f"    loss on the {len(train_rows)} training examples, by epoch: {losses}")
-    la = LaplaceLoRA(model, answer_token_ids=answers, structure="auto", seed=recipe.seed)
+    la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed)
     with watch.phase("fit the posterior"):
         la.fit(train)
-    tuned = _tune(la, val, watch)
+    refit = LaplaceLoRA(model, answer_token_ids=answers, mean="refit", seed=recipe.seed)
+    with watch.phase("fit the posterior of the refitted model"):
+        refit.fit(train)
+    tuned = _tune(la, refit, val, watch)
     console.print(
         f"    on {len(val_rows)} held-out examples: prior precision {tuned.validated:.3g}, temperature "
-        f"{tuned.temperature:.3g}; by the evidence: prior precision {tuned.evidence:.3g}"
+        f"{tuned.temperature:.3g}; by the evidence: prior precision {tuned.evidence:.3g}; by leaving out one training "
+        f"example at a time, refitted: {tuned.left_out:.3g}"
     )
-    grid = _predict(la, tests, tuned, watch)
+    grid = _predict(la, refit, tests, tuned, watch)
     with watch.phase("plot"):
         files = write_plots(grid, out)
     scores = score(grid)
@@ -120,22 +126,25 @@ def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
     return sets
 
 
-def _tune(la: LaplaceLoRA, val: Loader, watch: Stopwatch) -> Tuned:
-    """Leaves the validated prior precision in place."""
+def _tune(la: LaplaceLoRA, refit: LaplaceLoRA, val: Loader, watch: Stopwatch) -> Tuned:
+    """Leaves the validated prior precision in place, and that of the refitted model."""
     with watch.phase("tune the prior by the evidence"):
         evidence = la.optimize_prior_precision(method="marglik")
     with watch.phase("tune the prior by held-out NLL"):
         validated = la.optimize_prior_precision(method="val_nll", val_loader=val)
+    with watch.phase("tune the prior by leaving one out"):
+        left_out = refit.optimize_prior_precision(method="loo")
     with watch.phase("tune the temperature"):
         log_probs, labels = _map_log_probs(la, val)
         temperature = temperature_scale(log_probs, labels)
     assert isinstance(evidence, float)
+    assert isinstance(left_out, float)
     assert isinstance(validated, float)  # one scalar for all blocks was asked for
-    return Tuned(validated, evidence, temperature)
+    return Tuned(validated, evidence, left_out, temperature)
 
 
 def _predict(
-    la: LaplaceLoRA, tests: dict[str, Loader], tuned: Tuned, watch: Stopwatch
+    la: LaplaceLoRA, refit: LaplaceLoRA, tests: dict[str, Loader], tuned: Tuned, watch: Stopwatch
 ) -> dict[str, dict[str, Predictions]]:
     """All methods on all test sets."""
     with watch.phase("predict with the plain model"):
@@ -145,11 +154,13 @@ def _predict(
         laplace = {
             name: la.predict_loader(loader, prior_precision=precisions)[0] for name, loader in tests.items()
         }
+    with watch.phase("predict with the refitted posterior"):
+        refitted = {name: refit.predict_loader(loader)[0] for name, loader in tests.items()}
     grid = {}
     for name, (log_probs, labels) in plain.items():
-        validated, evidence = laplace[name]
-        probs = (log_probs.exp(), (log_probs / tuned.temperature).softmax(1), validated, evidence)
-        methods = (MAP, TEMPERATURE, VALIDATED, EVIDENCE)
+        scaled = (log_probs / tuned.temperature).softmax(1)
+        probs = (log_probs.exp(), scaled, *laplace[name], refitted[name])
+        methods = (MAP, TEMPERATURE, VALIDATED, EVIDENCE, REFIT)
         grid[name] = {method: Predictions(p, labels) for method, p in zip(methods, probs, strict=True)}
     return grid
 
@@ -171,7 +182,11 @@ def _results(
         "versions": {name: version(name) for name in ("laplace-lora-fast", "torch", "transformers", "peft")},
         "threads": torch.get_num_threads(),
         "epochs": [asdict(epoch) for epoch in epochs],
-        "prior_precision": {"validated": tuned.validated, "evidence": tuned.evidence},
+        "prior_precision": {
+            "validated": tuned.validated,
+            "evidence": tuned.evidence,
+            "left_out": tuned.left_out,
+        },
         "temperature": tuned.temperature,
         "phases": watch.phases,
         "fit_cost_in_epochs": ratio,
