@@ -99,7 +99,13 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {f.name for f in tmp_path.iterdir()} == {"results.json", "reliability.png", "confidence.png"}
     assert [set(row) for row in results["metrics"].values()] == [
-        {"MAP", "MAP + temperature", "Laplace (validated)", "Laplace (evidence)"}
+        {
+            "MAP",
+            "MAP + temperature",
+            "Laplace (validated)",
+            "Laplace (evidence)",
+            "Laplace (refit, leave-one-out)",
+        }
     ] * 3
     assert results["recipe"]["n_train"] == 12
     assert len(results["epochs"]) == 3
@@ -115,11 +121,14 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     train, val = (make_batches(tokenizer, rows, 5) for rows in task.split(SMALL))
     answers = answer_token_ids(tokenizer, task.split(SMALL)[0])
     task.fine_tune(model, train, answers, SMALL)
-    la = LaplaceLoRA(model, answer_token_ids=answers, structure="auto").fit(train, progress=False)
+    la = LaplaceLoRA(model, answer_token_ids=answers).fit(train, progress=False)
+    refit = LaplaceLoRA(model, answer_token_ids=answers, mean="refit").fit(train, progress=False)
+    left_out = refit.optimize_prior_precision("loo", progress=False)
     evidence = la.optimize_prior_precision("marglik")
     validated = la.optimize_prior_precision("val_nll", val_loader=val, progress=False)
     assert results["prior_precision"]["evidence"] == pytest.approx(evidence, rel=1e-3)
     assert results["prior_precision"]["validated"] == pytest.approx(validated)
+    assert results["prior_precision"]["left_out"] == pytest.approx(left_out)
     test = make_batches(tokenizer, task.load_examples("tweets.test")[:10], 5)
     labels = np.concatenate([b["labels"].numpy() for b in test])
     with torch.no_grad():
@@ -127,6 +136,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     log_probs = {"MAP": logits.log_softmax(1), "MAP + temperature": (logits / 2).log_softmax(1)}
     for method, precision in (("Laplace (validated)", validated), ("Laplace (evidence)", evidence)):
         log_probs[method] = torch.cat([la.predict(b, prior_precision=precision) for b in test]).log()
+    log_probs["Laplace (refit, leave-one-out)"] = torch.cat([refit.predict(b) for b in test]).log()
     for method, values in log_probs.items():
         scores = results["metrics"]["tweets, out of distribution"][method]
         assert scores["nll"] == pytest.approx(-values.numpy()[np.arange(10), labels].mean(), rel=1e-3), method
