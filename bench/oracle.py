@@ -1,0 +1,128 @@
+"""What every method's result is measured against: the tests' oracle, one unpadded example at a time, sums in fp64.
+
+Curvature is a list of (input factor, gradient factor), fp64, for lora_A and lora_B of every layer in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from bench.models import Batch, Setting
+from tests import oracle
+
+Curvature = list[tuple[Tensor, Tensor]]
+
+PRIOR_PRECISION = 1.0  # of every comparison
+COTANGENTS = {"exact": oracle.exact_cotangents, "empirical": oracle.empirical_cotangents}
+
+
+@cache
+def curvature(setting: Setting, kfac: str, fisher: str = "exact") -> Curvature:
+    """KFAC of the training set.
+
+    Args:
+        setting: model and data.
+        kfac: "reduce"; "expand", the input factor a mean over all tokens; "expand by example", a mean over examples of
+            means over their tokens, which is laplace-torch's for each example alone.
+        fisher: "exact", or "empirical": the labels of the data.
+    """
+    factors = []
+    for stream in _streams(setting, fisher):
+        for inputs, gradients in ((stream.x, stream.g_a), (stream.z, stream.g_b)):
+            inputs, gradients = ([part.double() for part in parts] for parts in (inputs, gradients))
+            x, g = oracle.kfac(inputs, gradients, kfac.split()[0])
+            if kfac == "expand by example":
+                x = sum(rows.mT @ rows / len(rows) for rows in inputs) / len(inputs)
+            factors.append((x, g))
+    return factors
+
+
+@cache
+def jacobian(setting: Setting) -> Tensor:
+    """[N, C, P] of the first batch: all weights of the adapter, by autograd."""
+    found = oracle.jacobians(setting.model, setting.loader[0], _logits_of(setting))
+    return torch.cat(list(found.values()), 2)
+
+
+@cache
+def variance(setting: Setting, kfac: str) -> Tensor:
+    """Variances [N, C - 1] of f_c - f_0 in the first batch."""
+    contrasts = (jacobian(setting)[:, 1:] - jacobian(setting)[:, :1]).double()
+    total, start = torch.zeros(contrasts.shape[:2], dtype=torch.float64), 0
+    for x, g in curvature(setting, kfac):
+        block = contrasts[:, :, start : start + len(x) * len(g)].unflatten(2, (len(g), len(x)))
+        (x_values, X), (g_values, G) = torch.linalg.eigh(x), torch.linalg.eigh(g)
+        squares = (G.mT @ block @ X).square()
+        total += (squares / (torch.outer(g_values, x_values) + PRIOR_PRECISION)).sum((2, 3))
+        start += len(x) * len(g)
+    return total
+
+
+def evidence(setting: Setting, kfac: str, prior_precision: float = PRIOR_PRECISION) -> float:
+    """Laplace's log marginal likelihood of the training set."""
+    likelihood, norm, values = _evidence_parts(setting, kfac)
+    return likelihood - float(prior_precision * norm + (values / prior_precision).log1p().sum()) / 2
+
+
+@cache
+def best_evidence(setting: Setting, kfac: str) -> float:
+    """Its maximum over the prior precision."""
+    found = minimize_scalar(lambda log: -evidence(setting, kfac, 10**log), bounds=(-8, 8), method="bounded")
+    return -float(found.fun)
+
+
+def distance(found: Curvature, expected: Curvature) -> float:
+    """Relative distance of two curvatures in the Frobenius norm of all their blocks gradient (x) input."""
+    square, norm = 0.0, 0.0
+    for (x, g), (y, h) in zip(found, expected, strict=True):
+        x, g = x.double(), g.double()
+        # x (x) g - y (x) h = (x - y) (x) g + y (x) (g - h), so that nothing cancels
+        dx, dg = x - y, g - h
+        square += float(_dot(dx, dx) * _dot(g, g) + _dot(y, y) * _dot(dg, dg) + 2 * _dot(dx, y) * _dot(g, dg))
+        norm += float(_dot(y, y) * _dot(h, h))
+    return (square / norm) ** 0.5
+
+
+def relative(found: Tensor | float, expected: Tensor | float) -> float:
+    """Relative distance of two tensors or numbers."""
+    a, b = (torch.as_tensor(value).detach().double() for value in (found, expected))
+    return float((a - b).norm() / b.norm())
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def _streams(setting: Setting, fisher: str) -> Iterator[oracle.Stream]:
+    """Of every LoRA layer over the training set, one layer at a time."""
+    batches = [
+        oracle.streams(setting.model, batch, _logits_of(setting), COTANGENTS[fisher]) for batch in setting.loader
+    ]
+    for name in setting.layers:
+        parts = [batch.pop(name) for batch in batches]
+        yield oracle.Stream(*([row for part in parts for row in getattr(part, key)] for key in ("x", "z", "g_a", "g_b")))
+
+
+@cache
+def _evidence_parts(setting: Setting, kfac: str) -> tuple[float, float, Tensor]:
+    """Log-likelihood, squared norm of the weights, eigenvalues of the curvature."""
+    pairs = [[torch.linalg.eigvalsh(part).clamp_min(0) for part in pair] for pair in curvature(setting, kfac)]
+    values = torch.cat([torch.outer(x, g).flatten() for x, g in pairs])
+    weights = [parameter.detach().double() for parameter in setting.model.parameters() if parameter.requires_grad]
+    norm = sum(float(weight.square().sum()) for weight in weights)
+    with torch.no_grad():
+        logs = [
+            -nn.functional.cross_entropy(_logits_of(setting)(setting.model, single)[None].double(), single["labels"])
+            for batch in setting.loader
+            for single in oracle.examples(batch)
+        ]
+    return float(torch.stack(logs).sum()), norm, values
+
+
+def _logits_of(setting: Setting) -> Callable[[nn.Module, Batch], Tensor]:
+    return lambda model, single: model(input_ids=single["input_ids"], logits_to_keep=1).logits[0, -1, setting.answers]
