@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,12 +104,17 @@ def measure(
         benchmark.extra_info |= {
             "floor_s": statistics.median(floors),
             "ratio": statistics.median(time / bare for time, bare in zip(times, floors, strict=True)),
-            "floor_peak_mib": peak_bytes(lambda: floor(setting)) / 2**20,
+            "floor_peak_mib": floor_peak_bytes(floor, setting) / 2**20,
         }
     error = work.error(result)
     exact = method.exact == "always" or (method.exact == "unpadded" and not setting.padded)
     benchmark.extra_info |= {"error": error, "exact": exact}
     assert error < ROUNDING if exact else error == error, f"relative error {error:.2e}"
+
+
+@cache
+def floor_peak_bytes(floor: Callable[[Setting], None], setting: Setting) -> int:
+    return peak_bytes(lambda: floor(setting))
 
 
 def peak_bytes(job: Job) -> int:

@@ -54,7 +54,9 @@ class Setting:
     @property
     def layers(self) -> list[str]:
         """The LoRA layers, in the order of `named_modules`."""
-        return [name for name, module in self.model.named_modules() if "default" in getattr(module, "lora_A", {})]
+        return [
+            name for name, module in self.model.named_modules() if "default" in getattr(module, "lora_A", {})
+        ]
 
     def logits(self, batch: Batch) -> Tensor:
         return answer_logits(self.model, batch, self.answers)

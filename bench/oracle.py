@@ -5,7 +5,8 @@ Curvature is a list of (input factor, gradient factor), fp64, for lora_A and lor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 
 import torch
@@ -90,7 +91,7 @@ def distance(found: Curvature, expected: Curvature) -> float:
 
 def relative(found: Tensor | float, expected: Tensor | float) -> float:
     """Relative distance of two tensors or numbers."""
-    a, b = (torch.as_tensor(value).detach().double() for value in (found, expected))
+    a, b = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (found, expected))
     return float((a - b).norm() / b.norm())
 
 
@@ -98,14 +99,18 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
-def _streams(setting: Setting, fisher: str) -> Iterator[oracle.Stream]:
-    """Of every LoRA layer over the training set, one layer at a time."""
+@cache
+def _streams(setting: Setting, fisher: str) -> list[oracle.Stream]:
+    """Of every LoRA layer over the training set."""
     batches = [
-        oracle.streams(setting.model, batch, _logits_of(setting), COTANGENTS[fisher]) for batch in setting.loader
+        oracle.streams(setting.model, batch, _logits_of(setting), COTANGENTS[fisher])
+        for batch in setting.loader
     ]
-    for name in setting.layers:
-        parts = [batch.pop(name) for batch in batches]
-        yield oracle.Stream(*([row for part in parts for row in getattr(part, key)] for key in ("x", "z", "g_a", "g_b")))
+    keys = [field.name for field in fields(oracle.Stream)]
+    return [
+        oracle.Stream(*([row for part in parts for row in getattr(part, key)] for key in keys))
+        for parts in zip(*(batch.values() for batch in batches), strict=True)
+    ]
 
 
 @cache
@@ -113,11 +118,15 @@ def _evidence_parts(setting: Setting, kfac: str) -> tuple[float, float, Tensor]:
     """Log-likelihood, squared norm of the weights, eigenvalues of the curvature."""
     pairs = [[torch.linalg.eigvalsh(part).clamp_min(0) for part in pair] for pair in curvature(setting, kfac)]
     values = torch.cat([torch.outer(x, g).flatten() for x, g in pairs])
-    weights = [parameter.detach().double() for parameter in setting.model.parameters() if parameter.requires_grad]
+    weights = [
+        parameter.detach().double() for parameter in setting.model.parameters() if parameter.requires_grad
+    ]
     norm = sum(float(weight.square().sum()) for weight in weights)
     with torch.no_grad():
         logs = [
-            -nn.functional.cross_entropy(_logits_of(setting)(setting.model, single)[None].double(), single["labels"])
+            -nn.functional.cross_entropy(
+                _logits_of(setting)(setting.model, single)[None].double(), single["labels"]
+            )
             for batch in setting.loader
             for single in oracle.examples(batch)
         ]
@@ -125,4 +134,6 @@ def _evidence_parts(setting: Setting, kfac: str) -> tuple[float, float, Tensor]:
 
 
 def _logits_of(setting: Setting) -> Callable[[nn.Module, Batch], Tensor]:
-    return lambda model, single: model(input_ids=single["input_ids"], logits_to_keep=1).logits[0, -1, setting.answers]
+    return lambda model, single: model(input_ids=single["input_ids"], logits_to_keep=1).logits[
+        0, -1, setting.answers
+    ]

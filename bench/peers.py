@@ -45,7 +45,7 @@ class Logits(nn.Module):
 
 
 def own_copy(setting: Setting) -> Setting:
-    """For peers that leave hooks or wrappers in the model."""
+    """For peers that leave hooks, wrappers or gradients in the model."""
     return replace(setting, model=copy.deepcopy(setting.model))
 
 
@@ -106,11 +106,11 @@ def bayesian_lora_fit(
     setting: Setting, package: str = "bayesian_lora", **options: Any
 ) -> Callable[[], dict[str, tuple[Tensor, Tensor]]]:
     """A function that computes bayesian-lora's Kronecker factors."""
-    peer = _import(package)
+    peer, model = _import(package), own_copy(setting).model
 
     def fit() -> dict[str, tuple[Tensor, Tensor]]:
         factors = peer.calculate_kronecker_factors(
-            setting.model,
+            model,
             partial(models.answer_logits, answers=setting.answers),
             setting.loader,
             n_kfac=N_KFAC,
@@ -118,8 +118,7 @@ def bayesian_lora_fit(
             target_module_keywords=["lora"],
             **options,
         )
-        setting.model.eval()  # bayesian-lora leaves it in training mode
-        setting.model.zero_grad()
+        model.eval()  # bayesian-lora leaves it in training mode
         return factors
 
     return fit
@@ -140,9 +139,11 @@ def bayesian_lora_curvature(factors: dict[str, tuple[Tensor, Tensor]]) -> Curvat
     ]
 
 
-def bayesian_lora_jacobian(setting: Setting, package: str = "bayesian_lora") -> Callable[[], dict[str, Tensor]]:
+def bayesian_lora_jacobian(
+    setting: Setting, package: str = "bayesian_lora"
+) -> Callable[[], dict[str, Tensor]]:
     """A function that computes the Jacobians of the first batch, [N, C, *weight]."""
-    peer, batch = _import(package), models.inputs(setting.loader[0])
+    peer, batch = _predictive(package), models.inputs(setting.loader[0])
 
     def jacobian() -> dict[str, Tensor]:
         found, _ = peer.jacobian_mean(
@@ -155,7 +156,7 @@ def bayesian_lora_jacobian(setting: Setting, package: str = "bayesian_lora") -> 
 
 def bayesian_lora_predict(setting: Setting, package: str = "bayesian_lora") -> Callable[[], Tensor]:
     """A function that computes the logit covariance [N, C, C] of the first batch."""
-    peer, factors = _import(package), bayesian_lora(setting, package)
+    peer, factors = _predictive(package), bayesian_lora(setting, package)
     jacobian, batch = bayesian_lora_jacobian(setting, package), SimpleNamespace(**setting.loader[0])
     prior_variance, sizes = torch.tensor(1 / PRIOR_PRECISION), (len(setting.answers), models.RANK, N_KFAC)
     return lambda: peer.variance(batch, jacobian(), factors, prior_variance, *sizes, "cpu")
@@ -170,9 +171,8 @@ def bayesian_lora_evidence(setting: Setting, package: str = "bayesian_lora") -> 
             for batch in setting.loader
         )
     prior_variance = torch.tensor(1 / PRIOR_PRECISION)
-    return lambda: float(
-        peer.model_evidence(setting.model, likelihood, factors, models.RANK, N_KFAC, prior_variance)
-    )
+    sizes = models.RANK, N_KFAC
+    return lambda: peer.model_evidence(setting.model, likelihood, factors, *sizes, prior_variance).item()
 
 
 def kronfluence_fit(setting: Setting) -> Callable[[], dict[str, dict[str, Tensor]]]:
@@ -214,6 +214,11 @@ def kronfluence_curvature(factors: dict[str, dict[str, Tensor]]) -> Curvature:
         (x / counts[name], factors["gradient_covariance"][name])
         for name, x in factors["activation_covariance"].items()
     ]
+
+
+def _predictive(package: str) -> Any:
+    """Where `jacobian_mean` and `variance` are: bayesian-lora's top level lacks the former."""
+    return _import("bayesian_lora.main" if package == "bayesian_lora" else package)
 
 
 def _import(module: str) -> Any:

@@ -81,7 +81,12 @@ EXACT_FISHER = [
 ]
 ONE_LABEL = [
     Method("this project, reduce, sampled label", ours("reduce", fisher="mc"), "never", "one sampled label"),
-    Method("this project, expand, sampled label", ours("expand", kfac="expand", fisher="mc"), "never", "one sampled label"),
+    Method(
+        "this project, expand, sampled label",
+        ours("expand", kfac="expand", fisher="mc"),
+        "never",
+        "one sampled label",
+    ),
     Method(
         "this project in bayesian-lora, its numbers",
         bayesian_lora(peers.OURS_IN_BAYESIAN_LORA, compat=True),
@@ -89,7 +94,11 @@ ONE_LABEL = [
         f"one sampled label; {LAST_TOKEN}",
     ),
     Method(
-        "bayesian-lora", bayesian_lora("bayesian_lora"), "never", f"one sampled label; {LAST_TOKEN}", peer=True
+        "bayesian-lora",
+        bayesian_lora("bayesian_lora"),
+        "never",
+        f"one sampled label; {LAST_TOKEN}",
+        peer=True,
     ),
     Method("kronfluence, factors", kronfluence, note="the data's label in place of a sampled one", peer=True),
 ]

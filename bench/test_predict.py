@@ -57,6 +57,17 @@ def laplace_torch(posterior_of: Callable[[Setting], Any], kfac: str = "expand by
     return prepare
 
 
+def paper(setting: Setting) -> Work:
+    """asdl's Jacobians, as laplace-torch 0.1 and with it the paper's code took them; 0.3 takes jacrev instead."""
+    posterior, batch = peers.laplace_torch(setting, "AsdlGGN"), setting.loader[0]
+
+    def run() -> Tensor:
+        jacobian, _ = posterior.backend.jacobians(batch)
+        return posterior.functional_variance(jacobian.detach())
+
+    return compared(run, setting, "expand by example", lambda cov: cov)
+
+
 def bayesian_lora(package: str, kfac: str) -> Prepare:
     return lambda setting: compared(
         peers.bayesian_lora_predict(setting, package), setting, kfac, lambda cov: cov
@@ -66,9 +77,17 @@ def bayesian_lora(package: str, kfac: str) -> Prepare:
 METHODS = [
     Method("this project, rows", ours("reduce")),
     Method("this project, dense factors", ours("expand")),
-    Method("this project, rank 10 and tail", ours("expand", rank=10), "never", "factors of rank 10, their trace kept"),
+    Method(
+        "this project, rank 10 and tail",
+        ours("expand", rank=10),
+        "never",
+        "factors of rank 10, their trace kept",
+    ),
     Method("this project in laplace-torch, lowrank_kron", laplace_torch(peers.lowrank_kron, "reduce")),
-    Method("this project in laplace-torch", laplace_torch(lambda setting: peers.laplace_torch(setting, "FastGGN"))),
+    Method(
+        "this project in laplace-torch",
+        laplace_torch(lambda setting: peers.laplace_torch(setting, "FastGGN")),
+    ),
     Method(
         "this project in bayesian-lora",
         bayesian_lora(peers.OURS_IN_BAYESIAN_LORA, "reduce"),
@@ -84,7 +103,7 @@ METHODS = [
     ),
     Method(
         "laplace-torch, asdl (as the paper's code)",
-        laplace_torch(lambda setting: peers.laplace_torch(setting, "AsdlGGN")),
+        paper,
         "never",
         "curvature too large by the length (see fit)",
         peer=True,
