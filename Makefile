@@ -23,7 +23,7 @@ test: $(VENV)/.test-stamp
 	$(BIN)/python -m bench.gpu_report --dry
 
 # Ours, the bare passes and the peers in one run; then the README's figures from the files.
-bench: $(VENV)/.test-stamp
+bench: $(VENV)/.test-stamp $(VENV)/.demo-stamp
 	$(BIN)/python -m pytest -p no:cacheprovider bench --benchmark-json=benchmark.json
 	$(BIN)/python -m bench.report benchmark.json
 	$(BIN)/python -m bench.readme

@@ -46,6 +46,7 @@ class Method:
             no sequence is padded) or "never".
         note: what it computes differently where it is not exact, or what one has to know about its time.
         peer: whether it runs another library's code throughout.
+        headline: whether the README shows it; peers always are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Method:
     exact: str = "always"
     note: str = ""
     peer: bool = False
+    headline: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -93,6 +95,7 @@ def measure(
         "size": setting.name,
         "method": method.name,
         "peer": method.peer,
+        "headline": method.headline or method.peer,
         "note": method.note,
         "threads": torch.get_num_threads(),
         "peak_mib": peak_bytes(work.run) / 2**20,  # and a run to warm up

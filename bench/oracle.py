@@ -32,15 +32,15 @@ def curvature(setting: Setting, kfac: str, fisher: str = "exact") -> Curvature:
             means over their tokens, which is laplace-torch's for each example alone.
         fisher: "exact", or "empirical": the labels of the data.
     """
-    factors = []
-    for stream in _streams(setting, fisher):
-        for inputs, gradients in ((stream.x, stream.g_a), (stream.z, stream.g_b)):
-            inputs, gradients = ([part.double() for part in parts] for parts in (inputs, gradients))
-            x, g = oracle.kfac(inputs, gradients, kfac.split()[0])
-            if kfac == "expand by example":
-                x = sum(rows.mT @ rows / len(rows) for rows in inputs) / len(inputs)
-            factors.append((x, g))
-    return factors
+    streams = [
+        ([x.double() for x in inputs], gradients)
+        for stream in _streams(setting, fisher)
+        for inputs, gradients in ((stream.x, stream.g_a), (stream.z, stream.g_b))
+    ]
+    if kfac == "expand by example":
+        means = [sum(x.mT @ x / len(x) for x in inputs) / len(inputs) for inputs, _ in streams]
+        return [(x, g) for x, (_, g) in zip(means, curvature(setting, "expand", fisher), strict=True)]
+    return [oracle.kfac(inputs, [g.double() for g in gradients], kfac) for inputs, gradients in streams]
 
 
 @cache
@@ -57,7 +57,7 @@ def variance(setting: Setting, kfac: str) -> Tensor:
     total, start = torch.zeros(contrasts.shape[:2], dtype=torch.float64), 0
     for x, g in curvature(setting, kfac):
         block = contrasts[:, :, start : start + len(x) * len(g)].unflatten(2, (len(g), len(x)))
-        (x_values, X), (g_values, G) = torch.linalg.eigh(x), torch.linalg.eigh(g)
+        (x_values, X), (g_values, G) = _eigh(x), _eigh(g)
         squares = (G.mT @ block @ X).square()
         total += (squares / (torch.outer(g_values, x_values) + PRIOR_PRECISION)).sum((2, 3))
         start += len(x) * len(g)
@@ -95,6 +95,13 @@ def relative(found: Tensor | float, expected: Tensor | float) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@cache
+def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a positive semi-definite matrix; the cached curvatures keep the keys alive."""
+    values, vectors = torch.linalg.eigh(factor)
+    return values.clamp_min(0), vectors
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
@@ -116,7 +123,7 @@ def _streams(setting: Setting, fisher: str) -> list[oracle.Stream]:
 @cache
 def _evidence_parts(setting: Setting, kfac: str) -> tuple[float, float, Tensor]:
     """Log-likelihood, squared norm of the weights, eigenvalues of the curvature."""
-    pairs = [[torch.linalg.eigvalsh(part).clamp_min(0) for part in pair] for pair in curvature(setting, kfac)]
+    pairs = [(_eigh(x)[0], _eigh(g)[0]) for x, g in curvature(setting, kfac)]
     values = torch.cat([torch.outer(x, g).flatten() for x, g in pairs])
     weights = [
         parameter.detach().double() for parameter in setting.model.parameters() if parameter.requires_grad

@@ -66,8 +66,8 @@ LAST_TOKEN = (
 )
 
 EXACT_FISHER = [
-    Method("this project, reduce", ours("reduce", kfac="reduce")),
-    Method("this project, expand", ours("expand", kfac="expand")),
+    Method("this project, reduce", ours("reduce", kfac="reduce"), headline=True),
+    Method("this project, expand", ours("expand", kfac="expand"), headline=True),
     Method("this project, paper's convention", ours("expand by example", kfac="paper"), "never", PAPER),
     Method("this project in laplace-torch", laplace_torch("FastGGN")),
     Method(
@@ -80,7 +80,13 @@ EXACT_FISHER = [
     Method("laplace-torch, asdl (as the paper's code)", laplace_torch("AsdlGGN"), "never", PAPER, peer=True),
 ]
 ONE_LABEL = [
-    Method("this project, reduce, sampled label", ours("reduce", fisher="mc"), "never", "one sampled label"),
+    Method(
+        "this project, reduce, sampled label",
+        ours("reduce", fisher="mc"),
+        "never",
+        "one sampled label",
+        headline=True,
+    ),
     Method(
         "this project, expand, sampled label",
         ours("expand", kfac="expand", fisher="mc"),

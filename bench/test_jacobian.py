@@ -49,7 +49,7 @@ METHODS = [
         projected,
         note="holds no Jacobian: the statistics of its projections, and the logits' covariance from them",
     ),
-    Method("this project in laplace-torch", laplace_torch("FastGGN")),
+    Method("this project in laplace-torch", laplace_torch("FastGGN"), headline=True),
     Method("this project in bayesian-lora", bayesian_lora(peers.OURS_IN_BAYESIAN_LORA)),
     Method("laplace-torch, jacrev (curvlinops)", laplace_torch("CurvlinopsGGN"), peer=True),
     Method("laplace-torch, asdl (as the paper's code)", laplace_torch("AsdlGGN"), peer=True),

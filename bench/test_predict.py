@@ -58,7 +58,7 @@ def laplace_torch(posterior_of: Callable[[Setting], Any], kfac: str = "expand by
 
 
 def paper(setting: Setting) -> Work:
-    """asdl's Jacobians, as laplace-torch 0.1 and with it the paper's code took them; 0.3 takes jacrev instead."""
+    """Jacobians by asdl, as laplace-torch 0.1 and with it the paper's code took them; 0.3 takes jacrev instead."""
     posterior, batch = peers.laplace_torch(setting, "AsdlGGN"), setting.loader[0]
 
     def run() -> Tensor:
@@ -75,8 +75,8 @@ def bayesian_lora(package: str, kfac: str) -> Prepare:
 
 
 METHODS = [
-    Method("this project, rows", ours("reduce")),
-    Method("this project, dense factors", ours("expand")),
+    Method("this project, rows", ours("reduce"), headline=True),
+    Method("this project, dense factors", ours("expand"), headline=True),
     Method(
         "this project, rank 10 and tail",
         ours("expand", rank=10),
