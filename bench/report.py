@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -138,6 +139,9 @@ def plot(record: dict[str, Any], value: str, base: str, label: str, path: Path) 
         axis.margins(x=0.25)
     for axis in axes[-1]:
         axis.set_xlabel(label, fontsize=8)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
