@@ -10,7 +10,6 @@ from dataclasses import fields
 from functools import cache
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from bench.models import Batch, Setting
@@ -50,31 +49,28 @@ def jacobian(setting: Setting) -> Tensor:
     return torch.cat(list(found.values()), 2)
 
 
-@cache
 def variance(setting: Setting, kfac: str) -> Tensor:
     """Variances [N, C - 1] of f_c - f_0 in the first batch."""
-    contrasts = (jacobian(setting)[:, 1:] - jacobian(setting)[:, :1]).double()
-    total, start = torch.zeros(contrasts.shape[:2], dtype=torch.float64), 0
-    for x, g in curvature(setting, kfac):
-        block = contrasts[:, :, start : start + len(x) * len(g)].unflatten(2, (len(g), len(x)))
-        (x_values, X), (g_values, G) = _eigh(x), _eigh(g)
-        squares = (G.mT @ block @ X).square()
-        total += (squares / (torch.outer(g_values, x_values) + PRIOR_PRECISION)).sum((2, 3))
-        start += len(x) * len(g)
-    return total
+    return _spectral(setting, kfac)[0]
 
 
 def evidence(setting: Setting, kfac: str, prior_precision: float = PRIOR_PRECISION) -> float:
     """Laplace's log marginal likelihood of the training set."""
-    likelihood, norm, values = _evidence_parts(setting, kfac)
+    (likelihood, norm), (_, values) = _likelihood_and_norm(setting), _spectral(setting, kfac)
     return likelihood - float(prior_precision * norm + (values / prior_precision).log1p().sum()) / 2
 
 
 @cache
 def best_evidence(setting: Setting, kfac: str) -> float:
-    """Its maximum over the prior precision."""
-    found = minimize_scalar(lambda log: -evidence(setting, kfac, 10**log), bounds=(-8, 8), method="bounded")
-    return -float(found.fun)
+    """Its maximum over the prior precision, by ternary search: in log lambda it has one."""
+    low, high = -8.0, 8.0
+    for _ in range(60):
+        left, right = (2 * low + high) / 3, (low + 2 * high) / 3
+        if evidence(setting, kfac, 10**left) < evidence(setting, kfac, 10**right):
+            low = left
+        else:
+            high = right
+    return evidence(setting, kfac, 10**low)
 
 
 def distance(found: Curvature, expected: Curvature) -> float:
@@ -93,13 +89,6 @@ def relative(found: Tensor | float, expected: Tensor | float) -> float:
     """Relative distance of two tensors or numbers."""
     a, b = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (found, expected))
     return float((a - b).norm() / b.norm())
-
-
-@cache
-def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a positive semi-definite matrix; the cached curvatures keep the keys alive."""
-    values, vectors = torch.linalg.eigh(factor)
-    return values.clamp_min(0), vectors
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -121,14 +110,25 @@ def _streams(setting: Setting, fisher: str) -> list[oracle.Stream]:
 
 
 @cache
-def _evidence_parts(setting: Setting, kfac: str) -> tuple[float, float, Tensor]:
-    """Log-likelihood, squared norm of the weights, eigenvalues of the curvature."""
-    pairs = [(_eigh(x)[0], _eigh(g)[0]) for x, g in curvature(setting, kfac)]
-    values = torch.cat([torch.outer(x, g).flatten() for x, g in pairs])
+def _spectral(setting: Setting, kfac: str) -> tuple[Tensor, Tensor]:
+    """What takes eigendecompositions: the contrasts' variances [N, C - 1] and the eigenvalues of the curvature."""
+    contrasts = (jacobian(setting)[:, 1:] - jacobian(setting)[:, :1]).double()
+    total, values, start = torch.zeros(contrasts.shape[:2], dtype=torch.float64), [], 0
+    for x, g in curvature(setting, kfac):
+        (x_values, X), (g_values, G) = torch.linalg.eigh(x), torch.linalg.eigh(g)
+        values.append(torch.outer(g_values.clamp_min(0), x_values.clamp_min(0)))
+        block = contrasts[:, :, start : start + values[-1].numel()].unflatten(2, values[-1].shape)
+        total += ((G.mT @ block @ X).square() / (values[-1] + PRIOR_PRECISION)).sum((2, 3))
+        start += values[-1].numel()
+    return total, torch.cat([part.flatten() for part in values])
+
+
+@cache
+def _likelihood_and_norm(setting: Setting) -> tuple[float, float]:
+    """Log-likelihood of the training set, and squared norm of the weights."""
     weights = [
         parameter.detach().double() for parameter in setting.model.parameters() if parameter.requires_grad
     ]
-    norm = sum(float(weight.square().sum()) for weight in weights)
     with torch.no_grad():
         logs = [
             -nn.functional.cross_entropy(
@@ -137,7 +137,7 @@ def _evidence_parts(setting: Setting, kfac: str) -> tuple[float, float, Tensor]:
             for batch in setting.loader
             for single in oracle.examples(batch)
         ]
-    return float(torch.stack(logs).sum()), norm, values
+    return float(torch.stack(logs).sum()), sum(float(weight.square().sum()) for weight in weights)
 
 
 def _logits_of(setting: Setting) -> Callable[[nn.Module, Batch], Tensor]:
