@@ -23,7 +23,7 @@ test: $(VENV)/.test-stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
 
 # Ours, the bare passes and the peers in one run; then the README's figures from the files.
-bench: $(VENV)/.test-stamp
+bench: $(VENV)/.test-stamp $(VENV)/.demo-stamp
 	$(BIN)/python -m pytest -p no:cacheprovider bench --benchmark-json=benchmark.json
 	$(BIN)/python -m bench.report benchmark.json
 	$(BIN)/python -m bench.readme

@@ -1,30 +1,26 @@
-"""Models and data of the benchmarks."""
+"""The sizes every job is run at."""
 
 from __future__ import annotations
 
-import pytest
-from torch import nn
+import gc
+from collections.abc import Iterator
 
-from bench import models
-from bench.measure import Setting
+import pytest
+
+from bench import measure, models, oracle, peers
 
 
 @pytest.fixture(scope="session", params=list(models.SIZES))
-def size(request: pytest.FixtureRequest) -> tuple[str, models.Size, nn.Module]:
-    chosen = models.SIZES[request.param]
-    return request.param, chosen, models.build(chosen)
+def setting(request: pytest.FixtureRequest) -> Iterator[models.Setting]:
+    yield models.SIZES[request.param]()
+    for module in (measure, oracle, peers):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
 
 
-@pytest.fixture(scope="session")
-def setting(size: tuple[str, models.Size, nn.Module]) -> Setting:
-    """No padding: what the peers can be compared on."""
-    name, chosen, model = size
-    return Setting(
-        name, False, model, models.batches(chosen, padded=False), chosen.rounds, chosen.peer_rounds
-    )
-
-
-@pytest.fixture(scope="session")
-def padded(size: tuple[str, models.Size, nn.Module]) -> Setting:
-    name, chosen, model = size
-    return Setting(name, True, model, models.batches(chosen, padded=True), chosen.rounds, chosen.peer_rounds)
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    """Hooked copies of the model are cycles, and the next method may need the memory."""
+    yield
+    gc.collect()

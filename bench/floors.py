@@ -13,28 +13,39 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from bench import models
+from bench.models import Batch, Setting
 from laplace_lora_fast.likelihoods import Categorical, contrast_cotangents
 
 Cotangents = Callable[[Tensor], Tensor]  # logits [N, C] -> [N, C, K]
 
 
-def fit(model: nn.Module, loader: Iterable[models.Batch]) -> None:
+def fit(setting: Setting) -> None:
     """Forward and the C - 1 backward passes of the exact Fisher information over a training set."""
-    _passes(model, loader, Categorical().hessian_root)
+    _passes(setting, setting.loader, Categorical().hessian_root)
 
 
-def predict(model: nn.Module, batch: models.Batch) -> None:
+def fit_one_label(setting: Setting) -> None:
+    """Forward and one backward pass, of one label for each example."""
+    _passes(setting, setting.loader, lambda logits: Categorical().hessian_root(logits)[:, :, :1])
+
+
+def predict(setting: Setting) -> None:
     """Forward and the backward passes of the C - 1 contrasts for one batch."""
-    contrasts = contrast_cotangents(len(models.ANSWERS))
-    _passes(model, [batch], lambda logits: contrasts.expand(len(logits), -1, -1))
+    contrasts = contrast_cotangents(len(setting.answers))
+    _passes(setting, setting.loader[:1], lambda logits: contrasts.expand(len(logits), -1, -1))
 
 
-def _passes(model: nn.Module, loader: Iterable[models.Batch], cotangents: Cotangents) -> None:
-    with _frozen(model), _graph_starts(model) as starts:
+def jacobian(setting: Setting) -> None:
+    """Forward and the backward passes of the C logits for one batch."""
+    unit = torch.eye(len(setting.answers))
+    _passes(setting, setting.loader[:1], lambda logits: unit.expand(len(logits), -1, -1))
+
+
+def _passes(setting: Setting, loader: Iterable[Batch], cotangents: Cotangents) -> None:
+    with _frozen(setting.model), _graph_starts(setting.model) as starts:
         for batch in loader:
             starts.clear()
-            logits = models.logits(model, batch)
+            logits = setting.logits(batch)
             columns = cotangents(logits.detach()).unbind(2)
             for column in columns:
                 torch.autograd.grad(logits, starts, column, retain_graph=column is not columns[-1])

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import report
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+SIZES = "hidden-1024", "SmolLM2-135M"  # in the README
 
 
 def demo() -> str:
@@ -44,10 +47,23 @@ def demo() -> str:
 
 
 def bench() -> str:
-    """The newest benchmark's table."""
-    newest = sorted(RESULTS.glob("*-cpu.md"))[-1]
-    plot = newest.with_suffix(".png").relative_to(ROOT)
-    return f"## Speed\n\n{newest.read_text(encoding='utf-8').strip()}\n\n![time over the bare passes]({plot})"
+    """The newest benchmark's headline rows; the full table is linked."""
+    newest = sorted(RESULTS.glob("*-cpu.json"))[-1]
+    record = json.loads(newest.read_text(encoding="utf-8"))
+    stem = newest.with_suffix("").relative_to(ROOT)
+    lines = [
+        "## Speed",
+        "",
+        report.provenance(record),
+        "",
+        f"{report.LEGEND} Where a method is not exact, its largest error stands behind its name; "
+        f"[all rows, sizes and notes]({stem}.md), [peak memory]({stem}-memory.png).",
+        "",
+        report.summary(record, SIZES),
+        "",
+        f"![time over the bare passes]({stem}.png)",
+    ]
+    return "\n".join(lines)
 
 
 def structures() -> str:
@@ -84,7 +100,7 @@ def main() -> None:
     text = path.read_text(encoding="utf-8")
     blocks: dict[str, tuple[str, Callable[[], str]]] = {
         "demo": ("demo.json", demo),
-        "bench": ("*-cpu.md", bench),
+        "bench": ("*-cpu.json", bench),
         "structures": ("structures.json", structures),
     }
     for name, (needs, render) in blocks.items():

@@ -1,74 +1,120 @@
-"""Fit: ours and the peers', each against the bare forward and C - 1 backward passes (goal: at most 1.15 times)."""
+"""Fit: from a model and its training batches to the curvature, against the bare passes that its Fisher takes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import floors, peers
-from bench.measure import Setting, against_floor
+from bench import floors, oracle, peers
+from bench.measure import Method, Work, measure
+from bench.models import Setting
+from laplace_lora_fast import LaplaceLoRA
 
-METHODS = {
-    "reduce": {"kfac": "reduce"},
-    "expand": {"kfac": "expand"},
-    "reduce, 1 sampled label": {"kfac": "reduce", "fisher": "mc"},
-}
+Prepare = Callable[[Setting], Work]
 
 
-def run(benchmark: BenchmarkFixture, setting: Setting, method: str) -> None:
-    benchmark.group = f"fit {setting.name}{' padded' if setting.padded else ''}"
-    la = setting.laplace(**METHODS[method])
-    against_floor(
-        benchmark,
-        lambda: la.fit(setting.loader, progress=False),
-        lambda: floors.fit(setting.model, setting.loader),
-        setting.rounds,
-        method=f"this project, {method}",
+def ours(reference: str, **options: Any) -> Prepare:
+    def prepare(setting: Setting) -> Work:
+        la = setting.laplace(**options)
+        return compared(lambda: la.fit(setting.loader, progress=False), curvature, setting, reference)
+
+    return prepare
+
+
+def curvature(la: LaplaceLoRA) -> oracle.Curvature:
+    weights = [getattr(layer, side) for layer in la.factors.values() for side in "AB"]
+    return [(weight.input_factor, weight.gradient_factor) for weight in weights]
+
+
+def compared(
+    run: Callable[[], Any],
+    read: Callable[[Any], oracle.Curvature],
+    setting: Setting,
+    reference: str,
+    fisher: str = "exact",
+) -> Work:
+    """Work whose result, read as a curvature, has the oracle's `reference` as its truth."""
+    return Work(
+        run, lambda result: oracle.distance(read(result), oracle.curvature(setting, reference, fisher))
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_ours(benchmark: BenchmarkFixture, setting: Setting, method: str) -> None:
-    run(benchmark, setting, method)
-
-
-@pytest.mark.parametrize("method", ["reduce", "expand"])
-def test_ours_padded(benchmark: BenchmarkFixture, padded: Setting, method: str) -> None:
-    run(benchmark, padded, method)
-
-
-def test_laplace_torch(benchmark: BenchmarkFixture, setting: Setting) -> None:
-    benchmark.group = f"fit {setting.name}"
-    fit = peers.laplace_torch(setting.model, setting.loader)
-    theirs = float(fit().posterior_precision.logdet())  # at prior precision 1
-    ours = float(setting.laplace("expand").fit(setting.loader, progress=False).posterior.log_det_ratio())
-    assert theirs == pytest.approx(ours, rel=1e-2)
-    against_floor(
-        benchmark,
-        fit,
-        lambda: floors.fit(setting.model, setting.loader),
-        setting.peer_rounds,
-        method="laplace-torch",
-        note=peers.NOTES["laplace-torch fit"],
-        check="logdet over ours (expand)",
-        check_value=theirs / ours,
+def laplace_torch(backend: str) -> Prepare:
+    return lambda setting: compared(
+        peers.laplace_torch_fit(setting, backend), peers.laplace_torch_curvature, setting, "expand by example"
     )
 
 
-def test_bayesian_lora(benchmark: BenchmarkFixture, setting: Setting) -> None:
-    benchmark.group = f"fit {setting.name}"
-    fit = peers.bayesian_lora_fit(setting.model, setting.loader)
-    layer, (low_rank, _) = next(iter(fit().items()))
-    captured = float(low_rank.square().sum())
-    best = peers.best_last_token_trace(setting.model, setting.loader, layer)
-    assert captured == pytest.approx(best, rel=0.3)
-    against_floor(
-        benchmark,
-        fit,
-        lambda: floors.fit(setting.model, setting.loader),
-        setting.peer_rounds,
-        method="bayesian-lora",
-        note=peers.NOTES["bayesian-lora fit"],
-        check=f"trace over the best rank {peers.N_KFAC} of the last tokens' inputs",
-        check_value=captured / best,
+def bayesian_lora(package: str, **options: Any) -> Prepare:
+    return lambda setting: compared(
+        peers.bayesian_lora_fit(setting, package, **options), peers.bayesian_lora_curvature, setting, "expand"
     )
+
+
+def kronfluence(setting: Setting) -> Work:
+    return compared(
+        peers.kronfluence_fit(setting), peers.kronfluence_curvature, setting, "expand", "empirical"
+    )
+
+
+PAPER = "all positions count, pads too, and nothing is divided by the length"
+LAST_TOKEN = (
+    "last token of each layer only, factors of rank 10 without a tail, curvature too small by the batch size"
+)
+
+EXACT_FISHER = [
+    Method("this project, reduce", ours("reduce", kfac="reduce"), headline=True),
+    Method("this project, expand", ours("expand", kfac="expand"), headline=True),
+    Method("this project, paper's convention", ours("expand by example", kfac="paper"), "never", PAPER),
+    Method("this project in laplace-torch", laplace_torch("FastGGN")),
+    Method(
+        "laplace-torch, curvlinops",
+        laplace_torch("CurvlinopsGGN"),
+        "unpadded",
+        "counts padding as data",
+        peer=True,
+    ),
+    Method("laplace-torch, asdl (as the paper's code)", laplace_torch("AsdlGGN"), "never", PAPER, peer=True),
+]
+ONE_LABEL = [
+    Method(
+        "this project, reduce, sampled label",
+        ours("reduce", fisher="mc"),
+        "never",
+        "one sampled label",
+        headline=True,
+    ),
+    Method(
+        "this project, expand, sampled label",
+        ours("expand", kfac="expand", fisher="mc"),
+        "never",
+        "one sampled label",
+    ),
+    Method(
+        "this project in bayesian-lora, its numbers",
+        bayesian_lora(peers.OURS_IN_BAYESIAN_LORA, compat=True),
+        "never",
+        f"one sampled label; {LAST_TOKEN}",
+    ),
+    Method(
+        "bayesian-lora",
+        bayesian_lora("bayesian_lora"),
+        "never",
+        f"one sampled label; {LAST_TOKEN}",
+        peer=True,
+    ),
+    Method("kronfluence, factors", kronfluence, note="the data's label in place of a sampled one", peer=True),
+]
+
+
+@pytest.mark.parametrize("method", EXACT_FISHER, ids=str)
+def test_exact_fisher(benchmark: BenchmarkFixture, setting: Setting, method: Method) -> None:
+    measure(benchmark, "fit", method, setting, floors.fit)
+
+
+@pytest.mark.parametrize("method", ONE_LABEL, ids=str)
+def test_one_label(benchmark: BenchmarkFixture, setting: Setting, method: Method) -> None:
+    measure(benchmark, "fit, one label", method, setting, floors.fit_one_label)
