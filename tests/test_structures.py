@@ -336,7 +336,7 @@ def test_dual_refuses_rows_that_are_not_finite() -> None:
     rows = RowAccumulator(la.sites, sketch_size=4, memory_budget=10**6, seed=0)
     site = la.sites[0]
     rows.observe_jacobian(
-        0, torch.ones(2, 1, 3, site.rank).double(), torch.full((2, 1, 3, site.d_in), torch.inf).double(), None
+        0, torch.ones(2, 1, 3, site.rank).double(), torch.full((2, 1, 3, site.d_in), torch.inf).double()
     )
     rows.finish_pass(2)
     with pytest.raises(NumericalError, match=re.escape(site.name)):
@@ -352,7 +352,7 @@ def test_rows_of_layers_a_pass_does_not_reach_are_zero() -> None:
         torch.ones(2, 1, 3, la.sites[0].d_in).double(),
     )
     for passes in range(2):
-        rows.observe_jacobian(2 * passes, small, large, None)
+        rows.observe_jacobian(2 * passes, small, large)
         rows.finish_pass(2)
     matrices = rows.curvature().rows
     assert all(len(matrix) == 4 for matrix in matrices)

@@ -66,8 +66,8 @@ class RowAccumulator(JacobianObserver):
         """Takes the grouping of inputs from the first forward pass."""
         self.groups = groups
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        self._append(block, sketched(small, large, self._projections[block], mask))
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
+        self._append(block, sketched(small, large, self._projections[block]))
 
     def finish_pass(self, n: int) -> None:
         """A backward pass over n examples is over: blocks it did not reach have zero rows."""
@@ -98,9 +98,9 @@ class RowAccumulator(JacobianObserver):
         self._store.append(block, rows)
 
 
-def sketched(small: Tensor, large: Tensor, projection: Tensor, mask: Tensor | None) -> Tensor:
+def sketched(small: Tensor, large: Tensor, projection: Tensor) -> Tensor:
     """J Omega of one output of every example, [N, r m]."""
-    projected, _ = lk.jacobian_stats(small, large, projection.to(small.dtype), mask, row_grams=False)
+    projected, _ = lk.jacobian_stats(small, large, projection.to(small.dtype), row_grams=False)
     return projected.flatten(1)
 
 
@@ -316,9 +316,9 @@ class DualPredictor(JacobianObserver):
         cov = torch.stack([solver.covariance(self._own, self._cross) for solver in self._solvers])
         return logits, cov.to(logits.dtype)
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
         waiting = self._features.setdefault(block, [])
-        waiting.append(sketched(small, large, self._dual.projections[block], mask))
+        waiting.append(sketched(small, large, self._dual.projections[block]))
         if len(waiting) < self._n_cotangents:
             return
         features = torch.stack(self._features.pop(block), 1).double()  # [N, K, r m]
