@@ -380,6 +380,29 @@ def test_modules_to_save_are_named_for_a_model_loaded_for_inference():
     assert all("classifier.modules_to_save.default" in name for name in left)
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_observers_run_without_autograd_and_autocast(checkpointing):
+    """Also in the backward pass, under the caller's autocast and within both kinds of checkpointing."""
+    model, modes = tiny.tiny_llama(dtype=torch.float32), []
+
+    class Probe(Recorder):
+        def observe_input(self, *args):
+            modes.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+        def observe_gradient(self, *args):
+            modes.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    head = Head(model, tiny.ANSWERS)
+    sites = find_sites(model, head)
+    with torch.autocast("cpu", torch.bfloat16), Tap(model, head, sites, Probe()) as tap:
+        logits = tap.forward(head.inputs(tiny.batch(4), torch.device("cpu"), DeferredChecks()))
+        tap.backward(logits, torch.ones_like(logits), last=True)
+    assert len(modes) == len(set(tap.groups)) + len(sites)
+    assert set(modes) == {(False, False)}
+
+
 def test_autocast_of_the_caller_runs_the_model_but_not_the_curvature():
     model, batch = tiny.tiny_llama(dtype=torch.float32, targets=("q_proj", "lm_head")), tiny.batch(4)
     recorder, head = Recorder(), Head(model, tiny.ANSWERS)

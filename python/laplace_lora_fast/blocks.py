@@ -42,15 +42,12 @@ class Block(ABC):
         """Eigenvalues of H and their multiplicities, fp64."""
 
     @abstractmethod
-    def variances(
-        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
-    ) -> Tensor:
+    def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
         """Quadratic forms J (H + lambda I)^-1 J^T of per-example Jacobians J = sum_t small (x) large.
 
         Args:
             small: [N, K or 1, T, r], rotated by `rotation`.
             large: [N, K or 1, T, d].
-            mask: [N, T].
             prior_precisions: lambda [G].
 
         Returns:
@@ -121,26 +118,23 @@ class KronBlock(Block):
         values, counts = torch.cat([self.core.flatten(), self.tail]), torch.ones_like(self.core).flatten()
         return values, torch.cat([counts, left_out])
 
-    def statistics(self, small: Tensor, large: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def statistics(self, small: Tensor, large: Tensor) -> tuple[Tensor, Tensor | None]:
         """P [N, K, r, k] and, unless the large spectrum is complete, D [N, r, K, K] of `jacobian_stats`."""
         complete = self.large.rank == self.large.dim
         basis = self.large.vectors.to(small.dtype)  # the model may have been in another precision at the fit
-        return lk.jacobian_stats(small, large, basis, mask, row_grams=not complete)
+        return lk.jacobian_stats(small, large, basis, row_grams=not complete)
 
-    def variances(
-        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
-    ) -> Tensor:
-        projected, row_grams = self.statistics(small, large, mask)
-        n, outputs, r, k = projected.shape
-        flat = projected.reshape(n, outputs, r * k)
-        weights = (1 / (self.core.flatten()[:, None] + prior_precisions)).to(projected)  # [r k, G]
-        columns = [(flat[:, c : c + 1] * flat) @ weights for c in range(outputs)]  # [N, K, G] each
-        cov = torch.stack(columns, 1).permute(3, 0, 1, 2)
+    def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
+        projected, row_grams = self.statistics(small, large)
+        weights = 1 / (self.core[..., None] + prior_precisions)  # [r, k, G]
+        if (
+            row_grams is not None
+        ):  # they hold all of J, with the tail's weight; the basis' directions have another
+            tail = 1 / (self.tail[:, None] + prior_precisions)  # [r, G]
+            weights = weights - tail[:, None]
+        cov = _weighted_products(projected.flatten(2), weights.flatten(0, 1).to(projected))
         if row_grams is not None:
-            per_row = projected.transpose(1, 2).contiguous()
-            residual = row_grams - per_row @ per_row.mT
-            tail = (1 / (self.tail[:, None] + prior_precisions)).to(residual)  # [r, G]
-            cov = cov + torch.einsum("nrcd,rg->gncd", residual, tail)
+            cov = cov + torch.einsum("nrcd,rg->gncd", row_grams, tail.to(row_grams))
         return cov
 
     def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
@@ -186,10 +180,8 @@ class DiagBlock(Block):
         values = self.values.double().flatten()
         return values, torch.ones_like(values)
 
-    def variances(
-        self, small: Tensor, large: Tensor, mask: Tensor | None, prior_precisions: Tensor
-    ) -> Tensor:
-        flat = jacobian(small, large, mask).flatten(2)
+    def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
+        flat = jacobian(small, large).flatten(2)
         values = self.values.flatten().to(flat)  # the fit may have been in another precision
         covs = [(flat / (values + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
         return torch.stack(covs)
@@ -202,6 +194,14 @@ class DiagBlock(Block):
 
     def describe(self) -> tuple[int, float]:
         return self.values.shape[1], 1.0
+
+
+def _weighted_products(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum over x of rows[n, c, x] weights[x, g] rows[n, e, x]: [N, K, X], [X, G] -> [G, N, K, K]."""
+    if weights.shape[1] == 1:
+        return ((rows * weights[:, 0]) @ rows.mT)[None]
+    columns = [(row[:, None] * rows) @ weights for row in rows.unbind(1)]  # [N, K, G] each
+    return torch.stack(columns, 1).permute(3, 0, 1, 2)
 
 
 class BlockCurvature(Curvature):

@@ -94,8 +94,8 @@ class RowAccumulator(JacobianObserver, Accumulator):
         plain = torch.eye(outputs) if passes == outputs else contrast_cotangents(outputs)
         return plain.to(fisher).expand(n, -1, -1)
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        self._batch[block].append(sketched(small, large, self._projections[block], mask))
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
+        self._batch[block].append(sketched(small, large, self._projections[block]))
 
     def finish_pass(self, n: int) -> None:
         """A backward pass over n examples is over: blocks it did not reach have zero rows."""
@@ -148,7 +148,6 @@ class DualCurvature(Curvature):
     ) -> None:
         self.names, self.means, self.rows, self.projections = names, means, rows, projections
         self.roots = roots
-        self._solved: tuple[list[list[float]], list[int], list[Solver]] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -241,19 +240,12 @@ class DualCurvature(Curvature):
         return dict(zip(groups, log_lambda.detach().exp().tolist(), strict=True))
 
     def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
-        parts, solvers = self._solve(prior_precisions)
-        return DualPredictor(sites, self.rows, self.projections, parts, solvers, n_cotangents)
-
-    def _solve(self, prior_precisions: Tensor) -> tuple[list[int], list[Solver]]:
-        """For each block its part, and a solver for each prior; kept for the next batch."""
-        key = prior_precisions.tolist()
-        if self._solved is None or self._solved[0] != key:
-            precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
-            kernels = torch.stack(
-                [self.kernel([float(other == part) for other in parts]) for part in range(len(precisions))]
-            )
-            self._solved = key, parts.tolist(), self.solvers(kernels, parts, precisions)
-        return self._solved[1:]
+        precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
+        kernels = torch.stack(
+            [self.kernel([float(other == part) for other in parts]) for part in range(len(precisions))]
+        )
+        solvers = self.solvers(kernels, parts, precisions)
+        return DualPredictor(sites, self.rows, self.projections, parts.tolist(), solvers, n_cotangents)
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
         """One a prior.

@@ -90,9 +90,9 @@ class DualPredictor(JacobianObserver):
         shifts = torch.stack([solver.shift(self._cross) for solver in self._solvers])
         return tap.prior_logits(inputs) @ cotangents + shifts.to(logits)
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
         waiting = self._features.setdefault(block, [])
-        waiting.append(sketched(small, large, self._projections[block], mask))
+        waiting.append(sketched(small, large, self._projections[block]))
         if len(waiting) < self._n_cotangents:
             return
         features = torch.stack(self._features.pop(block), 1).double()  # [N, K, r m]
@@ -107,9 +107,9 @@ class DualPredictor(JacobianObserver):
         self._features.clear()
 
 
-def sketched(small: Tensor, large: Tensor, projection: Tensor, mask: Tensor | None) -> Tensor:
+def sketched(small: Tensor, large: Tensor, projection: Tensor) -> Tensor:
     """J Omega of one output of every example, [N, r m]."""
-    projected, _ = lk.jacobian_stats(small, large, projection.to(small.dtype), mask, row_grams=False)
+    projected, _ = lk.jacobian_stats(small, large, projection.to(small.dtype), row_grams=False)
     return projected.flatten(1)
 
 

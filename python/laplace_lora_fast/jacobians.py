@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import laplace_kernels as lk
 from laplace_lora_fast.heads import Inputs, check_outputs
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from laplace_lora_fast.blocks import Block
 
 
-def jacobian(small: Tensor, large: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over real tokens of small (x) large: [N, Ks, T, r], [N, Kl, T, d] -> [N, K, r, d]."""
-    if mask is not None:
-        keep = mask[:, None, :, None]
-        small, large = small.where(keep, 0), large.where(keep, 0)
+def jacobian(small: Tensor, large: Tensor) -> Tensor:
+    """Sum over tokens of small (x) large: [N, Ks, T, r], [N, Kl, T, d] -> [N, K, r, d]."""
     return small.mT @ large.to(small.dtype)
 
 
@@ -38,38 +36,37 @@ class JacobianObserver(ABC):
     """
 
     def __init__(self, sites: Sequence[Site], rotations: Sequence[Tensor | None]) -> None:
-        self._maps = []
+        self._maps = []  # onto the small sides, each [r, d]: BLAS reads long rows twice as fast
         for site, to_a, to_b in zip(sites, rotations[0::2], rotations[1::2], strict=True):
-            b, a = site.scaling * site.B.double(), site.scaling * site.A.double().mT
-            self._maps.append((b if to_a is None else b @ to_a, a if to_b is None else a @ to_b))
+            b, a = site.scaling * site.B.double().mT, site.scaling * site.A.double()
+            self._maps.append((b if to_a is None else to_a.mT @ b, a if to_b is None else to_b.mT @ a))
         self._inputs: dict[int, Tensor] = {}
         self._small_b: dict[int, Tensor] = {}
         self.groups: Sequence[int] = []
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        self._inputs[group] = x
+        self._inputs[group] = _real_tokens(x, mask)
 
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
         dtype = lk.accumulation_dtype(g.dtype)
-        x = self._inputs[self.groups[site]]
+        x, g = self._inputs[self.groups[site]], _real_tokens(g, mask)
         to_a, to_b = self._maps[site]
         if to_a.dtype != dtype:  # once
             to_a, to_b = self._maps[site] = to_a.to(dtype), to_b.to(dtype)
         if site not in self._small_b:  # the same in every backward pass
-            self._small_b[site] = (x.to(dtype) @ to_b)[:, None]  # s V^T A x
-        small_a = (g.to(dtype) @ to_a)[:, None]  # s V^T B^T g
-        self.observe_jacobian(2 * site, small_a, x[:, None], mask)
-        self.observe_jacobian(2 * site + 1, self._small_b[site], g[:, None], mask)
+            self._small_b[site] = linear(x.to(dtype), to_b)[:, None]  # s V^T A x
+        small_a = linear(g.to(dtype), to_a)[:, None]  # s V^T B^T g
+        self.observe_jacobian(2 * site, small_a, x[:, None])
+        self.observe_jacobian(2 * site + 1, self._small_b[site], g[:, None])
 
     @abstractmethod
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        """The Jacobian of one output of every example is the sum over real tokens of small (x) large.
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
+        """The Jacobian of one output of every example is the sum over tokens of small (x) large.
 
         Args:
             block: index of the LoRA weight.
             small: [N, 1, T, r], rotated.
-            large: [N, 1, T, d].
-            mask: [N, T] or None.
+            large: [N, 1, T, d], zero at pads.
         """
 
     def sweep(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> Tensor:
@@ -133,31 +130,36 @@ class BlockPredictor(JacobianObserver):
         assert self._covariance is not None
         return logits, logits @ cotangents.to(logits), self._covariance
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
         if self._n_cotangents == 1:
-            self._add(block, small, large, mask)
+            self._add(block, small, large)
             return
         is_a = block % 2 == 0
         waiting = self._waiting.setdefault(block, [])
-        waiting.append(small if is_a else jacobian(small, large, mask))
+        waiting.append(small if is_a else jacobian(small, large))
         if len(waiting) < self._n_cotangents:
             return
         stacked = torch.cat(self._waiting.pop(block), 1)
         if is_a:
-            self._add(block, stacked, large, mask)
+            self._add(block, stacked, large)
         else:  # Jacobians [N, K, r, d], as if each row were a token
             unit = torch.eye(stacked.shape[2], dtype=stacked.dtype, device=stacked.device)
-            self._add(block, unit.expand(len(stacked), 1, -1, -1), stacked, None)
+            self._add(block, unit.expand(len(stacked), 1, -1, -1), stacked)
 
     def forget(self) -> None:
         super().forget()
         self._waiting.clear()
 
-    def _add(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
+    def _add(self, block: int, small: Tensor, large: Tensor) -> None:
         values, inverse = self._precisions[block]
-        cov = self._blocks[block].variances(small, large, mask, values)
+        cov = self._blocks[block].variances(small, large, values)
         if len(inverse) > len(values) or len(values) > 1:
             cov = cov[inverse]
         if self._covariance is None:
             self._covariance = torch.zeros_like(cov)
         self._covariance += cov.to(self._covariance.device)
+
+
+def _real_tokens(stream: Tensor, mask: Tensor | None) -> Tensor:
+    """A stream [N, T, d] with zeros at pads."""
+    return stream if mask is None else stream.where(mask[..., None], 0)

@@ -13,7 +13,7 @@ from laplace_lora_fast.devices import device_of
 
 def checkpointing_layers(model: nn.Module) -> list[nn.Module]:
     """Modules that transformers' gradient checkpointing is switched on for."""
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    return [module for module in model.modules() if vars(module).get("gradient_checkpointing", False)]
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:

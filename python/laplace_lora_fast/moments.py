@@ -37,8 +37,8 @@ class EkfacAccumulator(JacobianObserver, Accumulator):
     def start(self, groups: list[int]) -> None:
         self.groups = groups
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        projected, row_grams = self._blocks[block].statistics(small, large, mask)
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
+        projected, row_grams = self._blocks[block].statistics(small, large)
         kept = projected[:, 0].double().square()
         self._core[block] += kept.sum(0)
         if row_grams is not None:
@@ -77,8 +77,8 @@ class DiagAccumulator(JacobianObserver, Accumulator):
     def start(self, groups: list[int]) -> None:
         self.groups = groups
 
-    def observe_jacobian(self, block: int, small: Tensor, large: Tensor, mask: Tensor | None) -> None:
-        self._sums[block] += jacobian(small, large, mask).square().sum((0, 1))
+    def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
+        self._sums[block] += jacobian(small, large).square().sum((0, 1))
 
     def finish_batch(self) -> None:
         self.forget()

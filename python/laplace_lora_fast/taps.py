@@ -279,7 +279,8 @@ class Tap:
         sites: the layers to tap.
         observer: receives the streams. None: forward passes only, without autograd.
         groups: for each site the index of the site whose input tensor it shares (itself when it does not); None
-            discovers them in the first forward pass. A later pass that contradicts them is refused.
+            discovers them in the first forward pass, and `from_pads` in the first backward passes. A later pass that
+            contradicts the groups is refused.
     """
 
     def __init__(
@@ -291,7 +292,7 @@ class Tap:
         groups: list[int] | None = None,
     ) -> None:
         self.model, self.head, self.sites, self.observer = model, head, sites, observer
-        self.groups = groups
+        self.groups, self._discovers = groups, groups is None
         self.reached: set[int] = set()  # sites that saw a gradient
         self.from_pads: dict[
             int, Tensor
@@ -422,17 +423,16 @@ class Tap:
             self._shown[tokens] = index, tokens._version
             observer.observe_input(index, tokens, mask)
 
-    @torch.no_grad()
     def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
+        """Runs in a backward pass, which is without autograd and autocast already."""
         site = self.sites[index]
-        with torch.autocast(g.device.type, enabled=False):
-            g, mask = self._tokens(site, g)
-            if site.rows is not None:
-                g = g.index_select(-1, site.rows.to(g.device))
-            self.reached.add(index)
-            if mask is not None and index not in self.from_pads:
-                self.from_pads[index] = ((g.abs().amax(-1) > 0) & ~mask).any()
-            observer.observe_gradient(index, g, mask)
+        g, mask = self._tokens(site, g)
+        if site.rows is not None:
+            g = g.index_select(-1, site.rows.to(g.device))
+        self.reached.add(index)
+        if self._discovers and mask is not None and index not in self.from_pads:
+            self.from_pads[index] = ((g.abs().amax(-1) > 0) & ~mask).any()
+        observer.observe_gradient(index, g, mask)
 
     def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Views a stream as [N, T, d] and finds its mask [N, T]."""
