@@ -141,7 +141,7 @@ BAD = {
     "no model": (["--model", "./none"], "model './none' cannot be loaded"),
     "dtype": (["--dtype", "int8"], "--dtype must be"),
     "device": (["--device", "nowhere"], "cannot be loaded on nowhere"),
-    "prior": (["--prior", "best"], "--prior must be val_nll, marglik or a number"),
+    "prior": (["--prior", "best"], "--prior must be val_nll, loo, marglik or a number"),
     "negative prior": (["--prior", "-1"], "prior_precision must be positive"),
     "val_nll without val": (["--prior", "val_nll"], "--prior val_nll and --val need each other"),
     "val without val_nll": (["--prior", "marglik", "--val", "train.jsonl"], "need each other"),

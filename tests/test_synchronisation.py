@@ -23,6 +23,7 @@ from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
 from laplace_lora_fast.likelihoods import Fisher, contrast_cotangents
 from laplace_lora_fast.moments import DiagAccumulator, EkfacAccumulator
 from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
+from laplace_lora_fast.refit import RefitAccumulator
 from laplace_lora_fast.taps import find_sites
 from tests import tiny
 
@@ -142,7 +143,7 @@ def test_other_fishers(fisher: Fisher, likelihood: str) -> None:
         objective(la, fisher).accumulate(watched(batches), kfac_factors, "fit", False)
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "diag", "dual"])
+@pytest.mark.parametrize("structure", ["ekfac", "diag", "dual", "refit"])
 def test_fit_of_other_structures(structure: str) -> None:
     la = LaplaceLoRA(decoder(), answer_token_ids=tiny.ANSWERS, kfac="reduce", rank=4)
     kfac = on_gpu(la.fit(data(), progress=False)).curvature
@@ -150,6 +151,7 @@ def test_fit_of_other_structures(structure: str) -> None:
         "ekfac": lambda: EkfacAccumulator(la.sites, kfac),  # type: ignore[arg-type]
         "diag": lambda: DiagAccumulator(la.sites),
         "dual": lambda: RowAccumulator(la.sites, 8, 2**30, 0),
+        "refit": lambda: RefitAccumulator(la.sites, 8, 2**30, 0),
     }
     with pytest.raises(EndOfData):
         objective(la).accumulate(watched(data()), accumulators[structure](), "fit", False)

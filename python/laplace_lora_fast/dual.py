@@ -79,6 +79,7 @@ class RowAccumulator(JacobianObserver, Accumulator):
         self._batch: list[list[Tensor]] = [[] for _ in self._names]  # [N, r m] a pass
         self._roots: list[Tensor] = []
         self._exact = exact
+        self._plain: Tensor | None = None
 
     def start(self, groups: list[int]) -> None:
         """Takes the grouping of inputs from the first forward pass."""
@@ -91,8 +92,10 @@ class RowAccumulator(JacobianObserver, Accumulator):
             self._roots.append(torch.eye(passes, dtype=fisher.dtype, device=fisher.device).expand(n, -1, -1))
             return fisher
         self._roots.append(fisher[:, outputs - passes :])
-        plain = torch.eye(outputs) if passes == outputs else contrast_cotangents(outputs)
-        return plain.to(fisher).expand(n, -1, -1)
+        if self._plain is None:  # made once: the way to the device is long
+            plain = torch.eye(outputs) if passes == outputs else contrast_cotangents(outputs)
+            self._plain = plain.to(fisher)
+        return self._plain.expand(n, -1, -1)
 
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
         self._batch[block].append(sketched(small, large, self._projections[block]))
