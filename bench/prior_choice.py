@@ -137,6 +137,11 @@ def mean_over_seeds(runs: list[dict[str, Row]]) -> dict[str, Row]:
     return summary
 
 
+def marked(method: str) -> str:
+    """The name, with stars where it sees held-out or test data."""
+    return method + (" \\*" if method in HELD_OUT else " \\*\\*" if method in ORACLES else "")
+
+
 def markdown(results: dict[str, Any]) -> str:
     """One table a regime, means over seeds."""
     setting, environment = results["setting"], results["environment"]
@@ -160,11 +165,10 @@ def markdown(results: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         for method, row in regime["mean"].items():
-            mark = " \\*" if method in HELD_OUT else " \\*\\*" if method in ORACLES else ""
             span = row.get("prior_precision")
             where = "" if span is None else " to ".join(dict.fromkeys(f"{value:.3g}" for value in span))
             cells = [" / ".join(f"{row[name][key]:.3f}" for name in NAMES) for key in ("nll", "ece")]
-            lines.append(f"| {method}{mark} | {where} | {cells[0]} | {cells[1]} |")
+            lines.append(f"| {marked(method)} | {where} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.prior_choice import NAMES, marked
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -87,6 +88,30 @@ def structures() -> str:
     return "\n".join(lines)
 
 
+def prior_choice() -> str:
+    """Test NLL in distribution under each choice of the prior precision; the full table is linked."""
+    record = json.loads((RESULTS / "prior_choice.json").read_text(encoding="utf-8"))
+    setting, regimes = record["setting"], record["regimes"]
+    heads = [f"{title} ({regime['epochs']} epochs)" for title, regime in regimes.items()]
+    lines = [
+        f"Test NLL in / out of distribution on the demo's model, means over {len(setting['seeds'])} seeds; \\* sees "
+        f"{setting['n_val']} held-out examples, \\*\\* the test set; [full table](bench/results/prior_choice.md), "
+        "[every seed](bench/results/prior_choice.png).",
+        "",
+        f"| mean, choice of prior precision | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
+    ]
+    for method in next(iter(regimes.values()))["mean"]:
+        cells = [
+            " / ".join(
+                f"{scores['nll']:.3f}" for name, scores in regime["mean"][method].items() if name in NAMES
+            )
+            for regime in regimes.values()
+        ]
+        lines.append(f"| {marked(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _structure(result: dict[str, Any], name: str) -> str:
     row, tests = result["structures"][name], result["baselines"]["MAP"]
     ratio = row["variance"][1]
@@ -102,6 +127,7 @@ def main() -> None:
         "demo": ("demo.json", demo),
         "bench": ("*-cpu.json", bench),
         "structures": ("structures.json", structures),
+        "prior": ("prior_choice.json", prior_choice),
     }
     for name, (needs, render) in blocks.items():
         if list(RESULTS.glob(needs)):

@@ -28,6 +28,7 @@ from laplace_lora_fast.evaluate import Predictions, temperature_scale
 from laplace_lora_fast.likelihoods import Link, probabilities
 from laplace_lora_fast.prompts import answer_token_ids, make_batches
 
+REGIMES = {"over-trained": task.Recipe.epochs, "under-trained": 1}
 FIXED = (0.1, 1.0, 10.0, 100.0)
 STRUCTURES: dict[str, dict[str, Any]] = {
     "exact GGN": {"structure": "dual", "row_sketch_size": 10**6},
@@ -121,8 +122,8 @@ def baselines(la: LaplaceLoRA, data: Data) -> dict[str, Any]:
     return rows
 
 
-def regime(recipe: task.Recipe) -> dict[str, Any]:
-    """Trains one adapter and measures everything on it."""
+def regime(recipe: task.Recipe, structures: list[str]) -> dict[str, Any]:
+    """Trains one adapter and measures these structures on it; the first is what the others are compared with."""
     model, tokenizer = task.load_model()
     model = task.add_adapter(model, recipe)
     train_rows, val_rows = task.split(recipe)
@@ -138,8 +139,8 @@ def regime(recipe: task.Recipe) -> dict[str, Any]:
     result: dict[str, Any] = {"epochs": recipe.epochs, "train_loss": epochs[-1].loss, "structures": {}}
     result["epoch_cpu_seconds"] = min(epoch.cpu_seconds for epoch in epochs)
     exact: dict[str, Tensor] = {}
-    for name, options in STRUCTURES.items():
-        la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed, **options)
+    for name in structures:
+        la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed, **STRUCTURES[name])
         row, variances = measure(la, data)
         exact = exact or variances
         row["variance"] = compare(torch.cat(list(variances.values()), 1), torch.cat(list(exact.values()), 1))
@@ -217,6 +218,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--tests", type=int, default=100, help="test examples of each data set")
     parser.add_argument("--train", type=int, default=task.Recipe.n_train)
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES)
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=STRUCTURES)
     arguments = parser.parse_args()
     recipe = replace(task.Recipe(), n_test=arguments.tests, n_train=arguments.train)
     commit = subprocess.run(
@@ -233,8 +236,8 @@ def main() -> None:
         "regimes": {},
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for title, epochs in (("over-trained", recipe.epochs), ("under-trained", 1)):
-        results["regimes"][title] = regime(replace(recipe, epochs=epochs))
+    for title in arguments.regimes:
+        results["regimes"][title] = regime(replace(recipe, epochs=REGIMES[title]), arguments.structures)
         (arguments.out / "structures.json").write_text(json.dumps(results, indent=2) + "\n")
         (arguments.out / "structures.md").write_text(markdown(results))
         plot(results, arguments.out / "structures.png")
