@@ -92,6 +92,20 @@ def test_fit_does_what_the_api_does(files, tmp_path):
     torch.testing.assert_close(got.predict(batch), expected.predict(batch))
 
 
+@pytest.mark.filterwarnings("ignore::laplace_lora_fast.errors.LaplaceWarning")
+def test_refit_needs_no_held_out_rows(files, tmp_path):
+    folder, common = files
+    result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path, "--mean", "refit")
+    assert result.exit_code == 0, result.output
+    assert "(loo)" in result.output
+    model, answers, loader = api(folder)
+    expected = LaplaceLoRA(model, answer_token_ids=answers, mean="refit").fit(loader("train"), progress=False)
+    expected.optimize_prior_precision("loo", progress=False)
+    got, batch = LaplaceLoRA.load(tmp_path, model), loader("test")[0]
+    assert got.prior_precision == expected.prior_precision
+    torch.testing.assert_close(got.predict(batch), expected.predict(batch))
+
+
 def test_a_number_is_the_prior_precision(files, tmp_path):
     folder, common = files
     result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path, "--prior", "7.5")

@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laplace_lora_fast import InvalidBatchError, LaplaceLoRA, LaplaceWarning
+from laplace_lora_fast import (
+    InvalidBatchError,
+    LaplaceLoRA,
+    LaplaceWarning,
+    NotFittedError,
+    NumericalError,
+)
 from laplace_lora_fast.refit import Observations, leave_one_out, newton
+from laplace_lora_fast.taps import Tap
 from tests import oracle, tiny
 from tests.oracle import assert_close
 
@@ -278,6 +285,15 @@ def test_layers_left_out_keep_their_adapter() -> None:
     expected = torch.stack([oracle.class_logits(model, single) for single in oracle.examples(TEST)])
     assert_close(mean, expected.detach(), 1e-6)
     assert (expected - logits_without_adapter(model, TEST)).abs().max() > 0.1
+
+
+def test_a_model_that_overflows_without_its_adapter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tap, "prior_logits", lambda self, inputs: torch.full((3, 3), torch.nan))
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="dual", mean="refit")
+    with pytest.raises(NumericalError, match="without its adapter"):
+        la.fit([train(3, 3)], progress=False)
+    with pytest.raises(NotFittedError):
+        la.predict(TEST)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -179,43 +179,34 @@ class RefitAccumulator(RowAccumulator):
     def curvature(self) -> RefittedCurvature:
         dual = super().curvature()
         targets, outputs = torch.cat(self._targets), torch.cat(self._prior_logits).double()
-        if not targets.is_floating_point():
+        if not outputs.isfinite().all():
+            raise NumericalError("without its adapter the model gives logits that are not finite")
+        if targets.is_floating_point():
+            targets = targets.double()
+        else:
             outputs = outputs[:, 1:] - outputs[:, :1]
         home = dual.rows[0].device
-        observed = Observations(outputs.to(home), targets.to(home))
-        return RefittedCurvature(dual.names, dual.means, dual.rows, dual.projections, dual.roots, observed)
+        return RefittedCurvature(dual, Observations(outputs.to(home), targets.to(home)))
 
 
 class RefittedCurvature(DualCurvature):
     """The curvature of the linearised model at its own optimum, which moves with the prior.
 
     Args:
-        names, means, rows, projections, roots: as for `DualCurvature`.
-        observed: what is refitted.
+        dual: the rows.
+        observed: what they are refitted to.
     """
 
     structure = "dual, refitted"
 
-    def __init__(
-        self,
-        names: list[BlockName],
-        means: list[Tensor],
-        rows: list[Tensor],
-        projections: list[Tensor],
-        roots: Tensor,
-        observed: Observations,
-    ) -> None:
-        super().__init__(names, means, rows, projections, roots)
+    def __init__(self, dual: DualCurvature, observed: Observations) -> None:
+        super().__init__(dual.names, dual.means, dual.rows, dual.projections, dual.roots)
         self.observed = observed
         self._latest: tuple[list[float], Mode] | None = None
 
     def scaled(self, factor: float) -> RefittedCurvature:
-        observed = Observations(
-            self.observed.prior_outputs, self.observed.targets, self.observed.precision * factor
-        )
-        return RefittedCurvature(
-            self.names, self.means, self.rows, self.projections, self.roots * factor**0.5, observed
-        )
+        observed = replace(self.observed, precision=self.observed.precision * factor)
+        return RefittedCurvature(super().scaled(factor), observed)
 
     def mode(self, prior_precision: Tensor) -> Mode:
         """The optimum under a prior precision, fp64 [n_blocks]; the latest one is kept."""
@@ -246,7 +237,7 @@ class RefittedCurvature(DualCurvature):
         return leave_one_out(kernel, self.observed, self.mode(prior_precision))
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
-        """One Newton iteration and one factorisation a prior."""
+        """A refit and a factorisation a prior, each kept: R^2 numbers."""
         modes = [self.mode(column[parts]) for column in precisions.mT]
         return [
             one_solver(kernels, mode.roots, column, mode.alpha.flatten())
@@ -276,5 +267,4 @@ class RefittedCurvature(DualCurvature):
     ) -> RefittedCurvature:
         dual = DualCurvature.from_tensors(structure, names, tensors, devices)
         home = dual.rows[0].device
-        observed = Observations(tensors["prior_outputs"].to(home), tensors["targets"].to(home))
-        return cls(dual.names, dual.means, dual.rows, dual.projections, dual.roots, observed)
+        return cls(dual, Observations(tensors["prior_outputs"].to(home), tensors["targets"].to(home)))
