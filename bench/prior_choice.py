@@ -151,7 +151,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct, LoRA r = 8 on q, v; {setting['n_train']} training examples, two classes, "
         f"{setting['n_val']} held out, {setting['n_test']} test examples in and out of distribution; exact GGN (dual, "
         f"m = 64); means over seeds {', '.join(map(str, setting['seeds']))}. NLL and ECE in / out of distribution. "
-        f"Commit {environment['commit']}; torch {environment['torch']}, transformers {environment['transformers']}. "
+        f"torch {environment['torch']}, transformers {environment['transformers']}. "
         '`refit`: the mean is the linearised model\'s own optimum under the prior (`mean="refit"`). Rows marked * '
         "see held-out examples, rows marked ** the test set.",
     ]
@@ -159,7 +159,7 @@ def markdown(results: dict[str, Any]) -> str:
         losses = ", ".join(f"{loss:.4f}" for loss in regime["train_loss"])
         lines += [
             "",
-            f"## {title}: {regime['epochs']} epochs, training loss {losses}",
+            f"## {title}: {regime['epochs']} epochs, training loss {losses}; commit {regime['commit']}",
             "",
             "| choice | prior precision | NLL | ECE |",
             "|---|---|---|---|",
@@ -201,36 +201,41 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=150, help="test examples of each data set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=task.Recipe.n_train)
+    parser.add_argument(
+        "--regimes", nargs="+", default=list(REGIMES), choices=REGIMES, help="others are kept"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", LaplaceWarning)  # the grid's edge is an answer here: no prior uncertainty
     recipe = replace(task.Recipe(), n_test=arguments.tests, n_train=arguments.train)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     )
-    results: dict[str, Any] = {
-        "environment": {
-            "commit": commit.stdout.strip(),
-            **{name: version(name) for name in ("torch", "transformers", "peft")},
-        },
-        "setting": {
-            "n_train": recipe.n_train,
-            "n_val": recipe.n_val,
-            "n_test": recipe.n_test,
-            "seeds": arguments.seeds,
-        },
-        "regimes": {},
+    setting = {
+        "n_train": recipe.n_train,
+        "n_val": recipe.n_val,
+        "n_test": recipe.n_test,
+        "seeds": arguments.seeds,
     }
+    environment = {name: version(name) for name in ("torch", "transformers", "peft")}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for title, epochs in REGIMES.items():
+    file = arguments.out / "prior_choice.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    same = kept.get("setting") == setting and kept.get("environment") == environment
+    found: dict[str, Any] = kept["regimes"] if same else {}
+    for title in arguments.regimes:
+        epochs = REGIMES[title]
         measured = [measure(replace(recipe, epochs=epochs, seed=seed)) for seed in arguments.seeds]
         runs = [rows for rows, _ in measured]
-        results["regimes"][title] = {
+        found[title] = {
+            "commit": commit.stdout.strip(),
             "epochs": epochs,
             "train_loss": [loss for _, loss in measured],
             "mean": mean_over_seeds(runs),
             "runs": runs,
         }
-        (arguments.out / "prior_choice.json").write_text(json.dumps(results, indent=1) + "\n")
+        regimes = {title: found[title] for title in REGIMES if title in found}
+        results = {"environment": environment, "setting": setting, "regimes": regimes}
+        file.write_text(json.dumps(results, indent=1) + "\n")
         (arguments.out / "prior_choice.md").write_text(markdown(results))
         plot(results, arguments.out / "prior_choice.png")
         print(markdown(results), flush=True)

@@ -161,6 +161,19 @@ def test_leave_one_out_of_a_regression_is_exact() -> None:
         assert_close(cov[n], expected_cov[0], 1e-8)
 
 
+def test_refit_converges_where_the_prior_says_nothing() -> None:
+    """Outputs of 30 and a kernel of 1e10: f is known to rounding only, and that is enough."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn((30, 60), generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 2, (30,), generator=generator)
+    observed = Observations(torch.zeros(30, 1, dtype=torch.float64), targets)
+    for scale in (1e6, 1e8, 1e10):
+        kernel = scale * features @ features.mT
+        mode = newton(kernel, observed)
+        assert_close(mode.alpha, observed.gradient(mode.outputs), 1e-5)  # stationary
+        assert (mode.outputs.squeeze(1) > 0).equal(targets.bool())
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_leave_one_out_of_a_classification_is_close_to_leaving_out(classes: int) -> None:
     """Random features: the second-order formula against 30 refits, and far closer to them than the fit itself."""

@@ -115,7 +115,7 @@ def newton(kernel: Tensor, observed: Observations) -> Mode:
         f = prior + shift
         return f, float(observed.log_likelihood(f) - 0.5 * (alpha * shift).sum())
 
-    alpha = torch.zeros_like(prior)
+    alpha, last = torch.zeros_like(prior), math.inf
     f, value = at(alpha)
     for _ in range(_STEPS):
         roots = observed.roots(f)
@@ -128,14 +128,15 @@ def newton(kernel: Tensor, observed: Observations) -> Mode:
         while tried[1] < value - 1e-12 * (1 + abs(value)) and step > 1e-6:
             step /= 2
             tried = at(alpha + step * (target - alpha))
-        moved = (tried[0] - f).abs().max()
+        moved = float((tried[0] - f).abs().max() / (1 + f.abs().max()))
         alpha, (f, value) = alpha + step * (target - alpha), tried
-        if moved <= 1e-9 * (1 + f.abs().max()):  # the error is about its square now
+        # Near the optimum each step is about the square of the last: small means there, as large as the last rounding.
+        there, rounding = moved <= 1e-9, last < 1e-5 and moved > last / 2
+        last = moved if step == 1 else math.inf
+        if there or rounding:
             log_det = 2 * chol.diagonal().log().sum()
             return Mode(f, alpha, observed.roots(f), float(value - 0.5 * log_det))
-    raise NumericalError(
-        f"the refit did not converge in {_STEPS} steps: its kernel is too large; raise the prior precision"
-    )
+    raise NumericalError(f"the refit did not converge in {_STEPS} steps: try larger prior precisions")
 
 
 def leave_one_out(kernel: Tensor, observed: Observations, mode: Mode) -> tuple[Tensor, Tensor]:
