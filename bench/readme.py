@@ -85,7 +85,21 @@ def structures() -> str:
         f"| {name} | " + " | ".join(_structure(result, name) for result in regimes.values()) + " |"
         for name in names
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _larger()])
+
+
+def _larger() -> str:
+    """The same with more training examples, where the sketch and the rows cost more."""
+    record = json.loads((RESULTS / "structures-n400.json").read_text(encoding="utf-8"))
+    (result,) = record["regimes"].values()
+    dual, kfac = (result["structures"][name] for name in ("dual, m = 64", "KFAC reduce"))
+    fit, predict = (dual[key] / kfac[key] for key in ("fit_cpu_seconds", "predict_cpu_seconds"))
+    ratios = [row["variance"][1]["median_ratio"] for row in (dual, kfac)]
+    return (
+        f"With {record['setting']['n_train']} training examples ([table](bench/results/structures-n400.md)) the dual's "
+        f"variance ratio at m = 64 is {ratios[0]:.2f} (KFAC's {ratios[1]:.2f}): more rows make the sketch's error show, "
+        f"`row_sketch_size` reduces it. It costs {fit:.2f} times KFAC's fit and {predict:.2f} times its prediction."
+    )
 
 
 def prior_choice() -> str:
