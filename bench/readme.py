@@ -97,7 +97,7 @@ def _larger() -> str:
     ratios = [row["variance"][1]["median_ratio"] for row in (dual, kfac)]
     return (
         f"With {record['setting']['n_train']} training examples ([table](bench/results/structures-n400.md)) the dual's "
-        f"variance ratio at m = 64 is {ratios[0]:.2f} (KFAC's {ratios[1]:.2f}): more rows make the sketch's error show, "
+        f"variance ratio at m = 64 is {ratios[0]:.2f} (KFAC's {ratios[1]:.2f}): more rows make the sketch show, "
         f"`row_sketch_size` reduces it. It costs {fit:.2f} times KFAC's fit and {predict:.2f} times its prediction."
     )
 
