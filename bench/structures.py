@@ -32,7 +32,8 @@ REGIMES = {"over-trained": task.Recipe.epochs, "under-trained": 1}
 FIXED = (0.1, 1.0, 10.0, 100.0)
 STRUCTURES: dict[str, dict[str, Any]] = {
     "exact GGN": {"structure": "dual", "row_sketch_size": 10**6},
-    "dual, m = 64": {"structure": "dual"},
+    "dual, m = 128": {"structure": "dual"},
+    "dual, m = 64": {"structure": "dual", "row_sketch_size": 64},
     "dual, m = 16": {"structure": "dual", "row_sketch_size": 16},
     "EKFAC": {"structure": "ekfac"},
     "KFAC reduce": {"structure": "kfac", "kfac": "reduce"},

@@ -117,7 +117,7 @@ class LaplaceLoRA:
         rank: int | None = None,
         memory_budget: int = 4 * 2**30,
         sketch_size: int = 128,
-        row_sketch_size: int = 64,
+        row_sketch_size: int = 128,
         prior_precision: PriorPrecision = 1.0,
         prior_mean: str | PathLike[str] | Mapping[str, Tensor] | None = None,
         sigma_noise: float = 1.0,
