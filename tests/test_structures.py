@@ -364,29 +364,3 @@ def test_rows_of_layers_a_pass_does_not_reach_are_zero() -> None:
     assert matrices[0][1::2].abs().max() == 0
     assert matrices[2][0::2].abs().max() == 0
     assert matrices[1].abs().max() == 0
-
-
-@pytest.mark.parametrize("structure", ["kfac", "dual"])
-def test_what_predictions_share_follows_the_prior_the_noise_and_the_fit(structure: str) -> None:
-    """Against an object that has predicted nothing before."""
-    model = model_of(1)
-    train, other = (
-        [batch | {"labels": torch.zeros(len(batch["labels"]))}] for batch in (TRAIN, tiny.batch(4, seed=5))
-    )
-
-    def fresh(data: list[tiny.Batch], **options: float) -> LaplaceLoRA:
-        la = LaplaceLoRA(model, "regression", structure=structure, row_sketch_size=16, **options)
-        return la.fit(data, progress=False)
-
-    def assert_predicts_like(expected: LaplaceLoRA) -> None:
-        for _ in range(2):
-            assert_close(la.logit_distribution(TEST)[1], expected.logit_distribution(TEST)[1], 1e-12)
-
-    la = fresh(train)
-    assert_predicts_like(fresh(train))
-    la.prior_precision = 0.1
-    assert_predicts_like(fresh(train, prior_precision=0.1))
-    la.sigma_noise = 0.5
-    assert_predicts_like(fresh(train, prior_precision=0.1, sigma_noise=0.5))
-    la.fit(other, progress=False)
-    assert_predicts_like(fresh(other, prior_precision=0.1, sigma_noise=0.5))

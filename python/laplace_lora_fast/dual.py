@@ -151,6 +151,7 @@ class DualCurvature(Curvature):
     ) -> None:
         self.names, self.means, self.rows, self.projections = names, means, rows, projections
         self.roots = roots
+        self._solved: tuple[list[list[float]], list[int], list[Solver]] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -243,12 +244,19 @@ class DualCurvature(Curvature):
         return dict(zip(groups, log_lambda.detach().exp().tolist(), strict=True))
 
     def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
-        precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
-        kernels = torch.stack(
-            [self.kernel([float(other == part) for other in parts]) for part in range(len(precisions))]
-        )
-        solvers = self.solvers(kernels, parts, precisions)
-        return DualPredictor(sites, self.rows, self.projections, parts.tolist(), solvers, n_cotangents)
+        parts, solvers = self._solve(prior_precisions)
+        return DualPredictor(sites, self.rows, self.projections, parts, solvers, n_cotangents)
+
+    def _solve(self, prior_precisions: Tensor) -> tuple[list[int], list[Solver]]:
+        """For each block its part, and a solver for each prior; the latest are kept, for the next batch."""
+        key = prior_precisions.tolist()
+        if self._solved is None or self._solved[0] != key:
+            precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
+            kernels = torch.stack(
+                [self.kernel([float(other == part) for other in parts]) for part in range(len(precisions))]
+            )
+            self._solved = key, parts.tolist(), self.solvers(kernels, parts, precisions)
+        return self._solved[1:]
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
         """One a prior.

@@ -153,7 +153,6 @@ class LaplaceLoRA:
                 )
         self._fit: Fit | None = None
         self._versions: list[tuple[int, int]] = []
-        self._latest: tuple[object, LinearisedModel] | None = None
 
     @property
     def prior_precision(self) -> PriorPrecision:
@@ -228,7 +227,7 @@ class LaplaceLoRA:
             options.seed,
         )
         self._fit = fit_structure(objective, train_loader, options, progress)
-        self.sites, self._versions, self._latest = sites, _versions(sites), None
+        self.sites, self._versions = sites, _versions(sites)
         return self
 
     @property
@@ -457,7 +456,6 @@ class LaplaceLoRA:
         """
         state.check(fit.curvature, self.sites)
         self._fit, self._prior_mean, self._versions = fit, prior_mean, _versions(self.sites)
-        self._latest = None
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
@@ -531,18 +529,10 @@ class LaplaceLoRA:
         return mean[0] if mean.dim() == 3 else mean, cov[0], labels
 
     def _linearised(self) -> LinearisedModel:
-        """One object until weights, noise or fit change: it keeps what predictions share."""
-        fit = self._fitted()
-        state = self._versions, self.sigma_noise
-        if self._latest is None or self._latest[0] != state:
-            curvature, groups = self.posterior.curvature, fit.groups
-            self._latest = (
-                state,
-                LinearisedModel(
-                    self.model, self._head, self.sites, groups, curvature, self.likelihood, fit.n_outputs
-                ),
-            )
-        return self._latest[1]
+        fit, curvature = self._fitted(), self.posterior.curvature
+        return LinearisedModel(
+            self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
+        )
 
 
 def _likelihood(name: str) -> Likelihood:

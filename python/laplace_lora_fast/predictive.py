@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import laplace_kernels as lk
-from laplace_lora_fast.curvature import Curvature, Predictor
+from laplace_lora_fast.curvature import Curvature
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.heads import Head, Inputs, check_outputs
@@ -30,7 +30,6 @@ class LinearisedModel:
     curvature: Curvature
     likelihood: Likelihood
     n_outputs: int
-    idle: dict[object, Predictor] = field(default_factory=dict)  # the last predictor, for the next like call
 
     def tap(self, observer: Observer | None) -> Tap:
         """A tap on the model with the fit's grouping of inputs."""
@@ -71,10 +70,7 @@ def distribution(
         InvalidBatchError: the loader is empty or a batch is unusable.
     """
     checks, cotangents = DeferredChecks(), cotangents.to(device_of(linearised.model))
-    key = (*cotangents.shape, *prior_precisions.shape, *prior_precisions.flatten().tolist())
-    predictor = linearised.idle.pop(key, None)
-    if predictor is None:
-        predictor = linearised.curvature.predictor(linearised.sites, prior_precisions, cotangents.shape[1])
+    predictor = linearised.curvature.predictor(linearised.sites, prior_precisions, cotangents.shape[1])
     means, covs, targets = [], [], []
     with linearised.tap(predictor) as tap:
         for inputs in linearised.batches(track(loader, what, progress), checks):
@@ -82,8 +78,6 @@ def distribution(
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
             means.append(mean)
             covs.append(cov)
-    linearised.idle.clear()
-    linearised.idle[key] = predictor
     checks.settle()
     return torch.cat(means, -2), torch.cat(covs, 1), _joined(targets)
 
