@@ -147,7 +147,7 @@ def regime(recipe: task.Recipe, structures: list[str]) -> dict[str, Any]:
         row["variance"] = compare(torch.cat(list(variances.values()), 1), torch.cat(list(exact.values()), 1))
         result["structures"][name] = row
         print(f"{recipe.epochs} epochs, {name}: {json.dumps(row['variance'][1])}", flush=True)
-        if name == "KFAC reduce":
+        if name == structures[0]:
             result["baselines"] = baselines(la, data)
     return result
 
