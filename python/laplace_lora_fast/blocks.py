@@ -127,9 +127,7 @@ class KronBlock(Block):
     def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
         projected, row_grams = self.statistics(small, large)
         weights = 1 / (self.core[..., None] + prior_precisions)  # [r, k, G]
-        if (
-            row_grams is not None
-        ):  # they hold all of J, with the tail's weight; the basis' directions have another
+        if row_grams is not None:  # all of J has the tail's weight, then the basis its own
             tail = 1 / (self.tail[:, None] + prior_precisions)  # [r, G]
             weights = weights - tail[:, None]
         cov = _weighted_products(projected.flatten(2), weights.flatten(0, 1).to(projected))
