@@ -689,7 +689,7 @@ def test_another_adapter_fitted_with_the_prior_of_the_first():
     for la, probs in zip((centred, by_layer), expected, strict=True):
         assert torch.equal(la.predict(tiny.batch(2)), probs)
     model.set_adapter("other")
-    other = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    other = LaplaceLoRA(model, **kfac).fit([tiny.batch(3)], progress=False)
     model.set_adapter("default")
     other.fit([tiny.batch(3)], progress=False)  # a scalar prior fits any adapter
     assert set(other.factors) == set(layers)
