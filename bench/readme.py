@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.gpu.output import markdown
 from bench.prior_choice import NAMES, marked
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +127,12 @@ def prior_choice() -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """The tables of the newest GPU report."""
+    newest = max(RESULTS.glob("*/gpu_report.json"), key=lambda path: path.stat().st_mtime)
+    return markdown(json.loads(newest.read_text(encoding="utf-8"))).strip()
+
+
 def _structure(result: dict[str, Any], name: str) -> str:
     row, tests = result["structures"][name], result["baselines"]["MAP"]
     ratio = row["variance"][1]
@@ -142,6 +149,7 @@ def main() -> None:
         "bench": ("*-cpu.json", bench),
         "structures": ("structures.json", structures),
         "prior": ("prior_choice.json", prior_choice),
+        "gpu": ("*/gpu_report.json", gpu),
     }
     for name, (needs, render) in blocks.items():
         if list(RESULTS.glob(needs)):

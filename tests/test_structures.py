@@ -164,6 +164,11 @@ def test_dual_dense_covariance_of_a_weight() -> None:
 def test_rows_move_to_disk_when_they_exceed_the_budget() -> None:
     model = model_of(3)
     roomy, tight = fitted(model, "dual"), fitted(model, "dual", memory_budget=4096)
+    files = [
+        [rows.untyped_storage().filename for rows in la.posterior.curvature.rows] for la in (roomy, tight)
+    ]
+    assert not any(files[0])
+    assert all(files[1])
     assert_close(tight.logit_distribution(TEST)[1], roomy.logit_distribution(TEST)[1], 1e-12)
     assert tight.log_marginal_likelihood().item() == pytest.approx(
         roomy.log_marginal_likelihood().item(), rel=1e-12

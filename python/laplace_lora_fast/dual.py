@@ -120,7 +120,7 @@ class RowAccumulator(JacobianObserver, Accumulator):
         Raises:
             NumericalError: a row is not finite; names the layer.
         """
-        rows = list(self._store.matrices())
+        rows = self._store.matrices()
         for (layer, _), matrix in zip(self._names, rows, strict=True):
             if not matrix.isfinite().all():
                 raise NumericalError(f"the Jacobian of layer {layer!r} is not finite: the model overflows")

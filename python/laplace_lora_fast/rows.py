@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from shutil import rmtree
@@ -25,7 +24,8 @@ class RowStore:
     """One growing matrix [R, features] per block.
 
     Rows stay on the device until all blocks together exceed `memory_budget`, then move to CPU memory, and once four
-    times the budget is exceeded to memory-mapped files in a temporary folder, which goes away with the store.
+    times the budget is exceeded to memory-mapped files in a temporary folder, which goes away with the store. There
+    they stay: a kernel or a prediction reads one block at a time.
 
     Args:
         n_blocks: number of matrices.
@@ -51,20 +51,17 @@ class RowStore:
                 self._chunks[index] = [self._stored(index, chunk, n) for n, chunk in enumerate(chunks)]
         self._chunks[block].append(self._stored(block, rows, len(self._chunks[block])))
 
-    def matrix(self, block: int) -> Tensor:
-        """[R, features] of one block on its device; the only copy made, of one block at a time."""
-        chunks = self._chunks[block]
-        if len(chunks) > 1 and self.place is not Place.DISK:
-            self._chunks[block] = chunks = [torch.cat(chunks)]
-        return (
-            torch.cat([chunk.to(self._devices[block]) for chunk in chunks])
-            if len(chunks) > 1
-            else chunks[0].to(self._devices[block])
-        )
+    def matrices(self) -> list[Tensor]:
+        """[R, features] of every block, where its rows live; chunks are let go block by block."""
+        return [self._matrix(block) for block in range(len(self._chunks))]
 
-    def matrices(self) -> Sequence[Tensor]:
-        """All blocks' matrices."""
-        return [self.matrix(block) for block in range(len(self._chunks))]
+    def _matrix(self, block: int) -> Tensor:
+        chunks, self._chunks[block] = self._chunks[block], []
+        if self.place is not Place.DISK:
+            return torch.cat(chunks)
+        rows = sum(len(chunk) for chunk in chunks)
+        matrix = self._mapped(str(block), torch.Size([rows, chunks[0].shape[1]]), chunks[0].dtype)
+        return torch.cat(chunks, out=matrix)
 
     def _place_for(self, used: int) -> Place:
         if used <= self._budget:
@@ -80,9 +77,12 @@ class RowStore:
         rows = rows.cpu()
         if self.place is Place.CPU:
             return rows
+        return self._mapped(f"{block}-{number}", rows.shape, rows.dtype).copy_(rows)
+
+    def _mapped(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor in a file; what is mapped stays readable after the folder has gone."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="laplace-rows-"))
             weakref.finalize(self, rmtree, self._folder, ignore_errors=True)
-        path = self._folder / f"{block}-{number}"
-        mapped = torch.from_file(str(path), shared=True, size=rows.numel(), dtype=rows.dtype).view(rows.shape)
-        return mapped.copy_(rows)
+        path = self._folder / name
+        return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
