@@ -107,7 +107,7 @@ def prior_choice() -> str:
     """Test NLL in distribution under each choice of the prior precision; the full table is linked."""
     record = json.loads((RESULTS / "prior_choice.json").read_text(encoding="utf-8"))
     setting, regimes = record["setting"], record["regimes"]
-    heads = [f"{title} ({regime['epochs']} epochs)" for title, regime in regimes.items()]
+    heads = [f"{title}, epoch {regime['epochs']}" for title, regime in regimes.items()]
     lines = [
         f"Test NLL in / out of distribution on the demo's model, means over {len(setting['seeds'])} seeds; \\* sees "
         f"{setting['n_val']} held-out examples, \\*\\* the test set; [full table](bench/results/prior_choice.md), "
