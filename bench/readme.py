@@ -41,7 +41,9 @@ def demo() -> str:
     chosen = record["prior_precision"]
     lines += [
         "",
-        f"Held-out likelihood chose prior precision {chosen['validated']:.3g}, the evidence {chosen['evidence']:.3g}.",
+        f"Held-out likelihood chose prior precision {chosen['validated']:.3g}, the evidence {chosen['evidence']:.3g}; "
+        f"leaving out one training example at a time {chosen['left_out']:.3g}, for the refitted model and without "
+        "held-out data.",
         "",
         "![reliability diagram](bench/results/demo-reliability.png)",
     ]
