@@ -118,7 +118,7 @@ def demo_model(name: str, sequences: int, rounds: int, peer_rounds: int) -> Sett
 SIZES: dict[str, Callable[[], Setting]] = {
     name: partial(build, name, **options)
     for name, build, options in (
-        ("hidden-256", random_llama, {"hidden": 256, "sequences": 32, "rounds": 7, "peer_rounds": 3}),
+        ("hidden-256", random_llama, {"hidden": 256, "sequences": 32, "rounds": 25, "peer_rounds": 3}),
         ("hidden-1024", random_llama, {"hidden": 1024, "sequences": 16, "rounds": 3, "peer_rounds": 1}),
         ("SmolLM2-135M", demo_model, {"sequences": 16, "rounds": 3, "peer_rounds": 1}),
     )
