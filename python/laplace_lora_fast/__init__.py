@@ -6,6 +6,7 @@ from laplace_lora_fast.errors import (
     LaplaceWarning,
     NotFittedError,
     NumericalError,
+    RankError,
     StateError,
     UnsupportedAdapterError,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "LaplaceWarning",
     "NotFittedError",
     "NumericalError",
+    "RankError",
     "StateError",
     "UnsupportedAdapterError",
 ]

@@ -23,8 +23,9 @@ class LaplaceCallback(TrainerCallback):
         callback.laplace.predict(batch)             # or later: LaplaceLoRA.load(args.output_dir, model)
 
     Batches come from the Trainer's own collator, in evaluation batch size, each example once. Causal models may have
-    token-level labels, as TRL's collators make them: see `answer_batch`. With several processes each one fits on all
-    of the data, and the first one saves.
+    token-level labels, as TRL's collators make them: see `answer_batch`. Several processes fit together, each on its
+    share of the training data, unless that is a DataLoader or has fewer examples than there are processes: then each
+    fits on all of it. The first one saves.
 
     Args:
         train_data: what to fit on: None for the Trainer's training set, another data set of the same kind, or a
@@ -84,7 +85,8 @@ class LaplaceCallback(TrainerCallback):
         if saves:
             model.save_pretrained(folder)
         self.laplace = LaplaceLoRA(model, **self._options)
-        self.laplace.fit(self._batches(self._train_data, own, own, args), progress=progress)
+        loader = self._batches(self._train_data, own, own, args, shared=True)
+        self.laplace.fit(loader, group=loader.group, progress=progress)
         if saves:
             self.laplace.save(folder)
         if self._method is None:
@@ -99,9 +101,15 @@ class LaplaceCallback(TrainerCallback):
             self.laplace.save(folder)
 
     def _batches(
-        self, data: Any, default: DataLoader | None, own: DataLoader, args: TrainingArguments
-    ) -> DataLoader | _AnswerLoader:
-        """Loader over `data` (None for the data set of `default`) with the collator of `own`."""
+        self,
+        data: Any,
+        default: DataLoader | None,
+        own: DataLoader,
+        args: TrainingArguments,
+        shared: bool = False,
+    ) -> _Batches:
+        """Loader over `data` (None for the data set of `default`), or this process's share, with `own`'s collator."""
+        group = sampler = None
         if isinstance(data, DataLoader):
             loader = data
         else:
@@ -115,23 +123,28 @@ class LaplaceCallback(TrainerCallback):
             columns = getattr(own.dataset, "column_names", None)
             if columns and hasattr(data, "select_columns"):  # the Trainer dropped the columns no model takes
                 data = data.select_columns([name for name in columns if name in data.column_names])
-            loader = DataLoader(data, batch_size=args.per_device_eval_batch_size, collate_fn=own.collate_fn)
-        answers = self._options.get("answer_token_ids")
-        return loader if answers is None else _AnswerLoader(loader, answers)
+            if shared and args.world_size > 1 and len(data) >= args.world_size:
+                group = torch.distributed.group.WORLD
+                sampler = range(args.process_index, len(data), args.world_size)
+            size = args.per_device_eval_batch_size
+            loader = DataLoader(data, batch_size=size, sampler=sampler, collate_fn=own.collate_fn)
+        return _Batches(loader, self._options.get("answer_token_ids"), group)
 
 
-class _AnswerLoader:
-    """A loader's batches through `answer_batch`."""
+class _Batches:
+    """A loader's batches, through `answer_batch` where there are answers; whole, or this rank's share of a group."""
 
-    def __init__(self, loader: DataLoader, answers: Sequence[int]) -> None:
-        self._loader, self._answers = loader, answers
+    def __init__(
+        self, loader: DataLoader, answers: Sequence[int] | None, group: torch.distributed.ProcessGroup | None
+    ) -> None:
+        self._loader, self._answers, self.group = loader, answers, group
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self._loader:
-            yield answer_batch(batch, self._answers)
+            yield batch if self._answers is None else answer_batch(batch, self._answers)
 
 
 def answer_batch(batch: Mapping[str, Any], answer_token_ids: Sequence[int]) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.dual_predictor import (
     DualPredictor,
     Solver,
@@ -113,6 +114,12 @@ class RowAccumulator(JacobianObserver, Accumulator):
             self._store.append(block, torch.stack(rows, 1).flatten(0, 1))
             rows.clear()
         self.forget()
+
+    def join(self, ranks: Ranks) -> None:
+        """Takes in the rows of all ranks: each then holds them all."""
+        if ranks.size > 1:
+            self._store = self._store.gathered(ranks)
+            self._roots = [ranks.gather(torch.cat(self._roots))]
 
     def curvature(self) -> DualCurvature:
         """The curvature of all rows.

@@ -29,6 +29,10 @@ class StateError(LaplaceError, ValueError):
     """A saved posterior is truncated, of another version, or belongs to another model."""
 
 
+class RankError(LaplaceError, RuntimeError):
+    """Another process of a joint fit failed, or the processes do not belong together."""
+
+
 class LaplaceWarning(UserWarning):
     """Something legal that is likely not what was meant; the result is still what the documentation says."""
 

@@ -8,7 +8,7 @@ factors of disjoint data add up.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.waiting import WaitingRows
 
@@ -164,6 +165,10 @@ class Factor(ABC):
         """Adds the accumulator of another factor of this class."""
 
     @abstractmethod
+    def _sums(self) -> tuple[Tensor, ...]:
+        """What adds up over data, allocated if it is not."""
+
+    @abstractmethod
     def _quadratic(self, basis: Tensor) -> Tensor: ...
 
     @abstractmethod
@@ -197,6 +202,9 @@ class DenseFactor(Factor):
         # |C_ij| <= max(C_ii, C_jj) in every partial sum: the diagonal tells on all of C.
         return () if self._lower is None else (self._lower.diagonal(),)
 
+    def _sums(self) -> tuple[Tensor, ...]:
+        return (self.lower,)
+
     def _merge(self, other: Factor) -> None:
         assert isinstance(other, DenseFactor)
         if other._lower is not None:
@@ -229,43 +237,57 @@ class SketchFactor(Factor):
         exact: [d, e].
         dtype: of Y.
         seed: of the random columns.
+        omega: all of Omega, in place of one made from the first rows: factors with the same one add up.
     """
 
     kind = "sketch"
 
-    def __init__(self, size: int, exact: Tensor, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, size: int, exact: Tensor, dtype: torch.dtype, seed: int, omega: Tensor | None = None
+    ) -> None:
         dim = exact.shape[0]
         self._size = min(size, dim)
         super().__init__(dim, dtype, exact.device, capacity=self._size)
-        self._exact = exact.to(dtype)
+        self._exact, self._omega = exact.to(dtype), omega
         self._generator = torch.Generator().manual_seed(seed)
-        self._sketch: tuple[Tensor, Tensor] | None = None  # Omega, Y
+        self._sketch: Tensor | None = None  # Y
         self._trace = torch.zeros((), dtype=torch.float64, device=exact.device)
 
+    @property
+    def omega(self) -> Tensor:
+        """Omega [d, m], made from what has come so far if need be."""
+        if self._omega is None:
+            self._omega = self._start(self._rows(), None)
+        return self._omega
+
     def _accumulate(self, rows: Tensor, mask: Tensor | None) -> None:
-        if self._sketch is None:
-            omega = self._start(rows, mask)
-            self._sketch = omega, torch.zeros_like(omega)
-        omega, sketch = self._sketch
-        lk.gram_sketch_(sketch, rows, omega, mask)
+        if self._omega is None:
+            self._omega = self._start(rows, mask)
+        sketch, trace = self._sums()
+        lk.gram_sketch_(sketch, rows, self.omega, mask)
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
-        self._trace += (norms if mask is None else norms.where(mask, 0)).sum(dtype=torch.float64)
+        trace += (norms if mask is None else norms.where(mask, 0)).sum(dtype=torch.float64)
 
     def _accumulated(self) -> tuple[Tensor, ...]:
-        return () if self._sketch is None else (self._sketch[1], self._trace)
+        return () if self._sketch is None else (self._sketch, self._trace)
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        if self._sketch is None:
+            self._sketch = torch.zeros_like(self.omega)
+        return self._sketch, self._trace
 
     def _merge(self, other: Factor) -> None:
         assert isinstance(other, SketchFactor)
         if other._sketch is None:
             return
-        if self._sketch is None:
-            self._sketch = other._sketch[0], torch.zeros_like(other._sketch[1])
-        if not torch.equal(self._sketch[0], other._sketch[0]):
+        if self._omega is None:
+            self._omega = other.omega
+        if not torch.equal(self.omega, other.omega):
             raise NumericalError(
-                "sketches with different Omega do not add up: share the first one's before the data"
+                "sketches with different Omega do not add up: give the others the omega of the first"
             )
-        self._sketch[1].add_(other._sketch[1])
-        self._trace += other._trace
+        for own, more in zip(self._sums(), other._sums(), strict=True):
+            own += more
 
     def _quadratic(self, basis: Tensor) -> Tensor:
         omega, sketch = self._whitened()
@@ -290,6 +312,8 @@ class SketchFactor(Factor):
         rows = rows.to(self.dtype)
         if mask is not None:
             rows = rows.where(mask[:, None], 0)
+        if not len(rows):
+            return torch.cat([torch.linalg.qr(self._noise(rows, self.dim, self._size)).Q, self._exact], 1)
         rows = rows.nan_to_num(0, 0, 0)  # `is_finite` tells on them later
         rows = rows / rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)  # only directions matter here
         warm = min(self._size // 2, len(rows))
@@ -306,7 +330,7 @@ class SketchFactor(Factor):
     def _whitened(self) -> tuple[Tensor, Tensor]:
         """(Omega W, Y W) in fp64 with Omega W orthonormal; dependent columns (a zero B, say) drop out."""
         assert self._sketch is not None
-        omega, sketch = (part.double() for part in self._sketch)
+        omega, sketch = self.omega.double(), self._sketch.double()
         norms = omega.norm(dim=0).clamp_min(torch.finfo(omega.dtype).tiny)
         _, sigma, right = torch.linalg.svd(omega / norms, full_matrices=False)
         keep = sigma > 1e-6 * sigma[0]
@@ -328,6 +352,24 @@ def flush_full(factors: Iterable[Factor]) -> None:
         lk.gram_group_([factor.lower for factor in group], [factor._waiting.rows for factor in group])
         for factor in group:
             factor._waiting.clear()
+
+
+def join(factors: Sequence[Factor], ranks: Ranks) -> None:
+    """Adds up each factor over the ranks, which all hold the sum then; rows that may wait together still do."""
+    if ranks.size == 1:
+        return
+    waiting = [float(factor._waiting.n) for factor in factors]
+    accumulated = [float(bool(factor._accumulated())) for factor in factors]
+    counts, started = ranks.gather_numbers([*waiting, *accumulated]).sum(0).view(2, -1).tolist()
+    for factor, count, start in zip(factors, counts, started, strict=True):
+        if start == 0 and count <= factor._waiting.capacity:
+            if count:
+                rows = ranks.gather(factor._rows())
+                factor._waiting.clear()
+                factor.add_rows(rows)
+        else:
+            factor._flush()
+            ranks.sum_(factor._sums())
 
 
 def _spectrum_of_rows(rows: Tensor, rank: int | None, dtype: torch.dtype) -> Spectrum:

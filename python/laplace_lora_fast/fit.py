@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import laplace_kernels as lk
 from laplace_lora_fast.curvature import Curvature
 from laplace_lora_fast.devices import device_of
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, LaplaceWarning
 from laplace_lora_fast.heads import Head, Inputs, check_outputs
 from laplace_lora_fast.likelihoods import Fisher, Likelihood, fisher_cotangents
@@ -47,8 +49,12 @@ class Accumulator(ABC):
     def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None: ...
 
     @abstractmethod
+    def join(self, ranks: Ranks) -> None:
+        """After the last batch: takes in what the other ranks have accumulated."""
+
+    @abstractmethod
     def curvature(self) -> Curvature:
-        """After the last batch. Raises NumericalError if something is not finite."""
+        """After `join`. Raises NumericalError if something is not finite."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,25 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """What a pass over one rank's data saw.
+
+    Attributes:
+        groups: for each site the site whose input it shares.
+        reached: for each site whether a gradient came there.
+        n_examples: N.
+        n_outputs: C.
+        log_likelihood: None if some batch had no labels.
+    """
+
+    groups: list[int]
+    reached: list[bool]
+    n_examples: int
+    n_outputs: int
+    log_likelihood: Tensor | float | None
+
+
+@dataclass(frozen=True)
 class Objective:
     """What is differentiated: a model's logits under a likelihood.
 
@@ -84,6 +109,7 @@ class Objective:
         fisher: which Fisher information.
         mc_samples: labels drawn per example for the sampled Fisher.
         seed: of the sampled Fisher.
+        ranks: over which the data are spread.
     """
 
     model: nn.Module
@@ -93,6 +119,7 @@ class Objective:
     fisher: Fisher
     mc_samples: int
     seed: int
+    ranks: Ranks = field(default_factory=Ranks)
 
     def accumulate(
         self, loader: Iterable[Mapping[str, Any]], accumulator: Accumulator, what: str, progress: bool
@@ -100,7 +127,7 @@ class Objective:
         """One pass over a loader: a forward and K backward passes a batch, K the rank of the Fisher information.
 
         Args:
-            loader: batches.
+            loader: batches; with several ranks, this one's.
             accumulator: empty.
             what: name of the progress bar.
             progress: show it.
@@ -108,11 +135,38 @@ class Objective:
         Raises:
             InvalidBatchError: the loader is empty or a batch is unusable.
             NumericalError: a layer's curvature is not finite.
+            RankError: another rank failed, or holds another model.
         """
-        generator = torch.Generator().manual_seed(self.seed)
+        with self.ranks.together():
+            seen = self.observe(loader, accumulator, what, progress)
+        self._require_same_model(seen)
+        accumulator.join(self.ranks)
+        with torch.autocast(device_of(self.model).type, enabled=False):
+            curvature = accumulator.curvature()
+        reached = self.ranks.gather_numbers(seen.reached).any(0)
+        self._warn_of_idle_sites([site for site, seen in zip(self.sites, reached, strict=True) if not seen])
+        log_likelihood = None if seen.log_likelihood is None else float(seen.log_likelihood)
+        totals = self.ranks.gather_numbers(
+            [seen.n_examples, math.nan if log_likelihood is None else log_likelihood]
+        )
+        n_examples, log_likelihood = totals.sum(0).tolist()
+        return Fit(
+            curvature=curvature,
+            groups=seen.groups,
+            n_examples=int(n_examples),
+            n_outputs=seen.n_outputs,
+            log_likelihood=None if math.isnan(log_likelihood) else log_likelihood,
+        )
+
+    def observe(
+        self, loader: Iterable[Mapping[str, Any]], accumulator: Accumulator, what: str, progress: bool
+    ) -> Pass:
+        """The pass of `accumulate` on this rank alone."""
+        generator = torch.Generator().manual_seed(self.seed + (self.ranks.rank << 32))
         checks, device = DeferredChecks(), device_of(self.model)
         n_examples = n_outputs = 0
         log_likelihood: Tensor | float | None = 0.0
+        progress = progress and self.ranks.rank == 0
         with Tap(self.model, self.head, list(self.sites), accumulator) as tap:
             for index, batch in enumerate(track(loader, what, progress)):
                 inputs = self.head.inputs(batch, device, checks)
@@ -145,17 +199,18 @@ class Objective:
         if n_examples == 0:
             raise InvalidBatchError("train_loader yielded no batch")
         checks.settle()
-        self._warn_of_idle_sites(tap)
         assert tap.groups is not None
-        with torch.autocast(device.type, enabled=False):
-            curvature = accumulator.curvature()
-        return Fit(
-            curvature=curvature,
-            groups=tap.groups,
-            n_examples=n_examples,
-            n_outputs=n_outputs,
-            log_likelihood=None if log_likelihood is None else float(log_likelihood),
-        )
+        reached = [index in tap.reached for index in range(len(self.sites))]
+        return Pass(tap.groups, reached, n_examples, n_outputs, log_likelihood)
+
+    def _require_same_model(self, seen: Pass) -> None:
+        if self.ranks.size == 1:
+            return
+        norms = [float(weight.double().norm()) for site in self.sites for weight in (site.A, site.B)]
+        self.ranks.require_same([len(norms)], "their number of LoRA layers")
+        self.ranks.require_same(norms, "the adapter's weights: give them all the same model")
+        structure = [seen.n_outputs, *seen.groups]
+        self.ranks.require_same(structure, "the number of outputs or which layers share an input")
 
     def _refuse_gradients_of_pads(self, tap: Tap, checks: DeferredChecks) -> None:
         """What is masked must not matter: BERT, say, pools the first position, a pad if padding is on the left."""
@@ -166,9 +221,9 @@ class Objective:
                 "use batches without padding",
             )
 
-    def _warn_of_idle_sites(self, tap: Tap) -> None:
-        idle = [site.name for index, site in enumerate(self.sites) if index not in tap.reached]
+    def _warn_of_idle_sites(self, idle: Sequence[Site]) -> None:
         if idle:
+            names = [site.name for site in idle]
             warnings.warn(
-                f"no gradient reached {idle}: their posterior is the prior", LaplaceWarning, stacklevel=4
+                f"no gradient reached {names}: their posterior is the prior", LaplaceWarning, stacklevel=4
             )

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.blocks import BlockCurvature, KronBlock
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import NumericalError
-from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum, flush_full
+from laplace_lora_fast.factors import DenseFactor, Factor, SketchFactor, Spectrum, flush_full, join
 from laplace_lora_fast.fit import Accumulator
 from laplace_lora_fast.taps import Site
 
@@ -82,13 +83,22 @@ class KfacAccumulator(Accumulator):
         mode: expand or reduce.
         plan: dense or sketched.
         rank: leading eigenpairs to keep of each large factor; None for the kind's default.
+        omegas: of the sketched factors, as `omegas` of another accumulator gives them; None to make them here.
     """
 
-    def __init__(self, sites: Sequence[Site], mode: Kfac, plan: FactorPlan, rank: int | None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        mode: Kfac,
+        plan: FactorPlan,
+        rank: int | None,
+        omegas: dict[int, Tensor] | None = None,
+    ) -> None:
+        self._omegas = omegas or {}
         self._sites, self._mode, self._plan, self._rank = sites, mode, plan, rank
         self._inputs: dict[int, Factor] = {}
         self._gradients: list[Factor] = []
-        self._rows: dict[int, Tensor | int] = {}
+        self._rows: dict[int, Tensor | float] = {}
         self._first_inputs: list[tuple[int, Tensor, Tensor | None]] = []
         self._groups: list[int] = []
 
@@ -102,11 +112,9 @@ class KfacAccumulator(Accumulator):
         for position, leader in enumerate(leaders):
             members = [site for site, group in zip(self._sites, groups, strict=True) if group == leader]
             exact = [member.A.mT for member in members]
-            self._inputs[leader] = self._factor(dense[position], exact, dtype, 2 * position)
-        for position, site in enumerate(self._sites):
-            self._gradients.append(
-                self._factor(dense[len(leaders) + position], [site.B], dtype, 2 * position + 1)
-            )
+            self._inputs[leader] = self._factor(position, dense, exact, dtype)
+        for position, site in enumerate(self._sites, len(leaders)):
+            self._gradients.append(self._factor(position, dense, [site.B], dtype))
         for group, x, mask in self._first_inputs:
             self._add_input(group, x, mask)
         self._first_inputs.clear()
@@ -122,7 +130,18 @@ class KfacAccumulator(Accumulator):
 
     def finish_pass(self, n: int) -> None:
         """Makes room for the next pass, in all factors together."""
-        flush_full([*self._inputs.values(), *self._gradients])
+        flush_full(self._all_factors())
+
+    def omegas(self) -> dict[int, Tensor]:
+        """Omega of every sketched factor: accumulators with the same ones, over other data, add up."""
+        factors = enumerate(self._all_factors())
+        return {index: factor.omega for index, factor in factors if isinstance(factor, SketchFactor)}
+
+    def join(self, ranks: Ranks) -> None:
+        """Adds up the factors, and the tokens behind them, over all ranks."""
+        join(self._all_factors(), ranks)
+        counts = ranks.gather_numbers([float(self._rows.get(leader, 0)) for leader in self._inputs]).sum(0)
+        self._rows = dict(zip(self._inputs, counts.tolist(), strict=True))
 
     def curvature(self) -> BlockCurvature:
         """Eigendecomposes every block's curvature.
@@ -139,7 +158,7 @@ class KfacAccumulator(Accumulator):
                 raise NumericalError(
                     f"the curvature of layer {site.name!r} is not finite: the model overflows or a batch holds NaN"
                 )
-            rows = float(self._rows.get(group, 1))  # none where the layer never ran
+            rows = float(self._rows[group]) or 1.0  # none where the layer never ran
             if group not in spectra:
                 spectra[group] = x.spectrum(self._rank).scaled(1 / rows)
             square = site.scaling**2
@@ -150,10 +169,15 @@ class KfacAccumulator(Accumulator):
         names = [(site.name, side) for site in self._sites for side in "AB"]
         return BlockCurvature("kfac", names, blocks)
 
-    def _factor(self, dense: bool, exact: list[Tensor], dtype: torch.dtype, stream: int) -> Factor:
-        if dense:
+    def _all_factors(self) -> list[Factor]:
+        return [*self._inputs.values(), *self._gradients]
+
+    def _factor(self, index: int, dense: Sequence[bool], exact: list[Tensor], dtype: torch.dtype) -> Factor:
+        """The factor at a place of `_all_factors`."""
+        if dense[index]:
             return DenseFactor(exact[0].shape[0], dtype, exact[0].device)
-        return SketchFactor(self._plan.sketch_size, torch.cat(exact, 1), dtype, self._plan.seed + stream)
+        seed, omega = self._plan.seed + index, self._omegas.get(index)
+        return SketchFactor(self._plan.sketch_size, torch.cat(exact, 1), dtype, seed, omega)
 
     def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
         rows = add_input(self._inputs[group], self._mode, x, mask)

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from laplace_lora_fast import adapters, prior, state
 from laplace_lora_fast.curvature import BlockName
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import (
     LaplaceError,
     NotFittedError,
@@ -189,13 +191,18 @@ class LaplaceLoRA:
         """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
         return parameters_left_alone(self.model, self.sites)
 
-    def fit(self, train_loader: Iterable[Batch], *, progress: bool = True) -> LaplaceLoRA:
+    def fit(
+        self, train_loader: Iterable[Batch], *, group: ProcessGroup | None = None, progress: bool = True
+    ) -> LaplaceLoRA:
         """Fits the posterior: one pass over the training data, rank-of-Hessian backward passes a batch.
 
         Args:
             train_loader: batches as transformers makes them: dicts with `input_ids`, `attention_mask`, `labels`.
                 Labels ([N] class indices, or regression targets) are needed for the evidence and for
                 fisher="empirical" only.
+            group: process group of torch.distributed, `torch.distributed.group.WORLD` say, whose ranks fit together:
+                each passes the batches of its own share of the data and holds the same model, and leaves with the
+                posterior of all of the data. None: this process alone.
             progress: show a bar.
 
         Returns:
@@ -204,6 +211,7 @@ class LaplaceLoRA:
         Raises:
             InvalidBatchError: the loader is empty, or a batch is unusable.
             NumericalError: a layer's curvature is not finite.
+            RankError: another rank of `group` failed, or holds another model.
             UnsupportedAdapterError: the active adapter is one this does not cover, or not the one of `prior_mean`.
             ValueError: `prior_precision` names other layers than the active adapter has.
         """
@@ -225,6 +233,7 @@ class LaplaceLoRA:
             Fisher(options.fisher),
             options.mc_samples,
             options.seed,
+            Ranks(group),
         )
         self._fit = fit_structure(objective, train_loader, options, progress)
         self.sites, self._versions = sites, _versions(sites)

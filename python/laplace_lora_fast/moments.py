@@ -10,6 +10,7 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.blocks import BlockCurvature, DiagBlock, KronBlock
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.fit import Accumulator
 from laplace_lora_fast.jacobians import JacobianObserver, jacobian
@@ -47,6 +48,9 @@ class EkfacAccumulator(JacobianObserver, Accumulator):
     def finish_batch(self) -> None:
         self.forget()
 
+    def join(self, ranks: Ranks) -> None:
+        ranks.sum_([*self._core, *self._rest])
+
     def curvature(self) -> BlockCurvature:
         """The blocks with measured eigenvalues."""
         blocks = [
@@ -82,6 +86,9 @@ class DiagAccumulator(JacobianObserver, Accumulator):
 
     def finish_batch(self) -> None:
         self.forget()
+
+    def join(self, ranks: Ranks) -> None:
+        ranks.sum_(self._sums)
 
     def curvature(self) -> BlockCurvature:
         """The diagonal blocks.

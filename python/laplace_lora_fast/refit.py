@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.curvature import BlockName
+from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.dual import DualCurvature, RowAccumulator
 from laplace_lora_fast.dual_predictor import Solver, one_solver, times_root, times_transposed_root, whitened
 from laplace_lora_fast.errors import InvalidBatchError, NumericalError
@@ -176,6 +177,11 @@ class RefitAccumulator(RowAccumulator):
             raise InvalidBatchError("mean='refit' needs 'labels' in every batch of train_loader")
         self._targets.append(targets)
         self._prior_logits.append(tap.prior_logits(inputs))
+
+    def join(self, ranks: Ranks) -> None:
+        super().join(ranks)
+        self._targets = [ranks.gather(torch.cat(self._targets))]
+        self._prior_logits = [ranks.gather(torch.cat(self._prior_logits))]
 
     def curvature(self) -> RefittedCurvature:
         dual = super().curvature()

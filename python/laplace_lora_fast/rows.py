@@ -11,6 +11,8 @@ from shutil import rmtree
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.distributed import Ranks
+
 
 class Place(str, Enum):
     """Storage of rows, in the order they are tried."""
@@ -54,6 +56,13 @@ class RowStore:
     def matrices(self) -> list[Tensor]:
         """[R, features] of every block, where its rows live; chunks are let go block by block."""
         return [self._matrix(block) for block in range(len(self._chunks))]
+
+    def gathered(self, ranks: Ranks) -> RowStore:
+        """A store of the rows of all ranks, rank by rank; this one is emptied."""
+        whole = RowStore(len(self._chunks), self._budget)
+        for block, device in enumerate(self._devices):
+            whole.append(block, ranks.gather(self._matrix(block)).to(device))
+        return whole
 
     def _matrix(self, block: int) -> Tensor:
         chunks, self._chunks[block] = self._chunks[block], []

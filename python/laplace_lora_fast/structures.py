@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import chain
 from typing import Any
 
+from torch import Tensor
+
+import laplace_kernels as lk
 from laplace_lora_fast.blocks import BlockCurvature
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.dual import RowAccumulator
@@ -129,7 +133,8 @@ def fit_structure(objective: Objective, loader: Loader, options: FitOptions, pro
         raise InvalidBatchError(
             "structure='ekfac' passes over train_loader twice: pass a DataLoader or a list"
         )
-    kfac = KfacAccumulator(objective.sites, Kfac(options.kfac or "reduce"), options.plan(), options.rank)
+    omegas, loader = _shared_omegas(objective, loader, options)
+    kfac = _kfac(objective, options, omegas)
     fit = objective.accumulate(loader, kfac, "fit", progress)
     if structure is Structure.EKFAC:
         assert isinstance(fit.curvature, BlockCurvature)
@@ -139,34 +144,65 @@ def fit_structure(objective: Objective, loader: Loader, options: FitOptions, pro
     return fit
 
 
-def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[Structure, str, Loader]:
-    """Dual where its rows are few and it fits the memory budget; KFAC otherwise, and where its options are named."""
-    if options.names_kfac:
-        return Structure.KFAC, "kfac, factor or rank asks for it", loader
-    length = getattr(loader, "__len__", None)
+def _kfac(
+    objective: Objective, options: FitOptions, omegas: dict[int, Tensor] | None = None
+) -> KfacAccumulator:
+    mode = Kfac(options.kfac or "reduce")
+    return KfacAccumulator(objective.sites, mode, options.plan(), options.rank, omegas)
+
+
+def _shared_omegas(
+    objective: Objective, loader: Loader, options: FitOptions
+) -> tuple[dict[int, Tensor] | None, Loader]:
+    """Where several ranks sketch, the sketches that the first one would make of its first batch; and the loader."""
+    ranks = objective.ranks
+    widths = [width for site in objective.sites for width in (site.d_in, site.d_out)]
+    itemsize = lk.accumulation_dtype(objective.sites[0].A.dtype).itemsize
+    if ranks.size == 1 or all(options.plan().choose(widths, itemsize)):
+        return None, loader
+    with ranks.together():
+        first, loader = _first_batch(loader)
+        probe = _kfac(objective, options)
+        objective.observe([first], probe, "sketches", False)
+    return {index: ranks.from_first(omega) for index, omega in probe.omegas().items()}, loader
+
+
+def _first_batch(loader: Loader) -> tuple[Mapping[str, Any], Loader]:
+    """The first batch, and a loader that still has it. Raises InvalidBatchError if there is none."""
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise InvalidBatchError("train_loader yielded no batch")
-    whole = chain([first], batches) if batches is loader else loader
-    if length is None:
-        return Structure.KFAC, "the loader has no length, so the number of rows is unknown", whole
-    head = objective.head
-    inputs = head.inputs(first, device_of(objective.model), DeferredChecks())
-    if head.answer_token_ids is not None:
-        outputs = len(head.answer_token_ids)
-    else:
-        with Tap(objective.model, head, list(objective.sites), None) as tap:
-            outputs = tap.forward(inputs).shape[1]
+    return first, chain([first], batches) if batches is loader else loader
+
+
+def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[Structure, str, Loader]:
+    """Dual where its rows are few and it fits the memory budget; KFAC otherwise, and where its options are named."""
+    if options.names_kfac:
+        return Structure.KFAC, "kfac, factor or rank asks for it", loader
+    ranks, head = objective.ranks, objective.head
+    length = getattr(loader, "__len__", None)
+    with ranks.together():
+        first, loader = _first_batch(loader)
+        inputs = head.inputs(first, device_of(objective.model), DeferredChecks())
+        if head.answer_token_ids is not None:
+            outputs = len(head.answer_token_ids)
+        else:
+            with Tap(objective.model, head, list(objective.sites), None) as tap:
+                outputs = tap.forward(inputs).shape[1]
+    examples = math.nan if length is None else length() * inputs.batch_size
+    examples = float(ranks.gather_numbers([examples]).sum())
+    if math.isnan(examples):
+        return Structure.KFAC, "the loader has no length, so the number of rows is unknown", loader
     per_example = outputs - (objective.likelihood.name == "classification")
     if Fisher(options.fisher) is not Fisher.EXACT:
         per_example = options.mc_samples if Fisher(options.fisher) is Fisher.MC else 1
-    rows = length() * inputs.batch_size * per_example
+    rows = int(examples) * per_example
     sizes = [(site.rank, width) for site in objective.sites for width in (site.d_in, site.d_out)]
     weights = sum(rank * width for rank, width in sizes)
     row_bytes = 4 * rows * sum(rank * min(width, options.row_sketch_size) for rank, width in sizes)
     kernel_bytes = 3 * 8 * rows**2  # K, its factor and its eigenvectors
     facts = f"about {rows} rows, {weights} weights, {(row_bytes + kernel_bytes) / 2**20:.0f} MiB"
     if rows < min(weights, _MOST_ROWS) and row_bytes + kernel_bytes <= options.memory_budget:
-        return Structure.DUAL, f"{facts} suit the dual", whole
-    return Structure.KFAC, f"{facts} do not suit the dual", whole
+        return Structure.DUAL, f"{facts} suit the dual", loader
+    return Structure.KFAC, f"{facts} do not suit the dual", loader

@@ -1,0 +1,109 @@
+"""Sums over ranks: each process fits its own share of the data, and all leave with the posterior of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from laplace_lora_fast.errors import RankError
+
+
+class Ranks:
+    """The processes that fit one posterior together; one process alone without a group.
+
+    Every rank calls the same methods in the same order. What can fail on one of them runs inside `together`, so that
+    no rank waits for one that has given up.
+
+    Args:
+        group: a process group of torch.distributed, or None.
+
+    Attributes:
+        size: number of ranks.
+        rank: this one, from 0.
+
+    Raises:
+        ValueError: this process is not in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError("group: this process is not one of its ranks")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises on every rank if one raises inside.
+
+        Raises:
+            RankError: another rank failed.
+        """
+        try:
+            yield
+        except Exception:
+            self._failures(1)
+            raise
+        failures = self._failures(0)
+        if failures:
+            raise RankError(f"fit failed on {failures} of the other ranks: see their errors")
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its sum over the ranks, bitwise the same on all of them."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            carried = tensor.to(self._carrier(tensor))
+            dist.all_reduce(carried, group=self._group)
+            if carried is not tensor:
+                tensor.copy_(carried)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of all ranks, rank by rank; n may differ."""
+        if self.size == 1:
+            return rows
+        counts = self.gather_numbers([len(rows)])[:, 0].long().tolist()
+        mine = rows.to(self._carrier(rows))
+        padded = mine.new_zeros(max(counts), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self._group)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(rows.device)
+
+    def gather_numbers(self, numbers: Sequence[float]) -> Tensor:
+        """The numbers of every rank, fp64 [size, n] on the CPU; n is the same on all of them."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return mine[None]
+        mine = mine.to(self._carrier(mine))
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self._group)
+        return torch.stack(parts).cpu()
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor; it has the same shape and dtype on all of them."""
+        if self.size == 1:
+            return tensor
+        carried = tensor.to(self._carrier(tensor)).contiguous()
+        first = dist.get_global_rank(self._group, 0) if self._group is not None else 0
+        dist.broadcast(carried, first, group=self._group)
+        return carried.to(tensor.device)
+
+    def require_same(self, numbers: Sequence[float], what: str) -> None:
+        """Raises RankError on every rank unless the numbers are the same on all of them."""
+        everywhere = self.gather_numbers(numbers)
+        if not bool((everywhere == everywhere[0]).all()):
+            raise RankError(f"the ranks differ in {what}")
+
+    def _failures(self, mine: int) -> int:
+        return int(self.gather_numbers([mine]).sum())
+
+    def _carrier(self, tensor: Tensor) -> torch.device:
+        """Where the group can carry a tensor: NCCL knows GPUs only, gloo is at home on the CPU."""
+        if "nccl" not in str(dist.get_backend(self._group)):
+            return torch.device("cpu")
+        return tensor.device if tensor.is_cuda else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,216 @@
+"""Two processes with a share of the data each leave with the posterior of one process with all of it. fp64, 1e-9."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from laplace_lora_fast import InvalidBatchError, LaplaceLoRA, RankError
+from laplace_lora_fast.callback import LaplaceCallback
+from laplace_lora_fast.distributed import Ranks
+from laplace_lora_fast.factors import SketchFactor
+from tests import test_callback, tiny
+from tests.test_invariance import assert_same, results
+
+WORLD = 2
+TEST = tiny.batch(4, 5, seed=2)
+FITS = {
+    "kfac reduce": {"structure": "kfac", "kfac": "reduce", "factor": "dense"},
+    "kfac expand": {"structure": "kfac", "kfac": "expand", "factor": "dense"},
+    # So wide that a sketch is exact, if and only if all ranks have the same one.
+    "kfac sketch": {"structure": "kfac", "kfac": "expand", "factor": "sketch", "sketch_size": 16},
+    "kfac, few rows": {"structure": "kfac", "factor": "dense"},
+    "kfac empirical": {"structure": "kfac", "fisher": "empirical", "factor": "dense"},
+    "ekfac": {"structure": "ekfac", "factor": "dense"},
+    "diag": {"structure": "diag"},
+    "dual": {"structure": "dual"},
+    "dual, rows in files": {"structure": "dual", "memory_budget": 1000},
+    "auto": {"structure": "auto"},
+    "refit": {"mean": "refit"},
+}
+
+
+def shares(name=""):
+    """Batches of every rank: not as many, not as large; or so few that no factor is accumulated."""
+    if name == "kfac, few rows":
+        return [[tiny.batch(1, 6, seed=1)], [tiny.batch(1, 4, seed=2)]]
+    first = [tiny.batch(n, length, seed=n) for n, length in ((3, 6), (2, 4), (5, 7))]
+    return [first, [tiny.batch(4, 5, seed=9)]]
+
+
+def build(rank=0):
+    return tiny.tiny_llama(targets=("q_proj", "v_proj"))
+
+
+def seen(la):
+    out = results(la, TEST)
+    if la.options.mean == "refit":
+        prior = torch.full((len(la.posterior.curvature.names),), 0.7, dtype=torch.float64)
+        out["left out"], out["covariance left out"] = la.posterior.curvature.leave_one_out(prior)
+    return out
+
+
+def fit(model, loader, options, group=None):
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, prior_precision=0.7, **options)
+    return la.fit(loader, group=group, progress=False)
+
+
+def good(rank, group, name):
+    la = fit(build(), shares(name)[rank], FITS[name], group)
+    return seen(la), la.posterior.curvature.structure, la.snapshot()[0].n_examples
+
+
+def one_has_no_batch(rank, group):
+    fit(build(), shares()[rank] if rank == 0 else [], {"structure": "kfac"}, group)
+
+
+def one_has_a_bad_label(rank, group):
+    batch = tiny.batch(3, 5, seed=1)
+    labels = batch["labels"].clone().fill_(99 if rank == 1 else 0)
+    fit(build(), [{**batch, "labels": labels}], {"structure": "auto"}, group)
+
+
+def other_weights(rank, group):
+    model = build()
+    tiny.randomise(model, seed=rank)
+    fit(model, shares()[rank], {"structure": "diag"}, group)
+
+
+def one_has_no_labels(rank, group):
+    batches = [{k: v for k, v in batch.items() if rank == 0 or k != "labels"} for batch in shares()[rank]]
+    la = fit(build(), batches, {"structure": "kfac"}, group)
+    return la.snapshot()[0].log_likelihood
+
+
+def gathered(rank, group):
+    ranks = Ranks(group)
+    rows = ranks.gather(torch.full((2 * rank, 3), float(rank)))
+    total = torch.tensor([1.0, 10.0 * rank])
+    ranks.sum_([total])
+    return rows, total, ranks.from_first(torch.tensor([5 + rank])), ranks.gather_numbers([rank, 7])
+
+
+def trainer(rank, group, folder):
+    """The Trainer's callback shares its training set out."""
+    callback = LaplaceCallback(method=None, answer_token_ids=tiny.ANSWERS, kfac="expand")
+    run = test_callback.trainer(Path(folder) / "trainer", callback)
+    assert run.args.world_size == WORLD
+    run.train()
+    expected = test_callback.by_hand(run.model, "marglik", kfac="expand")
+    return [
+        la.log_marginal_likelihood(1.0) for la in (callback.laplace, expected)
+    ], callback.laplace.snapshot()[0].n_examples
+
+
+FAULTS = [one_has_no_batch, one_has_a_bad_label, other_weights]
+JOBS = {name: functools.partial(good, name=name) for name in FITS}
+JOBS |= {job.__name__: job for job in (*FAULTS, one_has_no_labels, gathered)}
+
+
+def outcome(job, *arguments):
+    """What a job returns, or the kind and the message of what it raises."""
+    try:
+        return job(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return type(error), str(error)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    port = (Path(folder) / "port").read_text()
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launched.items()})  # as torchrun does
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo")
+    jobs = JOBS | {"trainer": functools.partial(trainer, folder=folder)}
+    found = {name: outcome(job, rank, dist.group.WORLD) for name, job in jobs.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank found in each job."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    mp.spawn(worker, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_world_size(ranks, name):
+    alone = fit(build(), [batch for share in shares(name) for batch in share], FITS[name])
+    expected = seen(alone)
+    for found in ranks:
+        mine, structure, n_examples = found[name]
+        assert structure == alone.posterior.curvature.structure
+        assert n_examples == alone.snapshot()[0].n_examples == (2 if "few" in name else 14)
+        assert_same(mine, expected)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_ranks_agree_bitwise(ranks, name):
+    """Else the ranks would choose different prior precisions."""
+    first, second = (found[name][0] for found in ranks)
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.parametrize("job", [one_has_no_batch, one_has_a_bad_label])
+def test_a_failing_rank_stops_all(ranks, job):
+    kinds = [found[job.__name__][0] for found in ranks]
+    assert kinds == [RankError, InvalidBatchError]
+
+
+def test_ranks_with_different_adapters_are_refused(ranks):
+    for found in ranks:
+        kind, message = found[other_weights.__name__]
+        assert kind is RankError
+        assert "weights" in message
+
+
+def test_missing_labels_on_one_rank_leave_no_evidence(ranks):
+    assert [found[one_has_no_labels.__name__] for found in ranks] == [None, None]
+
+
+def test_collectives(ranks):
+    for rows, total, first, numbers in (found["gathered"] for found in ranks):
+        assert torch.equal(rows, torch.ones(2, 3))
+        assert torch.equal(total, torch.tensor([2.0, 10.0]))
+        assert torch.equal(first, torch.tensor([5]))
+        assert numbers.tolist() == [[0, 7], [1, 7]]
+
+
+def test_trainer(ranks):
+    for found in ranks:
+        (joint, alone), n = found["trainer"]
+        assert n == len(test_callback.TRAIN["labels"])
+        torch.testing.assert_close(joint, alone, rtol=1e-5, atol=0)
+
+
+def test_sketches_with_one_omega_add_up():
+    x = torch.randn(60, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = torch.eye(12, 2, dtype=torch.float64)
+    whole = SketchFactor(6, exact, torch.float64, seed=0)
+    whole.add_tokens(x, None)
+    parts = [SketchFactor(6, exact, torch.float64, seed=9 + i, omega=whole.omega) for i in range(2)]
+    for part, rows in zip(parts, x.split([20, 40]), strict=True):
+        part.add_tokens(rows, None)
+    parts[0].merge(parts[1])
+    for mine, expected in zip(
+        (parts[0].spectrum(3).dense(), parts[0].quadratic(exact)),
+        (whole.spectrum(3).dense(), whole.quadratic(exact)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
