@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.measure import peak_bytes
 from laplace_lora_fast import (
     InvalidBatchError,
     LaplaceLoRA,
@@ -248,6 +249,27 @@ def test_validation_refits_at_each_value() -> None:
             assert la.optimize_prior_precision("val_nll", **options) == expected
     else:
         assert la.optimize_prior_precision("val_nll", **options) == expected
+
+
+@pytest.mark.filterwarnings("ignore::laplace_lora_fast.errors.LaplaceWarning")  # the labels are random
+@pytest.mark.parametrize("mean", ["map", "refit"])
+def test_validation_holds_one_solution_at_a_time(mean: str) -> None:
+    """Each is an R x R matrix, and a grid has 101 values, of two prior precisions 10201."""
+    model, rows = tiny.tiny_llama_classifier(2), 96
+    la = LaplaceLoRA(model, structure="dual", mean=mean).fit([train(2, rows)], progress=False)
+    structure = "scalar" if mean == "refit" else "ab"
+    held_out = [train(2, 4)]
+
+    def peak(n: int) -> int:
+        grid = torch.logspace(-1, 1, n).tolist()
+        return peak_bytes(
+            lambda: la.optimize_prior_precision(
+                "val_nll", prior_structure=structure, val_loader=held_out, grid=grid, progress=False
+            )
+        )
+
+    peak(2)
+    assert peak(30) - peak(3) < 5 * rows**2 * 8
 
 
 def test_batches_padding_and_checkpointing_make_no_difference() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
+from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.evidence import evidence_root
 from laplace_lora_fast.factors import Spectrum
 from laplace_lora_fast.jacobians import BlockPredictor, jacobian
@@ -240,7 +240,7 @@ class BlockCurvature(Curvature):
             best[key] = evidence_root(values, counts, sum(squared_norms[index] for index in members), key)
         return best
 
-    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
+    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> BlockPredictor:
         return BlockPredictor(sites, self.blocks, prior_precisions, n_cotangents)
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:

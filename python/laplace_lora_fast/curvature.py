@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from laplace_lora_fast.heads import Inputs
 from laplace_lora_fast.taps import Observer, Site, Tap
 
 BlockName = tuple[str, str]  # layer, side
+Seen = TypeVar("Seen")
 
 
-class Predictor(Observer, Protocol):
-    """Observer that turns one batch into logits and their covariance under G priors."""
+class Predictor(Observer, Protocol[Seen]):
+    """Observer that turns batches into Gaussians of their outputs under G priors: first look, then conclude."""
 
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Seen]:
         """One forward and K backward passes over a batch.
 
         Args:
@@ -32,8 +33,14 @@ class Predictor(Observer, Protocol):
             cotangents: [C, K], the directions of the outputs to look at.
 
         Returns:
-            Logits [N, C] of the model; mean [N, K] ([G, N, K] where it depends on the prior) and covariances
-            [G, N, K, K] of `logits @ cotangents`.
+            Logits [N, C] of the model, and what `gaussians` needs of the batch.
+        """
+
+    def gaussians(self, batches: Sequence[Seen]) -> tuple[Tensor, Tensor]:
+        """Mean [N, K] ([G, N, K] where it depends on the prior) and covariances [G, N, K, K] of logits @ cotangents.
+
+        Args:
+            batches: what `run` saw; N counts all of their examples. For several priors, call it once for all batches.
         """
 
 
@@ -79,7 +86,7 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
+    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor[Any]:
         """An observer for covariances under G priors, `prior_precisions` fp64 [n_blocks, G]."""
 
     @abstractmethod

@@ -17,14 +17,14 @@ covariance is one of a Gaussian: never negative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from laplace_lora_fast.curvature import BlockName, Curvature, Predictor
+from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.dual_predictor import (
     DualPredictor,
@@ -147,6 +147,7 @@ class DualCurvature(Curvature):
     """
 
     structure = "dual"
+    refitted = False
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class DualCurvature(Curvature):
     ) -> None:
         self.names, self.means, self.rows, self.projections = names, means, rows, projections
         self.roots = roots
-        self._solved: tuple[list[list[float]], list[int], list[Solver]] | None = None
+        self._latest_solver: tuple[list[float], Solver] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -250,22 +251,23 @@ class DualCurvature(Curvature):
             optimizer.step(closure)
         return dict(zip(groups, log_lambda.detach().exp().tolist(), strict=True))
 
-    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> Predictor:
-        parts, solvers = self._solve(prior_precisions)
-        return DualPredictor(sites, self.rows, self.projections, parts, solvers, n_cotangents)
+    def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> DualPredictor:
+        precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
+        solvers: Iterable[Solver] = self._solvers(precisions, parts)
+        if precisions.shape[1] == 1:  # kept, for the next batch
+            key = prior_precisions[:, 0].tolist()
+            if self._latest_solver is None or self._latest_solver[0] != key:
+                self._latest_solver = key, next(self._solvers(precisions, parts))
+            solvers = [self._latest_solver[1]]
+        return DualPredictor(
+            sites, self.rows, self.projections, parts.tolist(), solvers, n_cotangents, self.refitted
+        )
 
-    def _solve(self, prior_precisions: Tensor) -> tuple[list[int], list[Solver]]:
-        """For each block its part, and a solver for each prior; the latest are kept, for the next batch."""
-        key = prior_precisions.tolist()
-        if self._solved is None or self._solved[0] != key:
-            precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
-            kernels = torch.stack(
-                [self.kernel([float(other == part) for other in parts]) for part in range(len(precisions))]
-            )
-            self._solved = key, parts.tolist(), self.solvers(kernels, parts, precisions)
-        return self._solved[1:]
+    def _solvers(self, precisions: Tensor, parts: Tensor) -> Iterator[Solver]:
+        weights = [[float(other == part) for other in parts] for part in range(len(precisions))]
+        yield from self.solvers(torch.stack([self.kernel(each) for each in weights]), parts, precisions)
 
-    def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
+    def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> Iterator[Solver]:
         """One a prior.
 
         Args:

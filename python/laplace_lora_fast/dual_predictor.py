@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,21 @@ class Solver:
         return torch.einsum("p,pncr,r->nc", self.weights, cross, self.alpha)
 
 
+@dataclass(frozen=True)
+class Products:
+    """Inner products of a batch's Jacobian rows with each other and with the training rows, fp64.
+
+    Attributes:
+        own: J* J*^T of every part, [parts, N, K, K].
+        cross: J* J^T of every part, [parts, N, K, R].
+        mean: [N, K] of the model that the linearised one is an expansion of.
+    """
+
+    own: Tensor
+    cross: Tensor
+    mean: Tensor
+
+
 class DualPredictor(JacobianObserver):
     """Covariances J* Lambda^-1 J*^T - K*R (I + K)^-1 KR* under G priors.
 
@@ -53,8 +68,9 @@ class DualPredictor(JacobianObserver):
         rows: of every block, [R, r m].
         projections: Omega of every block.
         parts: for each block its part.
-        solvers: one a prior.
+        solvers: one a prior; gone through once a call of `gaussians`, and not kept.
         n_cotangents: K.
+        refitted: whether the solvers move the mean, from the outputs with the adapter switched off.
     """
 
     def __init__(
@@ -63,32 +79,37 @@ class DualPredictor(JacobianObserver):
         rows: Sequence[Tensor],
         projections: Sequence[Tensor],
         parts: Sequence[int],
-        solvers: Sequence[Solver],
+        solvers: Iterable[Solver],
         n_cotangents: int,
+        refitted: bool,
     ) -> None:
         super().__init__(sites, [None] * len(rows))
         self._rows, self._projections, self._parts, self._solvers = rows, projections, parts, solvers
-        self._n_cotangents = n_cotangents
+        self._n_cotangents, self._refitted = n_cotangents, refitted
         self._features: dict[int, list[Tensor]] = {}
         self._cross: Tensor | None = None  # [parts, N, K, R]
         self._own: Tensor | None = None  # [parts, N, K, K]
 
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Products]:
+        """See `Predictor`."""
         n, k, home = inputs.batch_size, self._n_cotangents, self._rows[0].device
-        sizes = len(self._solvers[0].weights), n, k
+        sizes = 1 + max(self._parts), n, k
         self._cross = torch.zeros(*sizes, len(self._rows[0]), dtype=torch.float64, device=home)
         self._own = torch.zeros(*sizes, k, dtype=torch.float64, device=home)
         logits = self.sweep(tap, inputs, cotangents)
-        cov = torch.stack([solver.covariance(self._own, self._cross) for solver in self._solvers])
-        return logits, self._mean(tap, inputs, logits, cotangents.to(logits)), cov.to(logits)
+        outputs = tap.prior_logits(inputs) if self._refitted else logits
+        return logits, Products(self._own, self._cross, outputs @ cotangents.to(outputs))
 
-    def _mean(self, tap: Tap, inputs: Inputs, logits: Tensor, cotangents: Tensor) -> Tensor:
-        """[N, K] of the trained model, or [G, N, K] of the refitted ones."""
-        if self._solvers[0].alpha is None:
-            return logits @ cotangents
-        assert self._cross is not None
-        shifts = torch.stack([solver.shift(self._cross) for solver in self._solvers])
-        return tap.prior_logits(inputs) @ cotangents + shifts.to(logits)
+    def gaussians(self, batches: Sequence[Products]) -> tuple[Tensor, Tensor]:
+        """Priors are solved for one after the other: no more than one solution is held."""
+        own, cross = (torch.cat([getattr(b, part) for b in batches], 1) for part in ("own", "cross"))
+        mean = torch.cat([b.mean for b in batches])
+        shifts, covs = [], []
+        for solver in self._solvers:
+            covs.append(solver.covariance(own, cross).to(mean))
+            if self._refitted:
+                shifts.append(solver.shift(cross).to(mean))
+        return (mean + torch.stack(shifts) if self._refitted else mean), torch.stack(covs)
 
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
         waiting = self._features.setdefault(block, [])
@@ -144,8 +165,8 @@ def one_solver(kernels: Tensor, roots: Tensor, column: Tensor, alpha: Tensor | N
     return Solver(weights, times_root(roots, inverse.mT), torch.zeros_like(inverse[0]), alpha)
 
 
-def shared_solvers(kernels: Tensor, roots: Tensor, precisions: Tensor) -> list[Solver]:
-    """A solver per column of precisions [parts, G]; columns that differ in the last part only share an eigenbasis.
+def shared_solvers(kernels: Tensor, roots: Tensor, precisions: Tensor) -> Iterator[Solver]:
+    """A solver per column of precisions [parts, G]; neighbours that differ in the last part only share an eigenbasis.
 
     Args:
         kernels: J J^T of every part, [parts, R, R].
@@ -153,19 +174,16 @@ def shared_solvers(kernels: Tensor, roots: Tensor, precisions: Tensor) -> list[S
         precisions: fp64.
     """
     if precisions.shape[1] == 1:
-        return [one_solver(kernels, roots, precisions[:, 0])]
+        yield one_solver(kernels, roots, precisions[:, 0])
+        return
     white = [whitened(kernel, roots) for kernel in kernels]
     identity = torch.eye(kernels.shape[1], dtype=kernels.dtype, device=kernels.device)
-    shared: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
-    solvers = []
+    shared = None
     for column in precisions.mT:
         *leading, last = column.tolist()
-        key = tuple(leading)
-        if key not in shared:
+        if leading != shared:
             fixed = identity + sum(kernel / lam for kernel, lam in zip(white, leading, strict=False))
             inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(fixed), identity, upper=False)
             values, vectors = torch.linalg.eigh(inverse @ white[-1] @ inverse.mT)
-            shared[key] = times_root(roots, inverse.mT @ vectors), values.clamp_min(0)
-        basis, values = shared[key]
-        solvers.append(Solver((1 / column).to(kernels.device), basis, values / last))
-    return solvers
+            shared, values, basis = leading, values.clamp_min(0), times_root(roots, inverse.mT @ vectors)
+        yield Solver((1 / column).to(kernels.device), basis, values / last)

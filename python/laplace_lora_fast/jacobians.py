@@ -124,11 +124,16 @@ class BlockPredictor(JacobianObserver):
         self._waiting: dict[int, list[Tensor]] = {}
         self._covariance: Tensor | None = None
 
-    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, tap: Tap, inputs: Inputs, cotangents: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See `Predictor`: sees the Gaussian itself."""
         self._covariance = None
         logits = self.sweep(tap, inputs, cotangents)
         assert self._covariance is not None
-        return logits, logits @ cotangents.to(logits), self._covariance
+        return logits, (logits @ cotangents.to(logits), self._covariance)
+
+    def gaussians(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        means, covs = zip(*batches, strict=True)
+        return torch.cat(means), torch.cat(covs, 1)
 
     def observe_jacobian(self, block: int, small: Tensor, large: Tensor) -> None:
         if self._n_cotangents == 1:

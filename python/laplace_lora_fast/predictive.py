@@ -71,14 +71,20 @@ def distribution(
     """
     checks, cotangents = DeferredChecks(), cotangents.to(device_of(linearised.model))
     predictor = linearised.curvature.predictor(linearised.sites, prior_precisions, cotangents.shape[1])
-    means, covs, targets = [], [], []
+    several_priors = prior_precisions.shape[1] > 1
+    seen, targets, gaussians = [], [], []
     with linearised.tap(predictor) as tap:
         for inputs in linearised.batches(track(loader, what, progress), checks):
-            logits, mean, cov = predictor.run(tap, inputs, cotangents)
+            logits, batch = predictor.run(tap, inputs, cotangents)
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
-            means.append(mean)
-            covs.append(cov)
+            seen.append(batch)
+            if not several_priors:
+                gaussians.append(predictor.gaussians(seen))
+                seen.clear()
     checks.settle()
+    if several_priors:
+        gaussians.append(predictor.gaussians(seen))
+    means, covs = zip(*gaussians, strict=True)
     return torch.cat(means, -2), torch.cat(covs, 1), _joined(targets)
 
 

@@ -20,7 +20,7 @@ so that the prior precision can be chosen by the leave-one-out likelihood: no he
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,6 +205,7 @@ class RefittedCurvature(DualCurvature):
     """
 
     structure = "dual, refitted"
+    refitted = True
 
     def __init__(self, dual: DualCurvature, observed: Observations) -> None:
         super().__init__(dual.names, dual.means, dual.rows, dual.projections, dual.roots)
@@ -243,13 +244,11 @@ class RefittedCurvature(DualCurvature):
         kernel = self.kernel((1 / prior_precision).tolist())
         return leave_one_out(kernel, self.observed, self.mode(prior_precision))
 
-    def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> list[Solver]:
-        """A refit and a factorisation a prior, each kept: R^2 numbers."""
-        modes = [self.mode(column[parts]) for column in precisions.mT]
-        return [
-            one_solver(kernels, mode.roots, column, mode.alpha.flatten())
-            for mode, column in zip(modes, precisions.mT, strict=True)
-        ]
+    def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> Iterator[Solver]:
+        """A refit and a factorisation a prior."""
+        for column in precisions.mT:
+            mode = self.mode(column[parts])
+            yield one_solver(kernels, mode.roots, column, mode.alpha.flatten())
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Raises ValueError: the refitted mean is one of outputs, there are no weights that have it."""
