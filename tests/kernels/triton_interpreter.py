@@ -2,7 +2,8 @@
 
 The interpreter keeps bf16 as 16 bits in a uint16. It multiplies those integers in `tl.dot`, truncates when
 fp32 is converted to bf16, and knows neither a reduction through a tensor descriptor nor fp32 products in bf16
-parts. `install` mends all of it; a product in parts is computed in fp32.
+parts. In Triton 3.6, NumPy 2.5 refuses what it takes for a scalar. `install` mends all of it; a product in parts is
+computed in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _Bits = Any  # numpy arrays of uint16
 def install() -> None:
     """Patch the interpreter of this process."""
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    lang_tensor = interpreter._patch_lang_tensor
 
     def create_dot(
         self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any
@@ -43,6 +45,11 @@ def install() -> None:
         )
         interpreter._interpreter.store(pointers.data, before + value.data, inside)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         allowed_dot_input_precisions=("tf32", "ieee", "bf16x3", "bf16x6")
     )
