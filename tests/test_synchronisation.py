@@ -90,8 +90,8 @@ def autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
 
-        def on_cpu(kind: str, *args: Any, real: Any = real, **kwargs: Any) -> Any:
-            return real("cpu" if kind == "meta" else kind, *args, **kwargs)
+        def on_cpu(device_type: str, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            return real("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
         monkeypatch.setattr(torch, name, on_cpu)
 
