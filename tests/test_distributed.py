@@ -78,6 +78,11 @@ def one_has_a_bad_label(rank, group):
     fit(build(), [{**batch, "labels": labels}], {"structure": "auto"}, group)
 
 
+def one_has_an_iterator(rank, group):
+    batches = shares()[rank]
+    fit(build(), iter(batches) if rank == 1 else batches, {"structure": "ekfac"}, group)
+
+
 def other_weights(rank, group):
     model = build()
     tiny.randomise(model, seed=rank)
@@ -110,7 +115,7 @@ def trainer(rank, group, folder):
     ], callback.laplace.snapshot()[0].n_examples
 
 
-FAULTS = [one_has_no_batch, one_has_a_bad_label, other_weights]
+FAULTS = [one_has_no_batch, one_has_a_bad_label, one_has_an_iterator, other_weights]
 JOBS = {name: functools.partial(good, name=name) for name in FITS}
 JOBS |= {job.__name__: job for job in (*FAULTS, one_has_no_labels, gathered)}
 
@@ -167,7 +172,7 @@ def test_ranks_agree_bitwise(ranks, name):
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-@pytest.mark.parametrize("job", [one_has_no_batch, one_has_a_bad_label])
+@pytest.mark.parametrize("job", [one_has_no_batch, one_has_a_bad_label, one_has_an_iterator])
 def test_a_failing_rank_stops_all(ranks, job):
     kinds = [found[job.__name__][0] for found in ranks]
     assert kinds == [RankError, InvalidBatchError]

@@ -215,15 +215,9 @@ class LaplaceLoRA:
             UnsupportedAdapterError: the active adapter is one this does not cover, or not the one of `prior_mean`.
             ValueError: `prior_precision` names other layers than the active adapter has.
         """
-        sites = find_sites(self.model, self._head, self._layers)
-        weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
-        if weights != former:
-            if self._prior_mean is not None:
-                raise UnsupportedAdapterError(
-                    f"prior_mean belongs to adapter {self.sites[0].adapter!r}, now {sites[0].adapter!r} is active: "
-                    "make a new LaplaceLoRA"
-                )
-            prior.resolve(self.prior_precision, _block_names(sites))
+        ranks = Ranks(group)
+        with ranks.together():
+            sites = self._current_sites()
         options = self.options
         objective = Objective(
             self.model,
@@ -233,11 +227,24 @@ class LaplaceLoRA:
             Fisher(options.fisher),
             options.mc_samples,
             options.seed,
-            Ranks(group),
+            ranks,
         )
         self._fit = fit_structure(objective, train_loader, options, progress)
         self.sites, self._versions = sites, _versions(sites)
         return self
+
+    def _current_sites(self) -> list[Site]:
+        """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
+        sites = find_sites(self.model, self._head, self._layers)
+        weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
+        if weights != former:
+            if self._prior_mean is not None:
+                raise UnsupportedAdapterError(
+                    f"prior_mean belongs to adapter {self.sites[0].adapter!r}, now {sites[0].adapter!r} is active: "
+                    "make a new LaplaceLoRA"
+                )
+            prior.resolve(self.prior_precision, _block_names(sites))
+        return sites
 
     @property
     def _is_regression(self) -> bool:

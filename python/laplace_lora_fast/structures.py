@@ -129,10 +129,11 @@ def fit_structure(objective: Objective, loader: Loader, options: FitOptions, pro
         return objective.accumulate(loader, rows, "fit", progress)
     if structure is Structure.DIAG:
         return objective.accumulate(loader, DiagAccumulator(objective.sites), "fit", progress)
-    if structure is Structure.EKFAC and iter(loader) is loader:
-        raise InvalidBatchError(
-            "structure='ekfac' passes over train_loader twice: pass a DataLoader or a list"
-        )
+    with objective.ranks.together():
+        if structure is Structure.EKFAC and iter(loader) is loader:
+            raise InvalidBatchError(
+                "structure='ekfac' passes over train_loader twice: pass a DataLoader or a list"
+            )
     omegas, loader = _shared_omegas(objective, loader, options)
     kfac = _kfac(objective, options, omegas)
     fit = objective.accumulate(loader, kfac, "fit", progress)
