@@ -49,9 +49,22 @@ def jacobian(setting: Setting) -> Tensor:
     return torch.cat(list(found.values()), 2)
 
 
-def variance(setting: Setting, kfac: str) -> Tensor:
-    """Variances [N, C - 1] of f_c - f_0 in the first batch."""
-    return _spectral(setting, kfac)[0]
+def variance(setting: Setting, kfac: str | None) -> Tensor:
+    """Variances [N, C - 1] of f_c - f_0 in the first batch; under the GGN itself for kfac = None."""
+    if kfac is not None:
+        return _spectral(setting, kfac)[0]
+    rows, contrasts = _ggn_rows(setting), _contrasts(setting).flatten(0, 1)
+    identity = PRIOR_PRECISION * torch.eye(len(rows), dtype=torch.float64)
+    seen = torch.linalg.solve(identity + rows @ rows.mT, rows @ contrasts.mT)
+    left = contrasts.square().sum(1) - (seen * (rows @ contrasts.mT)).sum(0)
+    return (left / PRIOR_PRECISION).view(_contrasts(setting).shape[:2])
+
+
+@cache
+def ggn_eigenvalues(setting: Setting) -> Tensor:
+    """Of the GGN in all weights: as many as its examples have outputs, descending."""
+    rows = _ggn_rows(setting)
+    return torch.linalg.eigvalsh(rows @ rows.mT).flip(0)
 
 
 def evidence(setting: Setting, kfac: str, prior_precision: float = PRIOR_PRECISION) -> float:
@@ -112,7 +125,7 @@ def _streams(setting: Setting, fisher: str) -> list[oracle.Stream]:
 @cache
 def _spectral(setting: Setting, kfac: str) -> tuple[Tensor, Tensor]:
     """What takes eigendecompositions: the contrasts' variances [N, C - 1] and the eigenvalues of the curvature."""
-    contrasts = (jacobian(setting)[:, 1:] - jacobian(setting)[:, :1]).double()
+    contrasts = _contrasts(setting)
     total, values, start = torch.zeros(contrasts.shape[:2], dtype=torch.float64), [], 0
     for x, g in curvature(setting, kfac):
         (x_values, X), (g_values, G) = torch.linalg.eigh(x), torch.linalg.eigh(g)
@@ -121,6 +134,28 @@ def _spectral(setting: Setting, kfac: str) -> tuple[Tensor, Tensor]:
         total += ((G.mT @ block @ X).square() / (values[-1] + PRIOR_PRECISION)).sum((2, 3))
         start += values[-1].numel()
     return total, torch.cat([part.flatten() for part in values])
+
+
+def _contrasts(setting: Setting) -> Tensor:
+    """[N, C - 1, P], fp64, of the first batch."""
+    plain = jacobian(setting)
+    return (plain[:, 1:] - plain[:, :1]).double()
+
+
+@cache
+def _ggn_rows(setting: Setting) -> Tensor:
+    """Phi [N C, P] fp64 of the training set, the GGN being Phi^T Phi."""
+    sites = [
+        torch.cat(
+            [
+                torch.einsum("kto,ti->koi", g.double(), x.double()).flatten(1)
+                for x, g in zip(inputs, gradients, strict=True)
+            ]
+        )
+        for stream in _streams(setting, "exact")
+        for inputs, gradients in ((stream.x, stream.g_a), (stream.z, stream.g_b))
+    ]
+    return torch.cat(sites, 1)
 
 
 @cache

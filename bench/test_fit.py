@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import floors, oracle, peers
@@ -42,6 +43,19 @@ def compared(
     )
 
 
+def dual(setting: Setting) -> Work:
+    """The default structure; its error is that of the GGN's eigenvalues."""
+    la = LaplaceLoRA(setting.model, answer_token_ids=setting.answers)
+
+    def error(fitted: LaplaceLoRA) -> float:
+        curvature, expected = fitted.posterior.curvature, oracle.ggn_eigenvalues(setting)
+        assert curvature.structure == "dual"
+        values, _ = curvature.whitened_spectrum(torch.ones(len(curvature.names), dtype=torch.float64))
+        return oracle.relative(values.sort(descending=True).values, expected[: len(values)])
+
+    return Work(lambda: la.fit(setting.loader, progress=False), error)
+
+
 def laplace_torch(backend: str) -> Prepare:
     return lambda setting: compared(
         peers.laplace_torch_fit(setting, backend), peers.laplace_torch_curvature, setting, "expand by example"
@@ -65,9 +79,12 @@ LAST_TOKEN = (
     "last token of each layer only, factors of rank 10 without a tail, curvature too small by the batch size"
 )
 
+SKETCHED = "the GGN of all weights together, its rows sketched to 128 columns a layer"
+
 EXACT_FISHER = [
-    Method("this project, reduce", ours("reduce", kfac="reduce"), headline=True),
-    Method("this project, expand", ours("expand", kfac="expand"), headline=True),
+    Method("this project, dual (default)", dual, "never", SKETCHED, headline=True),
+    Method("this project, KFAC reduce", ours("reduce", kfac="reduce"), headline=True),
+    Method("this project, KFAC expand", ours("expand", kfac="expand"), headline=True),
     Method("this project, paper's convention", ours("expand by example", kfac="paper"), "never", PAPER),
     Method("this project in laplace-torch", laplace_torch("FastGGN")),
     Method(
@@ -81,14 +98,14 @@ EXACT_FISHER = [
 ]
 ONE_LABEL = [
     Method(
-        "this project, reduce, sampled label",
+        "this project, KFAC reduce, sampled label",
         ours("reduce", fisher="mc"),
         "never",
         "one sampled label",
         headline=True,
     ),
     Method(
-        "this project, expand, sampled label",
+        "this project, KFAC expand, sampled label",
         ours("expand", kfac="expand", fisher="mc"),
         "never",
         "one sampled label",

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench import floors, oracle, peers
 from bench.measure import Method, Work, measure
 from bench.models import Setting
+from laplace_lora_fast import LaplaceLoRA
 
 Prepare = Callable[[Setting], Work]
 
@@ -22,7 +23,9 @@ def contrast_variance(cov: Tensor) -> Tensor:
     return diagonal[:, 1:] + diagonal[:, :1] - 2 * cov[:, 0, 1:]
 
 
-def compared(run: Callable[[], Any], setting: Setting, kfac: str, cov: Callable[[Any], Tensor]) -> Work:
+def compared(
+    run: Callable[[], Any], setting: Setting, kfac: str | None, cov: Callable[[Any], Tensor]
+) -> Work:
     """Work with the oracle's variances as its truth; `cov` gives its covariance from what it returned."""
     return Work(
         run,
@@ -30,9 +33,12 @@ def compared(run: Callable[[], Any], setting: Setting, kfac: str, cov: Callable[
     )
 
 
-def ours(kfac: str, **options: Any) -> Prepare:
+def ours(kfac: str | None, **options: Any) -> Prepare:
+    """With kfac = None the default structure, the dual."""
+
     def prepare(setting: Setting) -> Work:
-        la, batch = setting.laplace(kfac=kfac, **options), setting.loader[0]
+        default = LaplaceLoRA(setting.model, answer_token_ids=setting.answers)
+        la, batch = setting.laplace(kfac=kfac, **options) if kfac else default, setting.loader[0]
         la.fit(setting.loader, progress=False)
         return compared(
             lambda: la.predict(batch, link_approx="probit"),
@@ -75,10 +81,17 @@ def bayesian_lora(package: str, kfac: str) -> Prepare:
 
 
 METHODS = [
-    Method("this project, rows", ours("reduce"), headline=True),
-    Method("this project, dense factors", ours("expand"), headline=True),
     Method(
-        "this project, rank 10 and tail",
+        "this project, dual (default)",
+        ours(None),
+        "never",
+        "the GGN of all weights together, its rows sketched to 128 columns a layer",
+        headline=True,
+    ),
+    Method("this project, KFAC from rows", ours("reduce"), headline=True),
+    Method("this project, KFAC from dense factors", ours("expand"), headline=True),
+    Method(
+        "this project, KFAC of rank 10 and tail",
         ours("expand", rank=10),
         "never",
         "factors of rank 10, their trace kept",
