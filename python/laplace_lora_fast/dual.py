@@ -49,7 +49,7 @@ def random_projection(dim: int, size: int, seed: int, like: Tensor) -> Tensor:
     dtype = lk.accumulation_dtype(like.dtype)
     if size >= dim:
         return torch.eye(dim, dtype=dtype, device=like.device)
-    noise = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed)).double()
+    noise = torch.randn(dim, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
     basis: Tensor = torch.linalg.qr(noise).Q.contiguous()
     omega: Tensor = (basis * (dim / size) ** 0.5).to(like.device, dtype)
     return omega
