@@ -94,9 +94,9 @@ class Ranks:
         return carried.to(tensor.device)
 
     def require_same(self, numbers: Sequence[float], what: str) -> None:
-        """Raises RankError on every rank unless the numbers are the same on all of them."""
+        """Raises RankError on every rank unless the numbers are the same on all of them, up to rounding in fp64."""
         everywhere = self.gather_numbers(numbers)
-        if not bool((everywhere == everywhere[0]).all()):
+        if not torch.allclose(everywhere, everywhere[:1].expand_as(everywhere), rtol=1e-12, atol=0):
             raise RankError(f"the ranks differ in {what}")
 
     def _failures(self, mine: int) -> int:

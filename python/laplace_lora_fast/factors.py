@@ -364,7 +364,7 @@ def join(factors: Sequence[Factor], ranks: Ranks) -> None:
     for factor, count, start in zip(factors, counts, started, strict=True):
         if start == 0 and count <= factor._waiting.capacity:
             if count:
-                rows = ranks.gather(factor._rows())
+                rows = ranks.gather(factor._rows().to(factor.dtype))  # some may have none, in no dtype
                 factor._waiting.clear()
                 factor.add_rows(rows)
         else:

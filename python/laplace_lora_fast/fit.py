@@ -144,7 +144,7 @@ class Objective:
         with torch.autocast(device_of(self.model).type, enabled=False):
             curvature = accumulator.curvature()
         reached = self.ranks.gather_numbers(seen.reached).any(0)
-        self._warn_of_idle_sites([site for site, seen in zip(self.sites, reached, strict=True) if not seen])
+        self._warn_of_idle_sites([site for site, there in zip(self.sites, reached, strict=True) if not there])
         log_likelihood = None if seen.log_likelihood is None else float(seen.log_likelihood)
         totals = self.ranks.gather_numbers(
             [seen.n_examples, math.nan if log_likelihood is None else log_likelihood]
