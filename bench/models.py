@@ -127,8 +127,8 @@ SIZES: dict[str, Callable[[], Setting]] = {
 
 def _with_adapter(model: nn.Module) -> nn.Module:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-    model = get_peft_model(model, config)
     torch.manual_seed(0)
+    model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
