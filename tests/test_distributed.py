@@ -103,9 +103,24 @@ def gathered(rank, group):
     return rows, total, ranks.from_first(torch.tensor([5 + rank])), ranks.gather_numbers([rank, 7])
 
 
+class Recording(LaplaceCallback):
+    """Remembers what this rank was given to fit on."""
+
+    def _batches(self, *arguments, **options):
+        self.batches = super()._batches(*arguments, **options)
+        return self.batches
+
+
+def sampled(rank, group):
+    """The same batch on both ranks: the joint Fisher information, and this rank's alone."""
+    options = {"structure": "kfac", "fisher": "mc", "factor": "dense"}
+    fits = [fit(build(), [TEST], options, each) for each in (group, None)]
+    return [next(iter(la.factors.values())).A.gradient_factor for la in fits]
+
+
 def trainer(rank, group, folder):
     """The Trainer's callback shares its training set out."""
-    callback = LaplaceCallback(method=None, answer_token_ids=tiny.ANSWERS, kfac="expand")
+    callback = Recording(method=None, answer_token_ids=tiny.ANSWERS, kfac="expand")
     run = test_callback.trainer(Path(folder) / "trainer", callback)
     assert run.args.world_size == WORLD
     run.train()
@@ -117,7 +132,7 @@ def trainer(rank, group, folder):
 
 FAULTS = [one_has_no_batch, one_has_a_bad_label, one_has_an_iterator, other_weights]
 JOBS = {name: functools.partial(good, name=name) for name in FITS}
-JOBS |= {job.__name__: job for job in (*FAULTS, one_has_no_labels, gathered)}
+JOBS |= {job.__name__: job for job in (*FAULTS, one_has_no_labels, gathered, sampled)}
 
 
 def outcome(job, *arguments):
@@ -197,10 +212,16 @@ def test_collectives(ranks):
         assert numbers.tolist() == [[0, 7], [1, 7]]
 
 
+def test_ranks_draw_their_own_labels(ranks):
+    (joint, alone), (other, _) = (found["sampled"] for found in ranks)
+    assert torch.equal(joint, other)
+    assert (joint - 2 * alone).norm() > 0.01 * joint.norm()
+
+
 def test_trainer(ranks):
     for found in ranks:
-        (joint, alone), n = found["trainer"]
-        assert n == len(test_callback.TRAIN["labels"])
+        (joint, alone), n, share = found["trainer"]
+        assert n == WORLD * share == len(test_callback.TRAIN["labels"])
         torch.testing.assert_close(joint, alone, rtol=1e-5, atol=0)
 
 
