@@ -162,7 +162,8 @@ class Objective:
         self, loader: Iterable[Mapping[str, Any]], accumulator: Accumulator, what: str, progress: bool
     ) -> Pass:
         """The pass of `accumulate` on this rank alone."""
-        generator = torch.Generator().manual_seed(self.seed + (self.ranks.rank << 32))
+        # The generator takes the lowest 32 bits of a seed: ranks have to differ there.
+        generator = torch.Generator().manual_seed(self.seed + 0x9E3779B9 * self.ranks.rank)
         checks, device = DeferredChecks(), device_of(self.model)
         n_examples = n_outputs = 0
         log_likelihood: Tensor | float | None = 0.0
