@@ -125,9 +125,9 @@ def trainer(rank, group, folder):
     assert run.args.world_size == WORLD
     run.train()
     expected = test_callback.by_hand(run.model, "marglik", kfac="expand")
-    return [
-        la.log_marginal_likelihood(1.0) for la in (callback.laplace, expected)
-    ], callback.laplace.snapshot()[0].n_examples
+    evidence = [la.log_marginal_likelihood(1.0) for la in (callback.laplace, expected)]
+    share = sum(len(batch["labels"]) for batch in callback.batches)
+    return evidence, callback.laplace.snapshot()[0].n_examples, share
 
 
 FAULTS = [one_has_no_batch, one_has_a_bad_label, one_has_an_iterator, other_weights]
