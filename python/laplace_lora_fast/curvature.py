@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.heads import Inputs
-from laplace_lora_fast.taps import Observer, Site, Tap
+from laplace_lora_fast.streams import Observer
+from laplace_lora_fast.taps import Site, Tap
 
 BlockName = tuple[str, str]  # layer, side
 Seen = TypeVar("Seen")

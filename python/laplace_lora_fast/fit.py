@@ -24,7 +24,7 @@ from laplace_lora_fast.taps import Site, Tap
 
 
 class Accumulator(ABC):
-    """Observer (see taps.py) that makes a curvature out of Fisher-weighted streams."""
+    """Observer (see streams.py) that makes a curvature out of Fisher-weighted streams."""
 
     def start(self, groups: list[int]) -> None:
         """After the first forward pass, which tells which sites share their input."""

@@ -16,7 +16,8 @@ from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.heads import Head, Inputs, check_outputs
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.progress import track
-from laplace_lora_fast.taps import Observer, Site, Tap
+from laplace_lora_fast.streams import Observer
+from laplace_lora_fast.taps import Site, Tap
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -34,6 +34,7 @@ from laplace_lora_fast.modes import (
     input_embeddings,
     reentrant,
 )
+from laplace_lora_fast.streams import GraphStart, Observer, Tapped, tokens_and_mask
 
 
 @dataclass(frozen=True)
@@ -222,47 +223,6 @@ def read_adapter(
     return weights
 
 
-class Tapped(Protocol):
-    """A layer whose streams can be tapped: `Site`, or a layer without LoRA."""
-
-    @property
-    def name(self) -> str:
-        """The layer's name in `model.named_modules()`."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The layer: its first argument is x, its output is y."""
-
-    @property
-    def rows(self) -> Tensor | None:
-        """Indices of the output features that carry gradient, or None for all of them."""
-
-    def check(self) -> None:
-        """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
-
-
-class Observer(Protocol):
-    """What listens to a tap. Called without autograd and autocast; `mask` is None where every token is real."""
-
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        """Input x [N, T, d_in] of every site in `group` (sites fed by one tensor), with its mask [N, T]."""
-
-    def observe_gradient(self, site: int, g: Tensor, mask: Tensor | None) -> None:
-        """Gradient g [N, T, d_out] at the output of `site`, with its mask [N, T]."""
-
-
-class _GraphStart(torch.autograd.Function):
-    """Identity that starts the autograd graph at its input: nothing before it takes part in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        return output.clone()  # a fresh tensor, so that in-place operations behind it stay legal
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 class Tap:
     """Forward and backward passes of a model with an observer on its LoRA layers.
 
@@ -294,9 +254,7 @@ class Tap:
         self.model, self.head, self.sites, self.observer = model, head, sites, observer
         self.groups, self._discovers = groups, groups is None
         self.reached: set[int] = set()  # sites that saw a gradient
-        self.from_pads: dict[
-            int, Tensor
-        ] = {}  # of a site's first masked gradient: whether pads have one, a bool
+        self.from_pads: dict[int, Tensor] = {}  # of a site's first masked gradient: whether pads have one
         self._forward_phase = False
         self._seen: dict[int, int] = {}
         self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
@@ -401,7 +359,7 @@ class Tap:
     def _start_graph(self, output: Tensor) -> Tensor:
         if output.requires_grad or not torch.is_grad_enabled():
             return output
-        started: Tensor = _GraphStart.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+        started: Tensor = GraphStart.apply(output, self._anchor)  # type: ignore[no-untyped-call]
         return started
 
     def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
@@ -435,27 +393,5 @@ class Tap:
         observer.observe_gradient(index, g, mask)
 
     def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Views a stream as [N, T, d] and finds its mask [N, T]."""
-        inputs = self._inputs
-        assert inputs is not None
-        n, length = inputs.batch_size, inputs.length
-        if x.dim() == 2 and x.shape[0] == n:  # pooled: one row an example
-            return x[:, None], None
-        if x.dim() == 2 and length is not None and x.shape[0] == n * length:
-            x = x.view(n, length, -1)
-        between = x.shape[1:-1]
-        if length is not None and len(between) > 1 and length in between and between.numel() == length:
-            x = x.flatten(1, -2)  # axes of size 1 beside the tokens
-        if x.dim() >= 3 and x.shape[0] == n:
-            if length is None:
-                return x.flatten(1, -2), None
-            if x.dim() == 3 and x.shape[1] == length:
-                return x, inputs.mask
-            if (
-                site.module is self.head.output_layer and x.shape[1] == 1
-            ):  # the head gathered the last real position
-                return x, None
-        raise InvalidBatchError(
-            f"layer {site.name!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
-            f"{length}: its tokens cannot be matched with the attention mask; exclude the layer in LoraConfig"
-        )
+        assert self._inputs is not None
+        return tokens_and_mask(x, self._inputs, site.name, site.module is self.head.output_layer)

@@ -22,7 +22,8 @@ from laplace_lora_fast.heads import Head, Inputs
 from laplace_lora_fast.kfac import Kfac, add_gradient, add_input
 from laplace_lora_fast.likelihoods import Categorical, Fisher, fisher_cotangents
 from laplace_lora_fast.progress import track
-from laplace_lora_fast.taps import Observer, Tap
+from laplace_lora_fast.streams import Observer
+from laplace_lora_fast.taps import Tap
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 ForwardCall = Callable[[nn.Module, Any], Tensor]

@@ -23,7 +23,8 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.kfac import Kfac
 from laplace_lora_fast.likelihoods import Fisher, fisher_cotangents
-from laplace_lora_fast.taps import Observer, Tap
+from laplace_lora_fast.streams import Observer
+from laplace_lora_fast.taps import Tap
 
 X: TypeAlias = Tensor | Mapping[str, Any]
 
