@@ -1,13 +1,19 @@
 """Test and measure everything on a GPU with one command: `python -m bench.gpu_report`.
 
-1. tests/gpu has to pass, or nothing is measured; what it printed is in tests.txt either way
-   (`--sanitize` runs it once more under compute-sanitizer);
-2. each op against its baseline, over d and T;
-3. fit and predict on Llama-shaped models against bare passes;
-4. one JSON with the commit, GPU and versions, Markdown tables made from it, and a plot.
+tests      tests/gpu; what pytest printed is in tests.txt. A backend is measured only if its tests pass: one that is
+           wrong has no speed
+ops        each op against its baseline, over d and T
+models     fit and predict on Llama-shaped models against the model's own passes
+sanitize   the small tests once more under compute-sanitizer; only if asked for
 
-JSON and tables are written after every measurement, so that a run that is cut short leaves what it had. What fails is
-recorded as failed, and the rest goes on.
+The result is one JSON with the commit, GPU and versions, Markdown tables made from it, and a plot. They are written
+after every measurement, so that a run that is cut short leaves what it had. Measurements run in a process of their own:
+what fails, crashes or hangs is recorded as such, and the rest goes on.
+
+All but `sanitize` is meant to fit into nine minutes. Where less time is at hand, take the parts one by one:
+
+    python -m bench.gpu_report --parts tests ops --output first
+    python -m bench.gpu_report --parts models --output second --extend first/gpu_report.json
 
 `--dry` runs all of it on the CPU at toy sizes, to see that the script works; its numbers mean nothing and stay out of
 bench/results.
@@ -16,98 +22,115 @@ bench/results.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import os
 import platform
-import signal
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu.models import measure_models
-from bench.gpu.ops import measure_ops
+from bench.gpu import gate, models, ops
+from bench.gpu.isolated import run_cases
 from bench.gpu.output import markdown, plot
-from bench.gpu.timing import Variant, measure
 
 ROOT = Path(__file__).parent.parent
 WIDTHS, TOKENS = (1024, 2048, 4096, 5120, 8192, 14336), (512, 2048, 8192, 16384)
 SECONDS = 8.5 * 60  # for everything; what is not begun by then is left out
-TEST_SECONDS, STUCK_SECONDS = 5 * 60, 120  # for tests/gpu; for one of its tests
-WORKERS = 8  # that tests/gpu runs on: most of its time goes into compiling kernels
+OP_SECONDS, MODEL_SECONDS = 60.0, 120.0  # for one record; longer is a hang
+PARTS = ("tests", "ops", "models", "sanitize")
 
 
 def main() -> None:
     """Parse the command line, run, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU; no measurement")
-    parser.add_argument("--sanitize", action="store_true", help="run tests/gpu under compute-sanitizer too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but sanitize"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"time for all of it; default {SECONDS:.0f}"
+    )
+    parser.add_argument("--extend", type=Path, help="a report of the same commit and machine to add to")
     parser.add_argument("--output", type=Path, help="folder to write to; default bench/results/<GPU>")
     parser.add_argument("--commit", help="to be recorded where the sources are no git checkout")
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU; no measurement")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         parser.error("needs a GPU; --dry runs without one")
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + options.seconds
     folder = options.output or default_folder(options.dry)
     folder.mkdir(parents=True, exist_ok=True)
-    run_tests(folder, options.sanitize)
-    report = make_report(folder, options.dry, options.commit, deadline)
+    report = begin(options.dry, options.commit, options.extend)
+    for part in PARTS:
+        if part in options.parts:
+            for _ in run_part(part, report, folder, deadline):
+                write(report, folder)
     plot(report, folder / "gpu_report.png")
     print(f"wrote {folder}")
 
 
-def run_tests(folder: Path, sanitize: bool) -> None:
-    """Stop unless tests/gpu passes; what pytest says goes to tests.txt as it comes."""
-    stuck = [f"faulthandler_timeout={STUCK_SECONDS}", "faulthandler_exit_on_timeout=true"]
-    command = [sys.executable, "-m", "pytest", "-v", "tests/gpu", "-o", stuck[0], "-o", stuck[1]]
-    commands = [[*command, "-n", str(min(WORKERS, os.cpu_count() or 1))]]
-    if sanitize:
-        commands.append(["compute-sanitizer", "--error-exitcode", "1", *command])
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with (folder / "tests.txt").open("w") as log:
-        for each in commands:
-            run = subprocess.Popen(
-                each, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                passed = run.wait(TEST_SECONDS) == 0
-            except subprocess.TimeoutExpired:
-                passed = False
-                os.killpg(run.pid, signal.SIGKILL)  # the workers, too
-            if not passed:
-                sys.exit(f"tests/gpu does not pass, nothing is measured: see {log.name}")
+def begin(dry: bool, commit: str | None, earlier: Path | None) -> dict[str, Any]:
+    """An empty report, or an earlier one of the same commit, machine and versions.
 
-
-def make_report(folder: Path, dry: bool, commit: str | None, deadline: float) -> dict[str, Any]:
-    """Everything that is measured, written to gpu_report.json as it comes."""
-    device = torch.device("cpu" if dry else "cuda")
-    rounds = 2 if dry else 20
-    widths, tokens = ((64, 96), (16, 32)) if dry else (WIDTHS, TOKENS)
-    torch.manual_seed(0)
-    report: dict[str, Any] = {"dry": dry, "environment": environment(device, commit)}
-    report |= {"ceilings": ceilings(device, dry, rounds), "ops": [], "models": []}
-    sections = {
-        "ops": measure_ops(widths, tokens, device, rounds, deadline),
-        "models": measure_models(device, dry, 2 if dry else 3, deadline),
-    }
-    for section, records in sections.items():
-        for record in records:
-            report[section].append(record)
-            (folder / "gpu_report.json").write_text(json.dumps(report, indent=1) + "\n")
-            (folder / "gpu_report.md").write_text(markdown(report))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the next section wants blocks of other sizes
+    Raises:
+        SystemExit: The earlier report is of others.
+    """
+    about = environment(torch.device("cpu" if dry else "cuda"), commit)
+    if earlier is None:
+        return {"dry": dry, "environment": about}
+    report: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
+    differing = [key for key in about if key != "date" and report["environment"].get(key) != about[key]]
+    if differing or report["dry"] != dry:
+        raise SystemExit(
+            f"{earlier} differs in {', '.join(differing) or 'being dry'}: make a report of its own"
+        )
     return report
+
+
+def run_part(part: str, report: dict[str, Any], folder: Path, deadline: float) -> Iterator[None]:
+    """Adds a part to the report, step by step."""
+    dry = report["dry"]
+    device, rounds = ("cpu", 2) if dry else ("cuda", 20)
+    refused = gate.refused(report["tests"]) if "tests" in report and not dry else {}
+    if part == "tests":
+        report[part] = gate.run_tests(folder / "tests.txt")
+        yield
+    elif part == "sanitize":
+        report[part] = gate.sanitize(folder / "sanitize.txt", max(60.0, deadline - time.monotonic()))
+        yield
+    else:
+        report["refused"] = refused
+        if part == "ops":
+            widths, tokens = ((64, 96), (16, 32)) if dry else (WIDTHS, TOKENS)
+            measure_op = partial(ops.measure_op, device=device, rounds=rounds, refused=refused)
+            records = run_cases(ops.cases(widths, tokens), ops.describe, measure_op, OP_SECONDS, deadline)
+        else:
+            measure_model = partial(models.measure_model, device=device, dry=dry, refused=refused)
+            records = run_cases(models.cases(dry), models.describe, measure_model, MODEL_SECONDS, deadline)
+        report[part] = []
+        for record in records:
+            report[part].append(record)
+            yield
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """The JSON, and the tables made from it."""
+    (folder / "gpu_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "gpu_report.md").write_text(markdown(report), encoding="utf-8")
 
 
 def environment(device: torch.device, commit: str | None) -> dict[str, str]:
     """Where the numbers come from."""
     commit = commit or output_of("git", "describe", "--always", "--dirty")
-    found = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"commit": commit, "date": datetime.date.today().isoformat(), "python": platform.python_version()}
+    found["torch"] = torch.__version__
     try:
         import triton
 
@@ -126,20 +149,6 @@ def output_of(*command: str) -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def ceilings(device: torch.device, dry: bool, rounds: int) -> dict[str, float]:
-    """What this machine reaches at most: bf16 products, and copies of memory."""
-    n, elements = (64, 1 << 12) if dry else (8192, 1 << 29)
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
-    variants = {"product": Variant([lambda: a @ b]), "copy": Variant([lambda: target.copy_(source)])}
-    times, _ = measure(variants, device, rounds)
-    return {
-        "bf16 product, TFLOP/s": 2 * n**3 / times["product"].median / 1e6,
-        "copy, read + write, GB/s": 2 * source.nbytes / times["copy"].median / 1e3,
-    }
 
 
 def default_folder(dry: bool) -> Path:

@@ -132,8 +132,8 @@ def prior_choice() -> str:
 
 def gpu() -> str:
     """The tables of the newest GPU report."""
-    newest = max(RESULTS.glob("*/gpu_report.json"), key=lambda path: path.stat().st_mtime)
-    return markdown(json.loads(newest.read_text(encoding="utf-8"))).strip()
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*/gpu_report.json")]
+    return markdown(max(reports, key=lambda report: str(report["environment"]["date"]))).strip()
 
 
 def _structure(result: dict[str, Any], name: str) -> str:

@@ -1,12 +1,13 @@
-"""What fitting and predicting cost on Llama-shaped models, over a bare forward and backward pass."""
+"""What fitting and predicting cost on Llama-shaped models, over the model's own passes."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,68 +17,132 @@ import transformers
 from torch import Tensor, nn
 
 import laplace_kernels as lk
-from bench.gpu.timing import Laps, Spread, no_fallback, recording, seconds
+from bench.gpu.timing import Laps, Spread, no_fallback, recording
 from laplace_lora_fast import LaplaceLoRA, factors
+from laplace_lora_fast.modes import frozen
 
 Batch = dict[str, Tensor]
+Case = tuple[str, str]  # model, LoRA targets
+Record = dict[str, Any]
 
 SHAPES = {
     "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000,
                    "num_attention_heads": 32, "num_key_value_heads": 32},
     "Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
                    "num_attention_heads": 32, "num_key_value_heads": 8},
-}  # fmt: skip
-TINY = {
     "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
              "num_attention_heads": 2, "num_key_value_heads": 2},
 }  # fmt: skip
 TARGETS: dict[str, Any] = {"q, v": ["q_proj", "v_proj"], "all linear": "all-linear"}
 ANSWERS = [5, 7]
-BATCHES = 16
-OPS = ("gram_", "gram_sketch_", "jacobian_stats")  # of fitting and predicting
+BATCHES = 8
+OPS = ("gram_", "gram_sketch_", "gram_group_", "jacobian_stats")  # of fitting and predicting
 
 
-def measure_models(device: torch.device, dry: bool, rounds: int, deadline: float) -> Iterator[dict[str, Any]]:
-    """One record per model, LoRA targets and backend; a record says so when it failed or time ran out before it."""
-    batch_size, tokens = (2, 8) if dry else (4, 512)
-    for name, shape in (TINY if dry else SHAPES).items():
-        for targets in TARGETS:
-            labels = {"model": name, "targets": targets, "examples": batch_size, "tokens": tokens}
-            if time.monotonic() > deadline:
-                yield {**labels, "skipped": "out of time"}
+def cases(dry: bool) -> list[Case]:
+    """The models of interest by the usual LoRA layers first; a dry run takes a tiny one."""
+    names = ["tiny"] if dry else ["Llama-2-7B", "Llama-3-8B"]
+    return [(name, targets) for targets in TARGETS for name in names]
+
+
+def describe(case: Case) -> Record:
+    """What names a case in the report."""
+    return dict(zip(("model", "targets"), case, strict=True))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that goes over batches once.
+
+    Attributes:
+        run: Takes the batches; each is timed from when it is handed out until the next is asked for.
+        passes: The model's own passes that it is compared with.
+        ops: Of laplace_kernels that it calls; a job without any does not depend on the backend.
+        context: What it runs in.
+    """
+
+    run: Callable[[Laps], object]
+    passes: str
+    ops: tuple[str, ...] = ()
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def measure_model(case: Case, device: str, dry: bool, refused: Mapping[str, str]) -> Iterator[Record]:
+    """One record per job and backend, with the model's own passes right before and after it.
+
+    Args:
+        case: model and LoRA targets.
+        device: where it runs.
+        dry: toy sizes.
+        refused: backends that are not to be measured, and why.
+    """
+    name, targets = case
+    on = torch.device(device)
+    model = build(SHAPES[name], TARGETS[targets], on)
+    size, tokens = (2, 8) if dry else (4, 512)
+    long = [make_batch(SHAPES[name], size, tokens) for _ in range(BATCHES)]
+    short = [make_batch(SHAPES[name], 1, tokens // 4) for _ in range(BATCHES)]
+    own = {
+        "forward": partial(_forward, model, on),
+        "forward + backward": partial(_forward_backward, model, on),
+    }
+    training = {"training step": partial(_training_step, model, on)}
+    for job_name, passes in (own | training).items():
+        yield {
+            **describe(case),
+            "job": job_name,
+            "tokens": size * tokens,
+            "seconds": asdict(_time(passes, long, on)),
+        }
+    for job_name, job in _jobs(model).items():
+        batches = short if "short" in job_name else long
+        bare = _time(own[job.passes], batches, on)
+        for backend in lk.backends():
+            served = {op: _serving(backend, op, on) for op in job.ops}
+            if (backend not in served.values() and backend != "reference") or backend in refused:
                 continue
-            batches = [make_batch(shape, batch_size, tokens, device) for _ in range(BATCHES)]
-            for record in _measure_model(shape, TARGETS[targets], batches, device, rounds, deadline):
-                yield labels | record
-            gc.collect()  # a model's modules refer to one another in circles
+            record: Record = {**describe(case), "job": job_name, "backend": backend if job.ops else "any"}
+            record |= {"tokens": sum(b["input_ids"].numel() for b in batches) // BATCHES, "served": served}
+            before = bare
+            with recording(record, "failed"), lk.use_backend(backend), job.context():
+                record["seconds"] = asdict(_time(job.run, batches, on))
+                bare = _time(own[job.passes], batches, on)
+                record |= {
+                    "passes": job.passes,
+                    "passes_seconds": statistics.mean([before.median, bare.median]),
+                }
+            yield record
 
 
-def _measure_model(
-    shape: dict[str, int],
-    targets: Any,
-    batches: list[Batch],
-    device: torch.device,
-    rounds: int,
-    deadline: float,
-) -> Iterator[dict[str, Any]]:
-    start: dict[str, Any] = {}
-    with recording(start, "failed"):
-        model = build(shape, targets, device)
-        bare = _bare(model, batches[0], device, rounds)
-    if start:
-        yield start
-        return
-    for backend in lk.backends():
-        with lk.use_backend(backend), no_fallback():
-            if all(lk.explain(op, device, torch.bfloat16).backend != backend for op in OPS):
-                continue
-            record = {"backend": backend, **{passes: asdict(spread) for passes, spread in bare.items()}}
-            if time.monotonic() > deadline:
-                record["skipped"] = "out of time"
-            else:
-                with recording(record, "failed"):
-                    record |= _costs(model, batches, bare, device, rounds)
-        yield record
+def _jobs(model: nn.Module) -> dict[str, Job]:
+    fit = partial(_fit, model)
+    both = "forward + backward"
+    at_once = partial(mock.patch.object, factors, "tokens_worth_an_update", return_value=0)
+    jacobian = ("jacobian_stats",)
+    dense = {"kfac": "expand", "factor": "dense"}
+    return {
+        "fit, dual (default)": Job(partial(fit, structure="dual"), both),
+        "fit, KFAC reduce": Job(partial(fit, structure="kfac"), both),
+        "fit, KFAC expand": Job(partial(fit, **dense), both, ("gram_",)),
+        "fit, KFAC expand, sketches": Job(partial(fit, kfac="expand", factor="sketch"), both, ("gram_sketch_",)),
+        "fit, KFAC expand, short batches": Job(partial(fit, **dense), both, ("gram_", "gram_group_")),
+        "fit, KFAC expand, short batches, no token waits": Job(partial(fit, **dense), both, ("gram_",), at_once),
+        "predict, dual (default)": Job(partial(_predict, model, structure="dual"), both),
+        "predict, KFAC of rank 64": Job(partial(_predict, model, kfac="reduce", rank=64), both, jacobian),
+    }  # fmt: skip
+
+
+def _serving(backend: str, op: str, device: torch.device) -> str:
+    with lk.use_backend(backend):
+        return lk.explain(op, device, torch.bfloat16).backend
+
+
+def _time(run: Callable[[Laps], object], batches: list[Batch], device: torch.device) -> Spread:
+    """Seconds per batch, without the first one, on which kernels are compiled and buffers allocated."""
+    laps = Laps(batches, device)
+    with no_fallback():
+        run(laps)
+    return laps.spread()
 
 
 def build(shape: dict[str, int], targets: Any, device: torch.device) -> nn.Module:
@@ -94,74 +159,69 @@ def build(shape: dict[str, int], targets: Any, device: torch.device) -> nn.Modul
     return peft.get_peft_model(model, adapter).eval()
 
 
-def make_batch(shape: dict[str, int], size: int, tokens: int, device: torch.device) -> Batch:
-    """Random tokens without padding."""
-    ids = torch.randint(shape["vocab_size"], (size, tokens), device=device)
-    labels = torch.randint(len(ANSWERS), (size,), device=device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def make_batch(shape: dict[str, int], size: int, tokens: int) -> Batch:
+    """Random tokens without padding, in host memory as a DataLoader leaves them there."""
+    ids = torch.randint(shape["vocab_size"], (size, tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(2, (size,))}
+    return {name: value.pin_memory() for name, value in batch.items()} if torch.cuda.is_available() else batch
 
 
-def _bare(model: nn.Module, batch: Batch, device: torch.device, rounds: int) -> dict[str, Spread]:
-    """Seconds of the model's own passes over a batch."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return _answers(model, batch)
-
-    def forward_backward() -> None:
-        logits = _answers(model, batch)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), trained)
-
-    return {
-        "forward": seconds(forward, device, rounds),
-        "forward_backward": seconds(forward_backward, device, rounds),
-    }
+class _Enough(Exception):
+    """Ends a fit after its last batch: what comes then does not depend on how many there were."""
 
 
-def _costs(
-    model: nn.Module, batches: list[Batch], bare: dict[str, Spread], device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """Seconds per batch of fitting by either treatment of tokens; of the rest of a fit; of predicting a batch."""
-    laps, start = Laps(batches, device), time.perf_counter()
-    fitted = LaplaceLoRA(model, answer_token_ids=ANSWERS, structure="kfac", rank=64).fit(laps, progress=False)
-    passes = sum(laps.seconds())  # waits for the device
-    rest = time.perf_counter() - start - passes
-    predict = seconds(lambda: fitted.predict(batches[0]), device, rounds)
-    reduce, expand = laps.spread(), _expand(model, batches, device)
-    with mock.patch.object(factors, "tokens_worth_an_update", return_value=0):  # no token waits for others
-        at_once = _expand(model, batches, device)
-    return {
-        "fit_per_batch": asdict(reduce),
-        "fit_overhead": reduce.median / bare["forward_backward"].median - 1,
-        "fit_rest": rest,
-        "fit_expand_per_batch": asdict(expand),
-        "fit_expand_overhead": expand.median / bare["forward_backward"].median - 1,
-        "fit_expand_at_once_per_batch": asdict(at_once),
-        "fit_expand_at_once_overhead": at_once.median / bare["forward_backward"].median - 1,
-        "predict": asdict(predict),
-        "predict_over_forward": predict.median / bare["forward"].median,
-    }
+def _fit(model: nn.Module, laps: Laps, **options: Any) -> None:
+    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, memory_budget=8 << 30, **options)
+    with contextlib.suppress(_Enough):
+        laplace.fit(_Cut(laps), progress=False)
 
 
-def _expand(model: nn.Module, batches: list[Batch], device: torch.device) -> Spread:
-    """Seconds per batch with every token's row in the factors, dense up to 8 GiB; without their eigenvectors."""
+class _Cut:
+    def __init__(self, laps: Laps) -> None:
+        self._laps = laps
 
-    class Enough(Exception):
-        """Ends a fit after its last batch."""
+    def __len__(self) -> int:
+        return len(self._laps)
 
-    class Passes(Laps):
-        def __iter__(self) -> Iterator[Any]:
-            yield from super().__iter__()
-            raise Enough
-
-    laps = Passes(batches, device)
-    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, kfac="expand", memory_budget=8 << 30)
-    with contextlib.suppress(Enough):
-        laplace.fit(laps, progress=False)
-    return laps.spread()
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self._laps
+        raise _Enough
 
 
-def _answers(model: nn.Module, batch: Batch) -> Tensor:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+def _predict(model: nn.Module, laps: Laps, **options: Any) -> None:
+    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, **options)
+    laplace.fit(laps.batches, progress=False).predict_loader(laps, progress=False)
+
+
+def _forward(model: nn.Module, device: torch.device, laps: Laps) -> None:
+    with torch.no_grad():
+        for batch in laps:
+            _answers(model, batch, device)
+
+
+def _forward_backward(model: nn.Module, device: torch.device, laps: Laps) -> None:
+    """Back to the output of the first LoRA layer, with no weight gradient: what a fit cannot do without."""
+    first = next(module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
+    start = first.register_forward_hook(lambda *args: args[-1].clone().requires_grad_())
+    try:
+        with frozen(model):
+            for batch in laps:
+                _contrast(_answers(model, batch, device)).backward()
+    finally:
+        start.remove()
+
+
+def _training_step(model: nn.Module, device: torch.device, laps: Laps) -> None:
+    """With the gradients of the LoRA weights; no optimiser."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for batch in laps:
+        torch.autograd.grad(_contrast(_answers(model, batch, device)), trained)
+
+
+def _contrast(logits: Tensor) -> Tensor:
+    return (logits[:, 0] - logits[:, 1]).sum()
+
+
+def _answers(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    inputs = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")}
     return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, 0, ANSWERS]

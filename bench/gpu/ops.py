@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -12,95 +11,111 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from bench.gpu.timing import Call, Variant, inputs_beyond_cache, measure, recording
+from bench.gpu.timing import Call, Variant, inputs_beyond_cache, measure
 
-EXAMPLES, CLASSES, RANK, BASIS, SKETCH, SAMPLES, GROUP = 8, 4, 8, 64, 64, 16, 32
+EXAMPLES, CLASSES, RANK, BASIS, SAMPLES, GROUP = 8, 4, 8, 64, 16, 32
+SKETCH = 128  # columns of a sketch in a fit, as it is by default
+Case = tuple[str, int, int]  # op and variation, d, T
 
 
 @dataclass(frozen=True)
-class Case:
+class Problem:
     """One op at one size.
 
     Attributes:
         flops: Of the operation itself, whatever a variant executes.
         nbytes: That must be read and written at least.
         operands: Makes one set of inputs.
-        run: The op on one set of inputs.
         baseline: What a user would write with the library's products.
+        run: The op on one set of inputs; None for a ceiling, which has a baseline only.
         capture: Whether the op may be captured in a CUDA graph.
     """
 
-    op: str
-    d: int
-    T: int
     flops: float
     nbytes: float
     operands: Callable[[], tuple[Any, ...]]
-    run: Callable[..., object]
     baseline: Callable[..., object]
+    run: Callable[..., object] | None = None
     capture: bool = True
 
 
-def cases(widths: tuple[int, ...], tokens: tuple[int, ...], device: torch.device) -> Iterator[Case]:
-    """Every op over all sizes; kron_apply does not depend on T."""
-    for d in widths:
-        for T in tokens:
-            yield _gram(d, T, device, masked=False)
-            yield _gram(d, T, device, masked=True)
-            yield _gram_sketch(d, T, device)
-            yield _jacobian_stats(d, T, device)
-        yield _kron_apply(d, device)
-    for T in tokens:
-        yield _gram_group(widths[0] // 4, T, device)
+def cases(widths: tuple[int, ...], tokens: tuple[int, ...]) -> list[Case]:
+    """What the machine reaches at most, then every op over all sizes; variations of lesser weight at one T only."""
+    ceilings = [(name, widths[-1], tokens[-1]) for name in ("bf16 product", "copy")]
+    everywhere = ("gram_", "gram_ masked", "gram_sketch_", "jacobian_stats")
+    found = [(op, d, T) for d in widths for T in tokens for op in everywhere]
+    found += [("kron_apply", d, 0) for d in widths]
+    found += [("gram_group_", widths[0] // 4, T) for T in tokens]
+    extra = ("gram_sketch_ of 64 columns", "jacobian_stats of 4 classes", "jacobian_stats of 16-bit rows")
+    return ceilings + found + [(op, d, tokens[-2]) for d in widths for op in extra]
 
 
-def measure_ops(
-    widths: tuple[int, ...], tokens: tuple[int, ...], device: torch.device, rounds: int, deadline: float
-) -> Iterator[dict[str, Any]]:
-    """One record per case that is reached before the deadline; it says what failed."""
-    for case in cases(widths, tokens, device):
-        if time.monotonic() > deadline:
-            return
-        record: dict[str, Any] = {"op": case.op, "d": case.d, "T": case.T, "gflop": case.flops / 1e9}
-        record |= {"megabytes": case.nbytes / 1e6, "microseconds": {}, "failed": {}}
-        with recording(record["failed"], "every variant"):
-            record |= run_case(case, device, rounds)
-        yield record
+def describe(case: Case) -> dict[str, Any]:
+    """What names a case in the report."""
+    return dict(zip(("op", "d", "T"), case, strict=True))
 
 
-def run_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of the baseline and of each backend that serves the case."""
-    sets = [case.operands() for _ in range(inputs_beyond_cache(int(case.nbytes), device))]
-    variants = {"baseline": Variant([_bind(case.baseline, operands) for operands in sets])}
+def measure_op(case: Case, device: str, rounds: int, refused: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """One record: times of the baseline and of each backend that serves the case, and what failed.
+
+    Args:
+        case: the op and its sizes.
+        device: where it runs.
+        rounds: timings of each variant.
+        refused: backends that are not to be measured, and why.
+    """
+    problem = make_problem(case, torch.device(device))
+    sets = [problem.operands() for _ in range(inputs_beyond_cache(int(problem.nbytes), torch.device(device)))]
+    variants = {"baseline": Variant([_bind(problem.baseline, operands) for operands in sets])}
     unavailable = {}
-    for backend in lk.backends():
+    for backend in lk.backends() if problem.run else ():
         with lk.use_backend(backend):
-            choice = lk.explain(case.op.split()[0], device, torch.bfloat16)
-        if choice.backend == backend:
-            calls = [_bind(case.run, operands) for operands in sets]
-            variants[backend] = Variant(calls, partial(lk.use_backend, backend))
+            choice = lk.explain(case[0].split()[0], device, torch.bfloat16)
+        if backend in refused or choice.backend != backend:
+            unavailable[backend] = refused.get(backend, choice.reason)
         else:
-            unavailable[backend] = choice.reason
-    times, failed = measure(variants, device, rounds, case.capture)
-    return {
-        "executed_gflop": {name: _executed(case, name, device) / 1e9 for name in times},
+            calls = [_bind(problem.run, operands) for operands in sets]
+            variants[backend] = Variant(calls, partial(lk.use_backend, backend))
+    times, failed = measure(variants, torch.device(device), rounds, problem.capture)
+    yield {
+        **describe(case),
+        "gflop": problem.flops / 1e9,
+        "executed_gflop": _executed_gflop(case, torch.device(device)) if "triton" in times else None,
+        "megabytes": problem.nbytes / 1e6,
         "microseconds": {name: asdict(spread) for name, spread in times.items()},
         "unavailable": unavailable,
         "failed": failed,
     }
 
 
-def _executed(case: Case, variant: str, device: torch.device) -> float:
-    """Operations that a variant of `gram_` executes: the Triton kernel skips the tiles above the diagonal."""
-    if variant != "triton" or case.op not in ("gram_", "gram_ masked"):
-        return case.flops
+def make_problem(case: Case, device: torch.device) -> Problem:
+    """The op at its sizes, by its name."""
+    op, d, T = case
+    name, _, variation = op.partition(" ")
+    if name == "gram_":
+        return _gram(d, T, device, masked=variation == "masked")
+    if name == "gram_sketch_":
+        return _gram_sketch(d, T, 64 if variation else SKETCH, device)
+    if name == "jacobian_stats":
+        classes = CLASSES if variation == "of 4 classes" else 1
+        small = torch.bfloat16 if variation == "of 16-bit rows" else torch.float32
+        return _jacobian_stats(d, T, classes, small, device)
+    makers = {"kron_apply": _kron_apply, "gram_group_": _gram_group, "bf16": _product, "copy": _copy}
+    return makers[name](d, T, device)
+
+
+def _executed_gflop(case: Case, device: torch.device) -> float | None:
+    """What the Triton kernel of `gram_` executes, which skips the tiles above the diagonal; None for other ops."""
     from laplace_kernels.triton import gram, launch
 
+    op, d, T = case
+    if op not in ("gram_", "gram_ masked"):
+        return None
     arch = launch.architecture(device)
-    masked = case.op != "gram_" or arch not in gram.TMA_TILES
-    tiles = gram.pointer_tiles(arch, torch.bfloat16, aligned=True) if masked else gram.TMA_TILES[arch]
-    tile = gram.choose_tile(tiles, case.d, launch.multiprocessors(device))
-    return 2.0 * case.T * gram.lower_tiles(case.d, tile) * tile.rows * tile.columns
+    through_tma = op == "gram_" and arch in gram.TMA_TILES
+    tiles = gram.TMA_TILES[arch] if through_tma else gram.pointer_tiles(arch, torch.bfloat16, aligned=True)
+    tile = gram.choose_tile(tiles, d, launch.multiprocessors(device))
+    return 2e-9 * T * gram.lower_tiles(d, tile) * tile.rows * tile.columns
 
 
 def _bind(function: Callable[..., object], operands: tuple[Any, ...]) -> Call:
@@ -116,7 +131,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _gram(d: int, T: int, device: torch.device, masked: bool) -> Case:
+def _gram(d: int, T: int, device: torch.device, masked: bool) -> Problem:
     def operands() -> tuple[Any, ...]:
         keep = torch.rand(T, device=device) < 0.8 if masked else None
         return torch.zeros(d, d, device=device), _random(T, d, device=device), keep
@@ -125,11 +140,10 @@ def _gram(d: int, T: int, device: torch.device, masked: bool) -> Case:
         X = X if keep is None else torch.where(keep[:, None], X, 0)
         C.add_(_mm(X.mT, X))
 
-    name = "gram_ masked" if masked else "gram_"
-    return Case(name, d, T, 2.0 * T * d * d, 2.0 * T * d + 4.0 * d * d, operands, lk.gram_, baseline)
+    return Problem(2.0 * T * d * d, 2.0 * T * d + 4.0 * d * d, operands, baseline, lk.gram_)
 
 
-def _gram_group(d: int, T: int, device: torch.device) -> Case:
+def _gram_group(d: int, T: int, device: torch.device) -> Problem:
     def operands() -> tuple[Any, ...]:
         Cs = [torch.zeros(d, d, device=device) for _ in range(GROUP)]
         return Cs, [_random(T, d, device=device) for _ in range(GROUP)]
@@ -140,38 +154,39 @@ def _gram_group(d: int, T: int, device: torch.device) -> Case:
 
     nbytes = GROUP * (2.0 * T * d + 4.0 * d * d)
     flops = GROUP * 2.0 * T * d * d
-    return Case("gram_group_", d, T, flops, nbytes, operands, lk.gram_group_, baseline, capture=False)
+    return Problem(flops, nbytes, operands, baseline, lk.gram_group_, capture=False)
 
 
-def _gram_sketch(d: int, T: int, device: torch.device) -> Case:
+def _gram_sketch(d: int, T: int, m: int, device: torch.device) -> Problem:
     def operands() -> tuple[Any, ...]:
-        omega = _random(d, SKETCH, device=device, dtype=torch.float32) / d**0.5
-        return torch.zeros(d, SKETCH, device=device), _random(T, d, device=device), omega
+        omega = _random(d, m, device=device, dtype=torch.float32) / d**0.5
+        return torch.zeros(d, m, device=device), _random(T, d, device=device), omega
 
     def baseline(Y: Tensor, X: Tensor, omega: Tensor) -> None:
         Y.add_(_mm(X.mT, X @ omega.bfloat16()))
 
-    return Case("gram_sketch_", d, T, 4.0 * T * d * SKETCH, 2.0 * T * d, operands, lk.gram_sketch_, baseline)
+    return Problem(4.0 * T * d * m, 2.0 * T * d, operands, baseline, lk.gram_sketch_)
 
 
-def _jacobian_stats(d: int, T: int, device: torch.device) -> Case:
+def _jacobian_stats(d: int, T: int, classes: int, small_dtype: torch.dtype, device: torch.device) -> Problem:
+    """A prediction asks for it one contrast at a time, with the small side in fp32."""
     tokens = T // EXAMPLES
 
     def operands() -> tuple[Any, ...]:
-        small = _random(EXAMPLES, CLASSES, tokens, RANK, device=device)
+        small = _random(EXAMPLES, classes, tokens, RANK, device=device, dtype=small_dtype)
         basis = _random(d, BASIS, device=device, dtype=torch.float32) / d**0.5
         return small, _random(EXAMPLES, 1, tokens, d, device=device), basis
 
     def baseline(small: Tensor, large: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        stacked = small.mT.reshape(EXAMPLES, CLASSES * RANK, tokens)
-        jacobian = torch.bmm(stacked, large[:, 0]).view(EXAMPLES, CLASSES, RANK, d)
-        return jacobian @ basis.bfloat16(), torch.einsum("ncji,neji->njce", jacobian, jacobian)
+        stacked = small.mT.reshape(EXAMPLES, classes * RANK, tokens)
+        jacobian = torch.bmm(stacked, large[:, 0].to(small.dtype)).view(EXAMPLES, classes, RANK, d)
+        return jacobian @ basis.to(small.dtype), torch.einsum("ncji,neji->njce", jacobian, jacobian)
 
-    flops = 2.0 * EXAMPLES * CLASSES * RANK * d * (tokens + BASIS + CLASSES)
-    return Case("jacobian_stats", d, T, flops, 2.0 * T * d, operands, lk.jacobian_stats, baseline)
+    flops = 2.0 * EXAMPLES * classes * RANK * d * (tokens + BASIS + classes)
+    return Problem(flops, 2.0 * T * d, operands, baseline, lk.jacobian_stats)
 
 
-def _kron_apply(d: int, device: torch.device) -> Case:
+def _kron_apply(d: int, T: int, device: torch.device) -> Problem:
     def operands() -> tuple[Any, ...]:
         shapes = ((SAMPLES, RANK, d), (d, BASIS), (RANK, RANK), (RANK, BASIS), (RANK,))
         return tuple(_random(*shape, device=device, dtype=torch.float32) for shape in shapes)
@@ -182,4 +197,19 @@ def _kron_apply(d: int, device: torch.device) -> Case:
         return V @ ((core * projected) @ U.mT + tail[:, None] * (rotated - projected @ U.mT))
 
     flops = 4.0 * SAMPLES * RANK * d * (BASIS + RANK)
-    return Case("kron_apply", d, 0, flops, 8.0 * SAMPLES * RANK * d, operands, lk.kron_apply, baseline)
+    return Problem(flops, 8.0 * SAMPLES * RANK * d, operands, baseline, lk.kron_apply)
+
+
+def _product(d: int, T: int, device: torch.device) -> Problem:
+    def operands() -> tuple[Any, ...]:
+        return _random(T, d, device=device), _random(d, d, device=device)
+
+    return Problem(2.0 * T * d * d, 4.0 * T * d + 2.0 * d * d, operands, torch.matmul)
+
+
+def _copy(d: int, T: int, device: torch.device) -> Problem:
+    def operands() -> tuple[Any, ...]:
+        source = _random(T, d, device=device)
+        return torch.empty_like(source), source
+
+    return Problem(0.0, 4.0 * T * d, operands, Tensor.copy_)

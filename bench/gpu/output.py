@@ -10,43 +10,72 @@ Report = dict[str, Any]
 
 def markdown(report: Report) -> str:
     """Tables of all measurements, under the line that says where they come from."""
-    about = report["environment"]
     lines = [f"# {'Dry run, not a measurement' if report['dry'] else 'GPU report'}", ""]
-    lines += [f"{name}: {value}  " for name, value in about.items()]
-    lines += ["", *(f"{name}: {value:.4g}  " for name, value in report["ceilings"].items()), ""]
-    lines += ["| op | d | T | variant | microseconds (p20-p80) | over baseline | TFLOP/s | executed | GB/s |"]
-    lines += ["|---|---:|---:|---|---|---:|---:|---:|---:|"]
-    for case in report["ops"]:
-        where = f"| {case['op']} | {case['d']} | {case['T'] or ''} "
-        baseline = case["microseconds"].get("baseline", {}).get("median", float("nan"))
-        for name, spread in case["microseconds"].items():
-            us = spread["median"]
-            lines.append(
-                f"{where}| {name} | {us:.1f} ({spread['p20']:.1f}-{spread['p80']:.1f}) | {baseline / us:.2f} "
-                f"| {case['gflop'] / us * 1e3:.4g} | {case['executed_gflop'][name] / us * 1e3:.4g} "
-                f"| {case['megabytes'] / us * 1e3:.4g} |"
-            )
-        lines += [f"{where}| {name} | {_cell(error)} | | | | |" for name, error in case["failed"].items()]
-    lines += [
-        "",
-        "| model | LoRA on | backend | fit, per batch | every token a row | at once | predict over forward |",
-    ]
-    lines += ["|---|---|---|---|---|---|---:|"]
-    for record in report["models"]:
-        lines.append(f"| {record['model']} | {record['targets']} | {_model_cells(record)} |")
+    lines += [f"{name}: {value}  " for name, value in report["environment"].items()]
+    lines += ["", *_verdicts(report)]
+    if "ops" in report:
+        lines += ["", *_ops(report["ops"])]
+    if "models" in report:
+        lines += ["", *_models(report["models"])]
     return "\n".join(lines) + "\n"
 
 
-def _model_cells(record: Report) -> str:
-    backend = record.get("backend", "")
+def _verdicts(report: Report) -> list[str]:
+    lines = []
+    if "tests" in report:
+        tests = report["tests"]
+        state = "" if tests["finished"] else ", stopped before the end"
+        lines.append(f"tests/gpu: {tests['passed']} passed, {len(tests['failed'])} failed{state}  ")
+    lines += [f"{name} is not measured: {why}  " for name, why in report.get("refused", {}).items()]
+    return lines + ([f"compute-sanitizer: {report['sanitize']}  "] if "sanitize" in report else [])
+
+
+def _ops(cases: list[Report]) -> list[str]:
+    """Speed of each op. The product and the copy are what this machine reaches at most."""
+    lines = ["| op | d | T | variant | microseconds (p20-p80) | over baseline | TFLOP/s | executed | GB/s |"]
+    lines += ["|---|---:|---:|---|---|---:|---:|---:|---:|"]
+    for case in cases:
+        where = f"| {case['op']} | {case['d']} | {case['T'] or ''} "
+        if (what := _missing(case)) or not case["microseconds"]:
+            lines.append(f"{where}| | {what} | | | | |")
+            continue
+        baseline = case["microseconds"].get("baseline", {}).get("median", float("nan"))
+        for name, spread in case["microseconds"].items():
+            us, executed = spread["median"], case["executed_gflop"] if name == "triton" else None
+            lines.append(
+                f"{where}| {name} | {us:.1f} ({spread['p20']:.1f}-{spread['p80']:.1f}) | {baseline / us:.2f} "
+                f"| {case['gflop'] / us * 1e3:.4g} | {f'{executed / us * 1e3:.4g}' if executed else ''} "
+                f"| {case['megabytes'] / us * 1e3:.4g} |"
+            )
+        lines += [f"{where}| {name} | {_cell(error)} | | | | |" for name, error in case["failed"].items()]
+    return lines
+
+
+def _models(records: list[Report]) -> list[str]:
+    """Cost of each job, over the model's own passes on the same batches."""
+    lines = ["| model | LoRA on | job | backend | tokens a batch | ms a batch (p20-p80) | over its passes |"]
+    lines += ["|---|---|---|---|---:|---|---:|"]
+    for record in records:
+        where = f"| {record['model']} | {record['targets']} | {record.get('job', '')} | {record.get('backend', '')} "
+        if what := _missing(record):
+            lines.append(f"{where}| | {what} | |")
+            continue
+        ms = {name: record["seconds"][name] * 1e3 for name in ("median", "p20", "p80")}
+        over = ""
+        if "passes" in record:
+            over = f"{record['seconds']['median'] / record['passes_seconds'] - 1:+.1%} {record['passes']}"
+        lines.append(
+            f"{where}| {record['tokens']} | {ms['median']:.1f} ({ms['p20']:.1f}-{ms['p80']:.1f}) | {over} |"
+        )
+    return lines
+
+
+def _missing(record: Report) -> str:
+    """Why a record has no numbers; empty where it has them."""
     for what in ("skipped", "failed"):
-        if what in record:
-            return f"{backend} | {what}: {_cell(record[what])} | | | "
-    fits = (
-        f"{record[fit + '_per_batch']['median'] * 1e3:.1f} ms, {record[fit + '_overhead']:+.1%}"
-        for fit in ("fit", "fit_expand", "fit_expand_at_once")
-    )
-    return f"{backend} | {' | '.join(fits)} | {record['predict_over_forward']:.2f}"
+        if isinstance(record.get(what), str):
+            return f"{what}: {_cell(record[what])}"
+    return ""
 
 
 def _cell(text: str) -> str:
@@ -60,7 +89,8 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = [case for case in report["ops"] if "baseline" in case["microseconds"]]
+    timed = [case for case in report.get("ops", []) if "baseline" in case.get("microseconds", {})]
+    cases = [case for case in timed if len(case["microseconds"]) > 1]
     ops = list(dict.fromkeys(case["op"] for case in cases))
     if not ops:
         return

@@ -85,13 +85,6 @@ def recording(record: dict[str, Any], key: str) -> Iterator[None]:
         record[key] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def seconds(call: Call, device: torch.device, rounds: int) -> Spread:
-    """The same for one call that cannot be captured, in seconds."""
-    with no_fallback():
-        call()
-    return _spread([_seconds(call, device) for _ in range(rounds)])
-
-
 class Laps:
     """Batches, each timed from when it is handed out until the next one is asked for.
 
@@ -101,14 +94,14 @@ class Laps:
     """
 
     def __init__(self, batches: Sequence[Any], device: torch.device) -> None:
-        self._batches, self._device = batches, device
+        self.batches, self._device = batches, device
         self._stamps: list[Any] = []  # events, or seconds
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
+        for batch in self.batches:
             self._stamp()
             yield batch
         self._stamp()
@@ -139,7 +132,7 @@ def inputs_beyond_cache(nbytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(16, -(-3 * cache // nbytes)))
+    return max(2, min(160, -(-3 * cache // nbytes)))
 
 
 def _graph(calls: Sequence[Call]) -> Call:
