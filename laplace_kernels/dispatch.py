@@ -217,7 +217,8 @@ def _register_ops() -> torch.library.Library:
         def serve(*args: Any, op: str = op) -> Any:
             return _kernel(op, _PROBES[op](*args))(*args)
 
-        library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        unsafe = (torch.Tag.cudagraph_unsafe,) if op == "gram_group_" else ()
+        library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag, *unsafe))
         library.impl(op, serve, "CompositeExplicitAutograd")
         torch.library.register_fake(f"laplace_kernels::{op}", _FAKES.get(op, _fake_nothing), lib=library)
     return library

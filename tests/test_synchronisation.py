@@ -6,9 +6,12 @@ GPU. Batches stay on the CPU, as a loader gives them. The first batch may wait: 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from tests import tiny
 
 aten = torch.ops.aten
 GPU = torch.device("meta")
-EAGER = {"attn_implementation": "eager"}  # transformers' masks for SDPA wait for the device themselves
+EAGER = {"attn_implementation": "eager"}  # transformers' masks for SDPA read values of the mask
 SIZED_BY_VALUES = (
     aten.nonzero,
     aten.masked_select,
@@ -47,6 +50,17 @@ class Waits(Exception):
 
 class NoWaiting(TorchDispatchMode):
     """Refuses blocking copies between devices, and operations on the GPU for which the host has to know values."""
+
+    def __enter__(self) -> NoWaiting:
+        self._patches = ExitStack()
+        for name in ("tensor", "as_tensor"):  # these copy behind the back of a dispatch mode
+            self._patches.enter_context(mock.patch.object(torch, name, _made_elsewhere(getattr(torch, name))))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._patches.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,6 +84,19 @@ class NoWaiting(TorchDispatchMode):
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         ):
             raise Waits(f"{func} counts a boolean index")
+
+
+def _made_elsewhere(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.tensor`, unless it takes values from the host to the GPU; transformers' own masks do that."""
+
+    def made(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        caller = sys._getframe(1).f_globals["__name__"]
+        to_gpu = kwargs.get("device") is not None and torch.device(kwargs["device"]) == GPU
+        if to_gpu and not isinstance(data, Tensor) and not caller.startswith("transformers."):
+            raise Waits("values are copied from pageable memory")
+        return make(data, *args, **kwargs)
+
+    return made
 
 
 class EndOfData(Exception):
@@ -189,6 +216,8 @@ def test_predict_with_answers_and_plain_logits() -> None:
         lambda x: torch.ones(3).to(x.device),
         lambda x: torch.zeros(3, device=x.device).copy_(torch.ones(3)),
         lambda x: x[torch.tensor([0, 2])],
+        lambda x: torch.tensor(0.0, device=x.device),
+        lambda x: torch.as_tensor([1, 2], device=x.device),
         lambda x: bool(x.isfinite().all()),
     ],
 )

@@ -1,8 +1,8 @@
 """`gram_group_`: the lower-triangle tiles of many Gram matrices in one launch.
 
 A table in device memory tells each program where its matrix is. It is filled on the host and copied once,
-from pinned memory, without waiting for the device. A tile has one program, so the result is the same bit for
-bit in every run.
+from pinned memory, without waiting for the device; the replay of a captured copy would read memory that has
+been freed, so capture is refused. A tile has one program: the result is the same bit for bit in every run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def gram_group_(
     if not members:
         return
     device, dtype = Xs[0].device, Xs[0].dtype
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "gram_group_ cannot be captured in a CUDA graph: use gram_, or the reference backend"
+        )
     arch = launch.architecture(device)
     aligned = all(is_aligned(X) for _, X, *_ in members)
     tile = _choose_tile(

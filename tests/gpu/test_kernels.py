@@ -150,11 +150,20 @@ def test_cuda_graph(backend, masked):
     near(Y, 3 * oracles.gram_sketch(X, omega.cpu(), mask), torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_group_is_not_captured(backend):
+    C, X = torch.zeros(16, 16, device="cuda"), torch.zeros(3, 16, device="cuda")
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        lk.gram_group_([C], [X])
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_rows_more_than_2_to_the_31_elements_apart(backend):
     X = torch.randn(3, 16).bfloat16()
     memory = torch.empty(2**31 + 16, dtype=torch.bfloat16, device="cuda")
     x = memory.as_strided((3, 16), (2**30, 1)).copy_(X)
-    near(lk.gram_(torch.zeros(16, 16, device="cuda"), x).tril(), oracles.gram(X).tril(), torch.bfloat16)
+    C = lk.gram_(torch.zeros(16, 16, device="cuda"), x)
+    near(C.tril(), oracles.gram(X).tril(), torch.bfloat16)
 
 
 def test_no_call_waits_for_the_device(backend):
