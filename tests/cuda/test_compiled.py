@@ -67,7 +67,7 @@ def library(tmp_path_factory) -> Path:
     return path
 
 
-def build(folder: Path, prelude: str = "pass", **environment: str) -> str:
+def build(folder: Path, prelude: str = "pass", fails: bool = False, **environment: str) -> str:
     """Runs setup.py's build of the extension; returns what it printed."""
     arguments = ["setup.py", "-q", "build_ext", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
     code = f"import runpy, shutil, sys; sys.argv = {arguments!r}; {prelude}; runpy.run_path('setup.py')"
@@ -75,7 +75,7 @@ def build(folder: Path, prelude: str = "pass", **environment: str) -> str:
         [sys.executable, "-c", code],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert (run.returncode != 0) == fails, run.stdout + run.stderr
     return run.stdout + run.stderr
 
 
@@ -188,6 +188,28 @@ def test_a_build_without_nvcc_says_so(tmp_path):
     )
     assert "laplace_kernels: building without CUDA kernels (nvcc was not found)" in output
     assert not list(tmp_path.glob("**/*.so"))
+
+
+BROKEN = {
+    "it fails": "#!/bin/sh\nexit 1\n",
+    "no script": "",
+    "says nothing": "#!/bin/sh\n",
+    "fails later": (
+        "#!/bin/sh\ncase $1 in --version) echo release 13.0;; --list-gpu-code) echo sm_80;; *) exit 1;; esac\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_nvcc_is_an_error_only_where_it_is_asked_for(tmp_path, case):
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/nvcc").write_text(BROKEN[case])
+    (home / "bin/nvcc").chmod(0o755)
+    output = build(tmp_path, CUDA_HOME=str(home), LAPLACE_KERNELS_BUILD_CUDA="")
+    assert "laplace_kernels: building without CUDA kernels" in output
+    assert not list(tmp_path.glob("**/*.so"))
+    build(tmp_path, CUDA_HOME=str(home), LAPLACE_KERNELS_BUILD_CUDA="1", fails=True)
 
 
 def test_a_build_can_be_told_to_leave_cuda_alone(tmp_path):
