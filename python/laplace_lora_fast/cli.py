@@ -117,7 +117,7 @@ def fit(
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW HIGH",
-            help="Prior precisions that val_nll and loo try, 10 a decade. [default: 1e-4 1e6]",
+            help="Prior precisions that val_nll and loo try, 10 a decade; else 1e-4 to 1e6.",
         ),
     ] = None,
     structure: Annotated[
