@@ -206,7 +206,10 @@ def answer_batch(batch: Mapping[str, Any], answer_token_ids: Sequence[int]) -> M
     is_answer = classes.any(2)
     if not is_answer.any(1).all():
         row = int((~is_answer.any(1)).nonzero()[0])
-        raise InvalidBatchError(f"example {row} of a batch has none of answer_token_ids among its labels")
+        raise InvalidBatchError(
+            f"example {row} of a batch has none of answer_token_ids among its labels: with and without a space before "
+            "it a word is not the same token"
+        )
     length = labels.shape[1]
     positions = torch.arange(length, device=labels.device)
     place = (is_answer * positions).amax(1)
