@@ -87,7 +87,7 @@ def summary(record: dict[str, Any], sizes: Sequence[str]) -> str:
             cells = [cell for row, rows in zip(found, groups, strict=True) for cell in _cells(row, rows)]
             noted = next((row for row in found if row.get("note")), {"note": ""})
             lines.append(_line([job, method + _mark(noted, notes), *cells]))
-    return "\n".join([*lines, "", *_numbered(notes)])
+    return "\n".join([*lines, "", " ".join(f"({note})" for note in _numbered(notes))])
 
 
 LEGEND = (
