@@ -244,6 +244,26 @@ def test_doctor_puts_one_verdict_in_one_row():
     ]
 
 
+def test_a_log_has_no_bars(files, tmp_path):
+    folder, common = files
+    code = "from laplace_lora_fast.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "fit",
+        *common,
+        "--data",
+        folder / "train.jsonl",
+        "--out",
+        tmp_path,
+    ]
+    run = subprocess.run([str(part) for part in [*command, "--prior", "1"]], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "%|" not in run.stdout + run.stderr
+    assert "\r" not in run.stdout + run.stderr
+
+
 def test_help_and_version_need_no_torch():
     code = """
 import sys

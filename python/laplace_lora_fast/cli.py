@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -277,6 +279,8 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of `laplace-lora`."""
+    if not sys.stderr.isatty():  # the bars of the libraries below too: a log would keep every refresh
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()
 
 
@@ -284,9 +288,7 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
     """Base model with adapter, and tokenizer."""
     import torch
     from peft import PeftModel
-    from transformers.utils import logging
 
-    from laplace_lora_fast.progress import watched
     from laplace_lora_fast.prompts import load_causal_lm
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -298,8 +300,6 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {where} cannot be used: {checks.one_line(error)}") from error
-    if not watched():
-        logging.disable_progress_bar()
     try:
         base, tokenizer = load_causal_lm(source, where, "auto" if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:
