@@ -102,7 +102,7 @@ def test_refit_needs_no_held_out_rows(files, tmp_path, options):
     result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path, *options)
     assert result.exit_code == 0, result.output
     assert "mean refit" in result.output
-    assert "(by loo)" in result.output
+    assert "chosen by loo" in result.output
     model, answers, loader = api(folder)
     expected = LaplaceLoRA(model, answer_token_ids=answers, mean="refit").fit(loader("train"), progress=False)
     expected.optimize_prior_precision("loo", progress=False)
@@ -135,7 +135,15 @@ def test_the_evidence_is_the_last_resort_and_says_so(files, tmp_path, options):
     result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path, *options)
     assert result.exit_code == 0, result.output
     assert "warning: without held-out rows the evidence" in result.stderr
-    assert "(by marglik)" in result.output
+    assert "chosen by marglik" in result.output
+
+
+def test_prior_precisions_of_many_layers_are_summed_up(files, tmp_path):
+    folder, common = files
+    options = ["--prior", "marglik", "--prior-structure", "layerwise"]
+    result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert " by layer, chosen by marglik" in result.output
 
 
 @pytest.mark.filterwarnings("default::laplace_lora_fast.errors.LaplaceWarning")
@@ -144,7 +152,7 @@ def test_many_rows_are_not_refitted(files, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_checks, "MOST_REFIT_ROWS", 11)
     result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path)
     assert "mean map" in result.output
-    assert "(by marglik)" in result.output
+    assert "chosen by marglik" in result.output
 
 
 @pytest.mark.filterwarnings("default::laplace_lora_fast.errors.LaplaceWarning")

@@ -183,15 +183,14 @@ def fit(
         la.optimize_prior_precision(prior, prior_structure=prior_structure, val_loader=val_loader, grid=tried)
         notes = checks.at_the_edge(la.prior_precision, tried, mean) if prior != "marglik" else []
     la.save(out)
-    by = f" (by {prior})" if precision is None else ""
-    console.print(
-        f"Fitted on {len(rows)} rows, mean {mean}; prior precision {_show(la.prior_precision)}{by}."
-    )
-    for note in notes:
-        console.print(note)
-    console.print(
-        f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. Written: {escape(str(out))}"
-    )
+    by = f", chosen by {prior}" if precision is None else ""
+    evidence = la.log_marginal_likelihood().item()
+    for line in (
+        f"Fitted on {len(rows)} rows, mean {mean}; prior precision {_show(la.prior_precision)}{by}.",
+        *notes,
+        f"log marginal likelihood {evidence:.4g}. Written: {escape(str(out))}",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -335,6 +334,8 @@ def _same_answers(found: Sequence[int], expected: Sequence[int] | None, path: Pa
 def _show(prior_precision: Any) -> str:
     if isinstance(prior_precision, float):
         return f"{prior_precision:.4g}"
+    if len(prior_precision) > 2:
+        return f"{min(prior_precision.values()):.4g} to {max(prior_precision.values()):.4g} by layer"
     return ", ".join(f"{key}: {value:.4g}" for key, value in prior_precision.items())
 
 
