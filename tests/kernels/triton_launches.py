@@ -85,19 +85,24 @@ def _gram_group(arch: str) -> Iterator[Launch]:
 
 
 def _gram_sketch(arch: str) -> Iterator[Launch]:
-    def case(dtype: torch.dtype, omega_dtype: torch.dtype, masked: bool) -> Launch:
+    def case(dtype: torch.dtype, omega_dtype: torch.dtype, masked: bool, d: int = 512, m: int = 64) -> Launch:
         def run() -> None:
-            X, Omega = torch.empty(1000, 512, dtype=dtype), torch.empty(512, 64, dtype=omega_dtype)
+            X, Omega = torch.empty(1000, d, dtype=dtype), torch.empty(d, m, dtype=omega_dtype)
             mask = _keep(1000) if masked else None
-            gram_sketch.gram_sketch_(torch.empty(512, 64), X, Omega, mask, 1.0)
+            gram_sketch.gram_sketch_(torch.empty(d, m), X, Omega, mask, 1.0)
 
-        label = f"gram_sketch_ {_name(dtype)}, Omega {_name(omega_dtype)}{', mask' if masked else ''}"
+        label = (
+            f"gram_sketch_ {_name(dtype)}, Omega {_name(omega_dtype)} [{d}, {m}]{', mask' if masked else ''}"
+        )
         return Launch(label, run, (TENSOR_CORE[arch],))
 
     yield case(BF16, FP32, True)
     yield case(BF16, BF16, False)
     yield case(FP16, FP32, False)
     yield case(FP32, FP32, True)
+    yield case(BF16, FP32, True, d=4096, m=128)  # whose columns are split, too
+    yield case(BF16, FP32, False, d=4096, m=64)
+    yield case(FP32, FP32, False, d=4096, m=64)
 
 
 def _jacobian_stats(arch: str) -> Iterator[Launch]:

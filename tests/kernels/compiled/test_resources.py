@@ -20,6 +20,8 @@ def test_resources(arch, launch):
     for kernel in compiled:
         assert kernel.spills <= SPILLS, kernel
         assert kernel.shared <= SHARED_MEMORY[arch], kernel
+        if kernel.kernel == "_add_up":
+            continue  # it multiplies nothing
         assert any(kernel.instructions[instruction] for instruction in TENSOR_CORE.values()), kernel
         for instruction in launch.promised:
             assert kernel.instructions[instruction] > 0, (instruction, kernel)
