@@ -44,7 +44,7 @@ def _keep(*shape: int) -> torch.Tensor:
 def _gram(arch: str) -> Iterator[Launch]:
     def case(tile: gram.Tile, dtype: torch.dtype, masked: bool, d: int, promised: tuple[str, ...]) -> Launch:
         def run() -> None:
-            with mock.patch.object(gram, "choose_tile", return_value=tile):
+            with mock.patch.object(gram, "schedule", return_value=(tile, 1)):
                 gram.gram_(
                     torch.empty(d, d), torch.empty(1000, d, dtype=dtype), _keep(1000) if masked else None, 1.0
                 )
