@@ -115,8 +115,8 @@ def _jacobian_stats(arch: str) -> Iterator[Launch]:
             jacobian_stats.jacobian_stats(small, large, torch.empty(512, k), _keep(2, 512), grams)
 
         label = f"jacobian_stats {_name(dtypes[0])} x {_name(dtypes[1])}, C {Cs} x {Cl}, r {r}, k {k}"
-        # eight columns are few: which tensor core instruction takes them depends on Triton's version
-        promised = (TENSOR_CORE[arch],) if Cs * Cl * r > 8 else ()
+        # eight columns are few: which tensor core instruction takes them depends on Triton and the architecture
+        promised = (TENSOR_CORE[arch],) if Cs * Cl * r > 8 or arch == "sm_90" else ()
         return Launch(f"{label}{'' if grams else ', no row Grams'}", run, promised)
 
     for dtype in (BF16, FP32):
