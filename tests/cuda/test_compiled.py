@@ -19,6 +19,7 @@ import torch
 
 import laplace_kernels as lk
 from laplace_kernels import cuda
+from tests.gpu import test_cuda_kernels
 
 ROOT = Path(__file__).parents[2]
 TILINGS = 3
@@ -205,3 +206,19 @@ def test_a_missing_library_is_explained(monkeypatch):
     with lk.use_backend("cuda"):
         reason = lk.explain("gram_sketch_", "cuda:0", torch.bfloat16).reason
     assert reason.startswith("cuda was asked for, but laplace_kernels._cuda is not there")
+
+
+@pytest.mark.parametrize(
+    ("setting", "nvcc", "outcome"),
+    [
+        ("1", None, pytest.fail.Exception),
+        ("", "/bin/nvcc", pytest.fail.Exception),
+        ("0", "/bin/nvcc", pytest.skip.Exception),
+        ("", None, pytest.skip.Exception),
+    ],
+)
+def test_a_run_on_a_gpu_fails_without_the_library_where_it_can_be_built(monkeypatch, setting, nvcc, outcome):
+    monkeypatch.setenv("LAPLACE_KERNELS_BUILD_CUDA", setting)
+    monkeypatch.setattr(shutil, "which", lambda name: nvcc)
+    with pytest.raises(outcome, match="it is not there"):
+        test_cuda_kernels.missing("it is not there")
