@@ -75,9 +75,11 @@ struct Tiling {
 template <class Element, class Tiling, class Machine>
 class SketchCluster {
  public:
-  LK_FN SketchCluster(Machine& machine, const Sketch& sketch)
+  // plane: floats of a plane, of which each cluster has one, at y; 0: clusters add to y, in any order.
+  LK_FN SketchCluster(Machine& machine, const Sketch& sketch, int64_t plane)
       : machine_(machine),
         sketch_(sketch),
+        plane_(plane),
         thread_(machine.thread()),
         group_(machine.thread() / 128),
         first_(machine.rank() * columns_per_rank(sketch.d, machine.ranks())),
@@ -358,7 +360,7 @@ class SketchCluster {
   }
 
   LK_FN void store() {
-    auto* y = reinterpret_cast<float*>(sketch_.y);
+    auto* y = reinterpret_cast<float*>(sketch_.y) + machine_.cluster() * plane_;
     LK_UNROLL
     for (int block = 0; block < Tiling::kBlocks; ++block) {
       LK_UNROLL
@@ -370,7 +372,12 @@ class SketchCluster {
           const int64_t column = column0 + fragment_column(thread_, i);
           float value = sketch_.alpha * y_[block][panel][i];
           if constexpr (Element::kNarrowRange) value *= power_of_two(exponent_[block][i / 2 % 2]);
-          if (row < sketch_.m && column < last_) machine_.add(y + column * sketch_.y_stride + row, value);
+          if (row >= sketch_.m || column >= last_) continue;
+          if (plane_ > 0) {
+            y[column * sketch_.y_stride + row] = value;
+          } else {
+            machine_.add(y + column * sketch_.y_stride + row, value);
+          }
         }
       }
     }
@@ -380,6 +387,7 @@ class SketchCluster {
 
   Machine& machine_;
   const Sketch& sketch_;
+  const int64_t plane_;
   const int thread_, group_;
   const int64_t first_, last_;  // this block's columns
   int64_t steps_ = 0;

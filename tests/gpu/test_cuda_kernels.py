@@ -127,10 +127,23 @@ def test_a_flush_on_another_stream_waits_for_its_inputs():
     check_sketch(Y, X, Omega, None)
 
 
-@pytest.mark.parametrize("d", [768, 801])  # a cluster on Hopper; the portable kernels
-def test_deterministic_results_are_the_same_bits(d):
+@pytest.mark.parametrize(("d", "m"), [(64, 64), (768, 64), (4096, 64), (2048, 128)])
+def test_clusters_serve_on_hopper(d, m):
+    """Or the other tests are of the portable kernels only. Every Hopper can form clusters of 8."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there are no clusters")
+    for fp16 in (False, True):
+        ranks, clusters = cuda._library().cluster(d, m, fp16)
+        processors = torch.cuda.get_device_properties().multi_processor_count
+        assert ranks * clusters > processors // 2, (ranks, clusters)
+
+
+@pytest.mark.parametrize(
+    ("T", "d"), [(20_000, 768), (20_000, 801), (300, 9000)]
+)  # clusters on Hopper; portable; in parts
+def test_deterministic_results_are_the_same_bits(T, d):
     generator = torch.Generator().manual_seed(0)
-    X, mask = rows(20_000, d, torch.bfloat16, True, generator)
+    X, mask = rows(T, d, torch.bfloat16, True, generator)
     Omega = torch.randn(d, 64, generator=generator).cuda()
     torch.use_deterministic_algorithms(True)
     try:

@@ -9,8 +9,10 @@
 // Not modelled: the rest of the memory model (all else is sequentially consistent), bank conflicts, time.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -309,10 +311,13 @@ class Machine {
   int64_t ticket_ = 0;
 };
 
-// Runs body(machine) on every thread of every cluster of `ranks` blocks, cluster by cluster.
+// Runs body(machine) on every thread of every cluster of `ranks` blocks, cluster by cluster in random order.
 template <class Body>
 void launch(int threads, int ranks, int64_t clusters, uint32_t shared_bytes, uint64_t seed, Body body) {
-  for (int64_t cluster = 0; cluster < clusters; ++cluster) {
+  std::vector<int64_t> order(clusters);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+  for (const int64_t cluster : order) {
     Launch grid(threads, ranks, cluster * ranks, clusters, shared_bytes);
     grid.run(seed + cluster, [&](int index) {
       Machine machine(grid, index);
