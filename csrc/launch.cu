@@ -84,11 +84,13 @@ struct Device {
     processors = properties.multiProcessorCount;
     hopper = properties.major == 9 && properties.minor == 0;
     cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, gram_group_kernel<Bf16>) != cudaSuccess) {
+    const cudaError_t found = cudaFuncGetAttributes(&attributes, gram_group_kernel<Bf16>);
+    if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
       refusal = std::string(properties.name) + " is sm_" + std::to_string(properties.major * 10 + properties.minor) +
                 ", and the library has code for " LK_ARCHITECTURES " only";
       return;
     }
+    check(found, "cudaFuncGetAttributes");  // anything else may pass, and is not remembered
     grow(gram_sketch_tiles_kernel<Bf16, true>);
     grow(gram_sketch_tiles_kernel<Bf16, false>);
     grow(gram_sketch_tiles_kernel<Fp16, true>);

@@ -138,9 +138,8 @@ def test_clusters_serve_on_hopper(d, m):
         assert ranks * clusters > processors // 2, (ranks, clusters)
 
 
-@pytest.mark.parametrize(
-    ("T", "d"), [(20_000, 768), (20_000, 801), (300, 9000)]
-)  # clusters on Hopper; portable; in parts
+# a cluster on Hopper; the portable kernels, with parts of the tokens; with parts of d
+@pytest.mark.parametrize(("T", "d"), [(20_000, 768), (20_000, 801), (300, 9000)])
 def test_deterministic_results_are_the_same_bits(T, d):
     generator = torch.Generator().manual_seed(0)
     X, mask = rows(T, d, torch.bfloat16, True, generator)
