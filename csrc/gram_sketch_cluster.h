@@ -125,17 +125,18 @@ class SketchCluster {
       constexpr int kChunks = Tiling::kPanels * 8;  // of 16 bytes per row
       constexpr int kCopies = kChunks * Tiling::kTokens / Tiling::kThreads;
       static_assert(kCopies * Tiling::kThreads == kChunks * Tiling::kTokens, "every thread copies as much");
-      int bytes[kCopies];  // known for all before the first copy starts, so that reads of the mask overlap
+      auto chunk_of = [&](int i) { return thread_ + i * Tiling::kThreads; };
+      auto token_of = [&](int i) { return token0 + chunk_of(i) / kChunks; };
+      int bytes[kCopies];
       LK_UNROLL
       for (int i = 0; i < kCopies; ++i) {
-        const int chunk = thread_ + i * Tiling::kThreads;
-        const int64_t token = token0 + chunk / kChunks, column = first_ + chunk % kChunks * kChunkElements;
-        const bool keep = token < sketch_.tokens && (mask == nullptr || mask[token] != 0);
-        bytes[i] = keep ? chunk_bytes(column, last_, 2) : 0;
+        const int64_t column = first_ + chunk_of(i) % kChunks * kChunkElements;
+        bytes[i] = token_of(i) < sketch_.tokens ? chunk_bytes(column, last_, 2) : 0;
       }
+      drop_masked(bytes, mask, sketch_.tokens, token_of);
       LK_UNROLL
       for (int i = 0; i < kCopies; ++i) {
-        const int chunk = thread_ + i * Tiling::kThreads, row = chunk / kChunks, place = chunk % kChunks;
+        const int row = chunk_of(i) / kChunks, place = chunk_of(i) % kChunks;
         const uint16_t* from = x + (token0 + row) * sketch_.x_stride + first_ + place * kChunkElements;
         machine_.copy_async(Tiling::x_panel(step, place / 8) + swizzled(row, place % 8 * kChunkBytes),
                             bytes[i] > 0 ? from : x, bytes[i]);
