@@ -7,13 +7,13 @@
 namespace lk {
 
 // The tilings of the cluster kernel, the preferred first: up to 64 columns of Omega and 256 columns of X per block; the
-// same with 512 columns of X, in smaller steps; up to 128 columns of Omega.
+// same with 512 columns of X, in steps of half as many tokens; up to 128 columns of Omega.
 constexpr int kTilings = 3;
 
 template <class Function>
 auto with_tiling(int tiling, Function function) {
   return tiling == 0   ? function(Tiling<1, 4, 64, 3>{})
-         : tiling == 1 ? function(Tiling<1, 8, 16, 4>{})
+         : tiling == 1 ? function(Tiling<1, 8, 32, 2>{})
                        : function(Tiling<2, 4, 32, 3>{});
 }
 
@@ -37,7 +37,7 @@ struct ClusterShape {
 };
 
 // The shape that keeps the most processors busy: a large cluster leaves those of a GPC idle that do not make up another
-// one. A tiling has to gain an eighth over the ones before it, whose steps are longer and meet less often.
+// one. A tiling has to gain an eighth over those before it: the first one has the longest steps, and meets least often.
 template <class ClustersAtOnce>
 ClusterShape choose_cluster(int64_t d, int64_t m, ClustersAtOnce clusters_at_once) {
   ClusterShape best = {0, 0, 0};
