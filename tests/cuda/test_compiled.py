@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -43,11 +43,15 @@ needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="cuobjdum
 
 @dataclass
 class Kernel:
-    """One kernel on one architecture."""
+    """One kernel on one architecture: its instructions without their predicates, and how many there are of each."""
 
     registers: int = 0
     stack: int = 0
-    instructions: Counter[str] | None = None
+    code: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def instructions(self) -> Counter[str]:
+        return Counter(re.match(r"\w+", instruction)[0] for instruction in self.code)
 
 
 def installed() -> Path | None:
@@ -91,17 +95,14 @@ def kernels(path: Path) -> dict[tuple[str, str], Kernel]:
         elif match := re.match(r" Function (\w+):", line):
             kernel = short_name(match[1])
         elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
-            found[arch, kernel] = Kernel(int(match[1]), int(match[2]) + int(match[3]), Counter())
+            found[arch, kernel] = Kernel(int(match[1]), int(match[2]) + int(match[3]))
     for line in dump("-sass", path).splitlines():
         if match := re.match(r"arch = (\w+)", line):  # "code for" lacks the a of sm_90a before CUDA 13
             arch = match[1]
         elif match := re.search(r"Function : (\w+)", line):
             kernel = short_name(match[1])
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
-            counts = found[arch, kernel].instructions
-            assert counts is not None
-            counts[match[1]] += 1
-            counts["tnspB"] += ".tnspB" in line
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", line):
+            found[arch, kernel].code.append(match[1])
     return found
 
 
@@ -163,12 +164,85 @@ def test_the_cluster_kernel_uses_what_hopper_has(library):
     for (arch, name), kernel in kernels(library).items():
         if "cluster" in name and arch == "sm_90a":
             counts = kernel.instructions
-            for instruction in ("HGMMA", "tnspB", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "FENCE"):
+            for instruction in ("HGMMA", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "FENCE"):
                 assert counts[instruction] > 0, f"{name}: no {instruction}"
+            # two parts of Z, panels and blocks of a warpgroup, 16 tokens at a time: each issued once
+            blocks, panels, tokens, _ = tiling(name)
+            transposed = sum(".tnspB" in instruction for instruction in kernel.code)
+            assert transposed == 2 * blocks * panels // 2 * tokens // 16, name
             # products stay in flight: the compiler serialises them when it cannot prove registers untouched
             assert counts["HGMMA"] > 4 * counts["WARPGROUP"], f"{name}: {counts}"
         elif "cluster" in name:
             assert kernel.instructions["HGMMA"] == 0
+
+
+def tiling(name):
+    return [int(number) for number in name.split()[2:]]
+
+
+def registers(instruction):
+    """Numbers of the registers that an instruction reads or writes: at least those."""
+    opcode, _, operands = instruction.partition(" ")
+    width = 4 if ".128" in opcode else 2 if re.search(r"\.64|\.WIDE|CS2R", opcode) else 1
+    found = set()
+    for operand in operands.split(","):
+        for number, pair in re.findall(r"\bR(\d+)(\.64)?", operand):
+            count = 2 if pair else 1 if "[" in operand else width
+            found.update(range(int(number), int(number) + count))
+    return found
+
+
+def disturbances(code):
+    """Instructions that touch accumulators or left operands of products between their issue and the wait for them."""
+    in_flight, found = set(), []
+    for instruction in code:
+        if match := re.match(r"HGMMA\.64x(\d+)x16\.\S+ R(\d+), (?:R(\d+), )?gdesc", instruction):
+            columns, accumulator, left = (int(number or -1) for number in match.groups())
+            in_flight.update(range(accumulator, accumulator + columns // 2))
+            in_flight.update(range(left, left + 4) if left >= 0 else ())
+        elif instruction.startswith("HGMMA"):
+            raise AssertionError(f"not understood: {instruction}")
+        elif instruction.startswith("WARPGROUP.DEPBAR"):
+            in_flight.clear()
+        elif in_flight & registers(instruction):
+            found.append(instruction)
+    return found
+
+
+def test_disturbances_are_found():
+    product = ["HGMMA.64x64x16.F32.BF16 R56, R24, gdesc[UR4].tnspB, R56, gsb0"]
+    wait = ["WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    bad = ["FADD R1, R87, R2", "LDS.128 R54, [R3+0x10]", "MOV R27, RZ", "LDG.E R1, desc[UR2][R86.64]"]
+    fine = ["FADD R1, R88, R2", "LDS.128 R20, [R23]", "LDG.E R1, desc[UR2][R22.64]", "UMOV UR24, URZ"]
+    assert disturbances([*product, *bad, *fine, *wait]) == bad
+    assert disturbances([*product, *wait, *bad]) == []
+
+
+@needs_nvcc
+@needs_disassembler
+def test_products_in_flight_are_left_alone(library):
+    for (arch, name), kernel in kernels(library).items():
+        if "cluster" in name and arch == "sm_90a":
+            assert disturbances(kernel.code) == [], name
+
+
+@needs_nvcc
+@needs_disassembler
+def test_reads_of_the_mask_overlap(library):
+    """A thread reads its bytes of a step's mask with no branch in between, which would wait for the byte before."""
+    for (arch, name), kernel in kernels(library).items():
+        wanted = 4  # copies of a thread
+        if "cluster" in name:
+            _, panels, tokens, _ = tiling(name)
+            wanted = panels * 8 * tokens // 256
+        runs = [0]
+        for instruction in kernel.code:
+            if instruction.startswith("LDG.E.U8"):
+                runs[-1] += 1
+            elif re.match("BRA|BSYNC|CALL|RET|EXIT", instruction):
+                runs.append(0)
+        assert all(run in (0, wanted) for run in runs), f"{name} on {arch}: {runs}"
+        assert any(runs) or "add_planes" in name or ("cluster" in name and arch != "sm_90a")
 
 
 @needs_nvcc
