@@ -181,6 +181,17 @@ MUTATIONS = {  # a defect in a kernel that the emulation has to notice
         "      finish_accumulating();\n      machine_.cluster_arrive();",
         "      machine_.cluster_arrive();\n      finish_accumulating();",
     ),
+    "a barrier before blocks write to each other": (
+        "gram_sketch_cluster.h",
+        "machine_.cluster_arrive();  // no block writes to another one's shared memory before that one has started\n"
+        "    machine_.cluster_wait();",
+        "",
+    ),
+    "a barrier after the first sum": (
+        "gram_sketch_cluster.h",
+        "sum(0);\n    machine_.cluster_arrive();\n    machine_.cluster_wait();",
+        "sum(0);",
+    ),
 }  # fmt: skip
 
 
