@@ -52,7 +52,7 @@ def check_sketch(Y, X, Omega, mask, alpha):
     assert untouched(Y, 7.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(0, 200),
     m=st.integers(1, 128),
@@ -133,8 +133,8 @@ def test_large_and_small_numbers_keep_their_precision(serve, dtype, scale):
 )
 def test_only_deterministic_sums_have_the_same_bits_in_every_order_of_blocks(serve, deterministic):
     results = []
-    for seed in range(6):
-        Y, *problem = sketch_problem(200, 300, 40, torch.bfloat16, True, 0)
+    for seed in range(4):
+        Y, *problem = sketch_problem(150, 130, 20, torch.bfloat16, True, 0)
         serve(Y, *problem, deterministic=deterministic, seed=seed)
         results.append(Y.clone())
     assert all(torch.equal(result, results[0]) for result in results) == deterministic
