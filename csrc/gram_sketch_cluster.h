@@ -373,12 +373,7 @@ class SketchCluster {
           const int64_t column = column0 + fragment_column(thread_, i);
           float value = sketch_.alpha * y_[block][panel][i];
           if constexpr (Element::kNarrowRange) value *= power_of_two(exponent_[block][i / 2 % 2]);
-          if (row >= sketch_.m || column >= last_) continue;
-          if (plane_ > 0) {
-            y[column * sketch_.y_stride + row] = value;
-          } else {
-            machine_.add(y + column * sketch_.y_stride + row, value);
-          }
+          if (row < sketch_.m && column < last_) put_sum(machine_, y + column * sketch_.y_stride + row, value, plane_);
         }
       }
     }

@@ -1,6 +1,6 @@
 // gram_sketch_ anywhere: two products per block of tokens, Z = X Omega and Y += alpha * X^T Z, the block small enough
-// to stay in the L2 cache between them. It serves what the cluster kernel (gram_sketch_cluster.h) cannot: GPUs other than
-// Hopper, rows that are not aligned, d or m beyond a cluster's memory.
+// to stay in the L2 cache between them. It serves what the cluster kernel (gram_sketch_cluster.h) cannot: GPUs other
+// than Hopper, rows that are not aligned, d or m beyond a cluster's memory.
 //
 // A block of tokens has too few tiles of Z for a large GPU when d is large, so the sums over d are split into parts.
 // Each writes a plane of its own; `add_planes` adds them up in order.
@@ -40,7 +40,9 @@ static_assert(kSketchStageBytes % 1024 == 0 && kSketchSharedBytes <= 101376, "sh
 LK_FN constexpr int64_t sketch_blocks(int64_t rows, int64_t m, int64_t parts) {
   return ceil_div(rows, kTile) * ceil_div(m, kTile) * parts;
 }
-LK_FN constexpr int64_t plane_blocks(const Planes& p) { return p.count == 0 ? 0 : ceil_div(p.rows * p.m, kTileThreads); }
+LK_FN constexpr int64_t plane_blocks(const Planes& p) {
+  return p.count == 0 ? 0 : ceil_div(p.rows * p.m, kTileThreads);
+}
 // Floats from row to row of Z and of planes: rows start at multiples of 16 bytes.
 LK_FN constexpr int64_t pitch(int64_t m) { return ceil_div(m, 4) * 4; }
 
@@ -116,13 +118,7 @@ LK_FN void gram_sketch_tiles(Machine& machine, const SketchTiles& s) {
   const int64_t last_row = project ? s.tokens : s.d;
   sum.for_each(thread, [&](int i, int j, float value) {
     const int64_t row = row0 + i, column = n0 + j;
-    if (row >= last_row || column >= s.m) return;
-    float* place = out + row * s.out_stride + column;
-    if (s.plane > 0) {
-      *place = s.alpha * value;
-    } else {
-      machine.add(place, s.alpha * value);
-    }
+    if (row < last_row && column < s.m) put_sum(machine, out + row * s.out_stride + column, s.alpha * value, s.plane);
   });
 }
 

@@ -52,7 +52,7 @@ ClusterShape choose_cluster(int64_t d, int64_t m, ClustersAtOnce clusters_at_onc
 
 // Tokens whose rows stay in the L2 cache between the two products of the portable sketch: 24 MiB of 16-bit X.
 inline int64_t cached_tokens(int64_t tokens, int64_t d) {
-  const int64_t cached = (int64_t{24} << 20) / (2 * (d > 0 ? d : 1));
+  const int64_t cached = (int64_t{24} << 20) / (2 * d);
   return smaller(tokens, cached < 256 ? 256 : cached);
 }
 
@@ -82,13 +82,12 @@ struct TilesPlan {
   int64_t workspace_floats() const { return project_parts * z_plane + accumulate_parts * y_plane; }
 };
 
-// As many parts as keep every processor busy, none of them short.
+// As many parts as keep every processor busy, but no more than one for every 512 columns or tokens.
 inline TilesPlan plan_tiles(const Sketch& s, int processors, bool deterministic) {
-  constexpr int64_t kShortest = 512;
   const int64_t tokens = cached_tokens(s.tokens, s.d);
   auto parts = [&](int64_t rows, int64_t inner) {
     const int64_t wanted = ceil_div(processors, sketch_blocks(rows, s.m, 1));
-    return static_cast<int32_t>(smaller(wanted, ceil_div(inner, kShortest)));
+    return static_cast<int32_t>(smaller(wanted, ceil_div(inner, 512)));
   };
   const int32_t project = parts(tokens, s.d), accumulate = parts(s.d, tokens);
   return {tokens, tokens * pitch(s.m), y_plane(s, accumulate, deterministic), project, accumulate};

@@ -254,7 +254,12 @@ def test_without_a_gpu_it_imports_and_fails_cleanly(library):
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     assert module.architectures.startswith("sm_80, sm_90a")
-    for call in (module.refusal, lambda: module.flush(bytes(56), b"", False, 0, False, 0)):
+    for call in (
+        module.refusal,
+        lambda: module.cluster(768, 64, False),
+        lambda: module.workspace_floats(bytes(80), False, True),
+        lambda: module.flush(bytes(56), b"", False, 0, False, 0),
+    ):
         with pytest.raises(RuntimeError, match=r"^cudaGetDevice: .* \(cudaError\w+\)$"):
             call()
     with pytest.raises(ValueError, match="grams must be a whole number of 56-byte updates, got 55 bytes"):

@@ -4,8 +4,8 @@
 // memory, matrix products, stores to another block) happens at once or at the last moment the kernel waits for, again
 // as the seed decides; a copy or a store that is late leaves NaN in its place until then. A missing wait, a missing
 // barrier or a buffer reused too early thus gives wrong numbers for some seed. An asynchronous product that reads what
-// its writer has not fenced, or a store to a block that does not run yet or any more, is an error. Layouts of fragments,
-// ldmatrix and descriptors follow the PTX manual, not csrc/layout.h.
+// its writer has not fenced, or a store to a block that does not run yet or any more, is an error. Layouts of
+// fragments, ldmatrix and descriptors follow the PTX manual, not csrc/layout.h.
 //
 // Not modelled: the rest of the memory model (all else is sequentially consistent), bank conflicts, time.
 #pragma once
