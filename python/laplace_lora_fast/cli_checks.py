@@ -115,5 +115,5 @@ def make_writable(folder: Path) -> None:
 def one_line(error: BaseException) -> str:
     """The first line of a message, enough to act on; with the next ones where it only announces them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    shown = next((n for n, line in enumerate(lines[:3], 1) if not line.endswith(":")), 3)
+    shown = next((n for n, line in enumerate(lines[:3], 1) if not line.endswith((":", ","))), 3)
     return " ".join(lines[:shown])
