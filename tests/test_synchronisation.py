@@ -139,8 +139,8 @@ def data(padded: bool = True) -> list[tiny.Batch]:
 
 def on_gpu(la: LaplaceLoRA) -> LinearisedModel:
     """A fitted model, moved with everything its predictions need."""
-    linearised = la._linearised()
-    curvature = linearised.curvature
+    with la._linearised() as linearised:
+        curvature = linearised.curvature
     names, tensors = curvature.names, curvature.tensors()
     moved = type(curvature).from_tensors(curvature.structure, names, tensors, [GPU] * len(names))
     la.sites = find_sites(la.model.to(GPU), la._head)

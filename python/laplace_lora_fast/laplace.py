@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from laplace_lora_fast import adapters, prior, state
-from laplace_lora_fast.curvature import BlockName
+from laplace_lora_fast import adapters, prior, provenance, state
+from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import (
     LaplaceError,
@@ -36,6 +37,7 @@ from laplace_lora_fast.marglik import Evidence
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
+from laplace_lora_fast.provenance import FrozenWeights, unwrapped
 from laplace_lora_fast.refit import RefittedCurvature
 from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure
 from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
@@ -141,9 +143,10 @@ class LaplaceLoRA:
             seed=seed,
         )
         self.sigma_noise = sigma_noise
-        self._head = Head(model, answer_token_ids, output_fn)
+        self._peft_model = unwrapped(model)
+        self._head = Head(self._peft_model, answer_token_ids, output_fn)
         self._layers = layers
-        self.sites = find_sites(model, self._head, layers)
+        self.sites = find_sites(self._peft_model, self._head, layers)
         self.prior_precision = prior_precision
         self._prior_mean: list[Tensor] | None = None
         if prior_mean is not None:
@@ -154,7 +157,7 @@ class LaplaceLoRA:
                     "mean='refit' starts from the model without its adapter: prior_mean must have lora_B = 0"
                 )
         self._fit: Fit | None = None
-        self._versions: list[tuple[int, int]] = []
+        self._frozen = FrozenWeights({})
 
     @property
     def prior_precision(self) -> PriorPrecision:
@@ -189,7 +192,7 @@ class LaplaceLoRA:
     @property
     def parameters_left_alone(self) -> list[str]:
         """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
-        return parameters_left_alone(self.model, self.sites)
+        return parameters_left_alone(self._peft_model, self.sites)
 
     def fit(
         self, train_loader: Iterable[Batch], *, group: ProcessGroup | None = None, progress: bool = True
@@ -229,13 +232,14 @@ class LaplaceLoRA:
             options.seed,
             ranks,
         )
-        self._fit = fit_structure(objective, train_loader, options, progress)
-        self.sites, self._versions = sites, _versions(sites)
+        fit = fit_structure(objective, train_loader, options, progress)
+        self._fit, self.sites = fit, sites
+        self._frozen = FrozenWeights.of(self._peft_model, sites)
         return self
 
     def _current_sites(self) -> list[Site]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
-        sites = find_sites(self.model, self._head, self._layers)
+        sites = find_sites(self._peft_model, self._head, self._layers)
         weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
         if weights != former:
             if self._prior_mean is not None:
@@ -253,10 +257,7 @@ class LaplaceLoRA:
     @property
     def posterior(self) -> Posterior:
         """The Gaussian over the LoRA weights at the current prior precision and noise."""
-        curvature = self._fitted().curvature
-        if self._is_regression and self.sigma_noise != 1:
-            curvature = curvature.scaled(1 / self.sigma_noise**2)
-        return Posterior(curvature, self._resolve(None))
+        return Posterior(self._at_noise(self._fitted().curvature), self._resolve(None))
 
     @property
     def factors(self) -> dict[str, LayerFactors]:
@@ -334,18 +335,19 @@ class LaplaceLoRA:
         elif val_loader is None:
             raise ValueError("method='val_nll' needs val_loader")
         else:
-            best = minimise_nll(
-                self._linearised(),
-                keys,
-                val_loader,
-                self._predictive_cotangents(),
-                grid,
-                link,
-                n_samples,
-                self.sigma_noise,
-                self.options.seed,
-                progress,
-            )
+            with self._linearised() as linearised:
+                best = minimise_nll(
+                    linearised,
+                    keys,
+                    val_loader,
+                    self._predictive_cotangents(),
+                    grid,
+                    link,
+                    n_samples,
+                    self.sigma_noise,
+                    self.options.seed,
+                    progress,
+                )
         self.prior_precision = best[""] if structure is PriorStructure.SCALAR else best
         return self.prior_precision
 
@@ -362,7 +364,7 @@ class LaplaceLoRA:
         Returns:
             fp32 (fp64 for an fp64 model).
         """
-        classes = self._fitted().n_outputs
+        classes = self._any_fit().n_outputs
         mean, cov, _ = self._distribution([batch], torch.eye(classes), prior_precision, False)
         return mean, cov
 
@@ -428,7 +430,10 @@ class LaplaceLoRA:
             "sigma_noise": self.sigma_noise,
             **self.options.as_dict(),
         }
-        state.save(folder, *self.snapshot(), settings)
+        fit, prior_mean = self.snapshot()
+        self._require_frozen()
+        scalings = [site.scaling for site in self.sites]
+        state.save(folder, fit, prior_mean, settings, scalings, self._frozen)
 
     @classmethod
     def load(
@@ -457,7 +462,10 @@ class LaplaceLoRA:
             raise
         except (TypeError, ValueError) as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
-        la.restore(*saved.rebuild(la.sites))
+        fit, prior_mean = saved.rebuild(la.sites)
+        state.check(fit.curvature, la.sites)
+        la._fit, la._prior_mean = fit, prior_mean
+        la._frozen = saved.frozen_weights(la._peft_model, la.sites)
         return la
 
     def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
@@ -471,24 +479,56 @@ class LaplaceLoRA:
             StateError: the fit is of another adapter, or damaged; names the layer.
         """
         state.check(fit.curvature, self.sites)
-        self._fit, self._prior_mean, self._versions = fit, prior_mean, _versions(self.sites)
+        self._fit, self._prior_mean = fit, prior_mean
+        self._frozen = FrozenWeights.of(self._peft_model, self.sites)
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
         reason = self._fitted().reason
         return summarise(self.posterior, self.prior_precision, self.parameters_left_alone, reason)
 
-    def _fitted(self) -> Fit:
-        """The fit, if it still belongs to the adapter's weights."""
+    def _any_fit(self) -> Fit:
+        """The fit, even if the model has changed since."""
         if self._fit is None:
             raise NotFittedError("call fit(train_loader) or load(...) first")
-        versions = _versions(self.sites)
-        if versions != self._versions:
-            state.check_weights(
-                self._fit.curvature, self.sites, NotFittedError, "changed since fit: fit again"
-            )
-            self._versions = versions
         return self._fit
+
+    def _fitted(self) -> Fit:
+        """The fit, if it belongs to the model as it is now; waits for the device."""
+        with self._unchanged() as fit:
+            return fit
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[Fit]:
+        """The fit, for use inside. Raises NotFittedError if the model has changed: at once, or on leaving for a GPU.
+
+        A GPU compares the weights on entering and is asked on leaving: no batch in between waits for it.
+        """
+        fit, sites = self._any_fit(), self.sites
+        provenance.require_layers(self._peft_model, sites, NotFittedError)
+        if self._frozen.written_to(self._peft_model):
+            self._require_frozen()
+        provenance.require_shapes(fit.curvature, sites, NotFittedError)
+        unchanged = provenance.unchanged_weights(fit.curvature, sites)
+        settings = fit.curvature, unchanged, NotFittedError, "changed since fit: fit again"
+        if unchanged.device.type == "cpu":
+            provenance.require_weights(*settings)
+        yield fit
+        if unchanged.device.type != "cpu":
+            provenance.require_weights(*settings)
+
+    def _require_frozen(self) -> None:
+        """Raises unless the weights around the adapter are those of the fit; reads them all."""
+        for site in self.sites:
+            site.check()  # a merged adapter has a message of its own
+        now = self._frozen.now(self._peft_model)
+        self._frozen.require_same(now, NotFittedError, "changed since fit: fit again", rounding=True)
+        self._frozen = FrozenWeights(self._frozen.fingerprints, now.versions)
+
+    def _at_noise(self, curvature: Curvature) -> Curvature:
+        if self._is_regression and self.sigma_noise != 1:
+            return curvature.scaled(1 / self.sigma_noise**2)
+        return curvature
 
     def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
         """The prior precision of each block; None for the current one."""
@@ -499,7 +539,7 @@ class LaplaceLoRA:
         return Evidence(self._fitted(), self._prior_mean, self._is_regression)
 
     def _predictive_cotangents(self) -> Tensor:
-        outputs = self._fitted().n_outputs
+        outputs = self._any_fit().n_outputs
         return (
             contrast_cotangents(outputs) if self.likelihood.name == "classification" else torch.eye(outputs)
         )
@@ -514,7 +554,8 @@ class LaplaceLoRA:
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
         link = Link(check_choice("link_approx", link_approx, [m.value for m in Link]))
         if link is Link.MAP and self.likelihood.name == "classification":
-            logits, labels = map_logits(self._linearised(), loader, progress)
+            with self._linearised() as linearised:
+                logits, labels = map_logits(linearised, loader, progress)
             return logits.softmax(-1), labels
         mean, cov, labels = self._distribution(
             loader, self._predictive_cotangents(), prior_precision, progress
@@ -537,18 +578,20 @@ class LaplaceLoRA:
         if not tried:
             raise ValueError("prior_precision is an empty list")
         precisions = torch.stack([self._resolve(value) for value in tried], 1)
-        mean, cov, labels = distribution(
-            self._linearised(), precisions, loader, cotangents, "predict", progress
-        )
+        with self._linearised() as linearised:
+            mean, cov, labels = distribution(linearised, precisions, loader, cotangents, "predict", progress)
         if several:
             return mean, cov, labels
         return mean[0] if mean.dim() == 3 else mean, cov[0], labels
 
-    def _linearised(self) -> LinearisedModel:
-        fit, curvature = self._fitted(), self.posterior.curvature
-        return LinearisedModel(
-            self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
-        )
+    @contextmanager
+    def _linearised(self) -> Iterator[LinearisedModel]:
+        """The linearised model, for a pass over data inside; raises as `_unchanged` does."""
+        with self._unchanged() as fit:
+            curvature = self._at_noise(fit.curvature)
+            yield LinearisedModel(
+                self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
+            )
 
 
 def _likelihood(name: str) -> Likelihood:
@@ -558,9 +601,3 @@ def _likelihood(name: str) -> Likelihood:
 
 def _block_names(sites: Sequence[Site]) -> list[BlockName]:
     return [(site.name, side) for site in sites for side in "AB"]
-
-
-def _versions(sites: Sequence[Site]) -> list[tuple[int, int]]:
-    """Changes whenever a LoRA weight is written to or moved; costs no look at the weights."""
-    weights = (getattr(site.module, f"lora_{side}")[site.adapter].weight for site in sites for side in "AB")
-    return [(weight.data_ptr(), weight._version) for weight in weights]
