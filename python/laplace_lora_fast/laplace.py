@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -506,7 +507,7 @@ class LaplaceLoRA:
         """
         fit, sites = self._any_fit(), self.sites
         provenance.require_layers(self._peft_model, sites, NotFittedError)
-        if self._frozen.written_to(self._peft_model):
+        if self._frozen.written_to():
             self._require_frozen()
         provenance.require_shapes(fit.curvature, sites, NotFittedError)
         unchanged = provenance.unchanged_weights(fit.curvature, sites)
@@ -523,7 +524,7 @@ class LaplaceLoRA:
             site.check()  # a merged adapter has a message of its own
         now = self._frozen.now(self._peft_model)
         self._frozen.require_same(now, NotFittedError, "changed since fit: fit again", rounding=True)
-        self._frozen = FrozenWeights(self._frozen.fingerprints, now.versions)
+        self._frozen = replace(now, fingerprints=self._frozen.fingerprints)
 
     def _at_noise(self, curvature: Curvature) -> Curvature:
         if self._is_regression and self.sigma_noise != 1:

@@ -34,12 +34,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def require_layers(model: nn.Module, sites: Sequence[Site], error: type[LaplaceError]) -> None:
     """Raises `error` unless the model still has these LoRA layers with these adapters and scalings; reads no weight."""
+    unloaded = _submodule(model, sites[0].name) is not sites[0].module  # PEFT unloads all layers or none
     for site in sites:
-        try:
-            there = model.get_submodule(site.name) is site.module
-        except AttributeError:
-            there = False
-        if not there or site.adapter not in site.module.scaling:  # type: ignore[operator]
+        if unloaded or site.adapter not in site.module.scaling:  # type: ignore[operator]
             raise error(
                 f"layer {site.name!r} with adapter {site.adapter!r} is gone from the model: fit again"
             )
@@ -91,10 +88,12 @@ class FrozenWeights:
 
     Attributes:
         fingerprints: by the parameter's name; None for a weight that is quantised or offloaded.
-        versions: changes when a weight is written to or moved, except by what counts no version.
+        places: the weights' modules, and their names there.
+        versions: change when a weight is written to or moved, except by what counts no version.
     """
 
     fingerprints: Mapping[str, Fingerprint | None]
+    places: Sequence[tuple[nn.Module, str]] = ()
     versions: Sequence[tuple[int, int]] = ()
 
     @classmethod
@@ -107,20 +106,21 @@ class FrozenWeights:
         """The same weights as they are now."""
         return self._read(model, list(self.fingerprints))
 
-    def written_to(self, model: nn.Module) -> bool:
+    def written_to(self) -> bool:
         """Whether a weight may have changed; reads none."""
-        return _versions(_found(model, list(self.fingerprints)).values()) != self.versions
+        return self.versions != _versions(self.places)
 
     @classmethod
     def _read(cls, model: nn.Module, names: Sequence[str]) -> FrozenWeights:
-        found = _found(model, names)
+        places = {name: place for name in names if (place := _place(model, name)) is not None}
+        found = {name: getattr(*place).detach() for name, place in places.items()}
         readable = {name: weight for name, weight in found.items() if _is_readable(weight)}
         sums = [_sums(weight) for weight in readable.values()]
         values = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
         fingerprints: dict[str, Fingerprint | None] = dict.fromkeys(found)
         for (name, weight), (norm, alternating) in zip(readable.items(), values, strict=True):
             fingerprints[name] = str(weight.dtype).removeprefix("torch."), norm, alternating
-        return cls(fingerprints, _versions(found.values()))
+        return cls(fingerprints, list(places.values()), _versions(places.values()))
 
     def require_same(
         self, now: FrozenWeights, error: type[LaplaceError], what: str, rounding: bool = False
@@ -147,15 +147,21 @@ def _agree(one: Fingerprint | None, other: Fingerprint | None, rounding: bool) -
     return all(abs(a - b) <= tolerance * one[1] for a, b in zip(one[1:], other[1:], strict=True))
 
 
-def _found(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    found = {}
-    for name in names:
-        with suppress(AttributeError):
-            found[name] = model.get_parameter(name).detach()
-    return found
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    with suppress(AttributeError):
+        return model.get_submodule(name)
+    return None
 
 
-def _versions(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module that holds a parameter, and its name there."""
+    owner, _, own_name = name.rpartition(".")
+    module = _submodule(model, owner)
+    return (module, own_name) if isinstance(getattr(module, own_name, None), Tensor) else None  # type: ignore[return-value]
+
+
+def _versions(places: Iterable[tuple[nn.Module, str]]) -> list[tuple[int, int]]:
+    weights = [getattr(*place) for place in places]
     return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
 
