@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,13 +41,16 @@ from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logi
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
 from laplace_lora_fast.provenance import FrozenWeights, unwrapped
 from laplace_lora_fast.refit import RefittedCurvature
-from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure
+from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure, positive_integer
 from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
 from laplace_lora_fast.taps import Layers, Site, find_sites, parameters_left_alone, read_adapter
 from laplace_lora_fast.validation import DEFAULT_GRID, minimise_loo_nll, minimise_nll
 
 Batch = Mapping[str, Any]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
+
+# initialisations of PEFT that subtract the adapter's start from the base weights, or quantise them
+_RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LaplaceLoRA:
@@ -102,7 +106,7 @@ class LaplaceLoRA:
 
     Raises:
         UnsupportedAdapterError: no LoRA layer, or one this does not cover; names the layer.
-        ValueError: an argument is not one of its choices.
+        ValueError: an argument is not one of its choices, or does not go with another.
     """
 
     def __init__(
@@ -148,10 +152,11 @@ class LaplaceLoRA:
         self._head = Head(self._peft_model, answer_token_ids, output_fn)
         self._layers = layers
         self.sites = find_sites(self._peft_model, self._head, layers)
+        self._refuse_residual_base(self.sites)
         self.prior_precision = prior_precision
         self._prior_mean: list[Tensor] | None = None
         if prior_mean is not None:
-            pairs = read_adapter(prior_mean, self.sites)
+            pairs = read_adapter(_adapter_source(prior_mean), self.sites)
             self._prior_mean = [weight for a, b in pairs for weight in (a, b.mT)]
             if mean == "refit" and any(bool(b.any()) for _, b in pairs):
                 raise ValueError(
@@ -249,7 +254,20 @@ class LaplaceLoRA:
                     "make a new LaplaceLoRA"
                 )
             prior.resolve(self.prior_precision, _block_names(sites))
+        self._refuse_residual_base(sites)
         return sites
+
+    def _refuse_residual_base(self, sites: Sequence[Site]) -> None:
+        """A refit starts from the pre-trained model; some initialisations took the adapter's start out of it."""
+        configs = getattr(self._peft_model, "peft_config", {})
+        for adapter in dict.fromkeys(site.adapter for site in sites):
+            init = str(getattr(configs.get(adapter), "init_lora_weights", True)).lower()
+            if self.options.mean == "refit" and init.startswith(_RESIDUAL_BASE):
+                raise ValueError(
+                    f"mean='refit' starts from the model without its adapter, which init_lora_weights={init!r} made a "
+                    "residual of the pre-trained one: use mean='map', or save the adapter converted to plain LoRA "
+                    "(path_initial_model_for_weight_conversion)"
+                )
 
     @property
     def _is_regression(self) -> bool:
@@ -413,12 +431,20 @@ class LaplaceLoRA:
     def sample_adapters(self, folder: str | PathLike[str], n: int) -> list[Path]:
         """Draws n adapters from the posterior and writes them as ordinary PEFT adapter folders.
 
+        Args:
+            folder: of the new folders; one with more samples than n is refused.
+            n: how many, at least 1.
+
         Returns:
             The folders, loadable by `peft.PeftModel.from_pretrained`.
+
+        Raises:
+            UnsupportedAdapterError: the model is no PeftModel, or has several adapters active.
+            ValueError: `n` is no positive integer, or `folder` holds other samples.
         """
-        self._fitted()
-        generator = torch.Generator().manual_seed(self.options.seed)
-        return adapters.save_samples(self.model, self.sites, self.posterior.sample(n, generator), folder)
+        n = positive_integer("n", n)
+        samples = self.posterior.sample(n, torch.Generator().manual_seed(self.options.seed))
+        return adapters.save_samples(self._peft_model, self.sites, samples, folder)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
@@ -598,6 +624,16 @@ class LaplaceLoRA:
 def _likelihood(name: str) -> Likelihood:
     kinds: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Categorical, Gaussian)}
     return kinds[check_choice("likelihood", name, list(kinds))]()
+
+
+def _adapter_source(source: str | PathLike[str] | Mapping[str, Tensor]) -> Path | Mapping[str, Tensor]:
+    """An adapter's folder or state dict. A path that is no such folder must not become a look-up on a model hub."""
+    if isinstance(source, Mapping):
+        return {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight for name, weight in source.items()}
+    folder = Path(source)
+    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+        raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
+    return folder
 
 
 def _block_names(sites: Sequence[Site]) -> list[BlockName]:
