@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import InvalidBatchError, LaplaceLoRA
 from tests import oracle, tiny
 from tests.oracle import assert_close
 
@@ -185,3 +186,59 @@ def test_summary_names_layers_and_totals() -> None:
     weights = sum(mean.numel() for mean in la.posterior.curvature.means)
     assert all(f"{site.name}.{side}" in text for site in la.sites for side in "AB")
     assert f"{gamma:.1f} of {weights} parameters" in text
+
+
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "map"])
+def test_a_list_of_priors_is_an_axis_of_every_prediction(link: str) -> None:
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="kfac").fit([tiny.batch(5)], progress=False)
+    tried = [0.5, 2.0]
+    many = la.predict(TEST, link_approx=link, prior_precision=tried)
+    for probs, value in zip(many, tried, strict=True):
+        assert_close(probs, la.predict(TEST, link_approx=link, prior_precision=value), 1e-10)
+    many, _ = la.predict_loader([TEST], link_approx=link, prior_precision=tried, progress=False)
+    assert many.shape == (2, len(TEST["input_ids"]), 3)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "refit"])
+def test_a_list_of_priors_is_an_axis_of_a_regression(structure: str) -> None:
+    options = {"mean": "refit"} if structure == "refit" else {"structure": structure}
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(1), "regression", **options)
+    la.fit([tiny.batch(5, classes=0)], progress=False)
+    mean, variance = la.predict(TEST, prior_precision=[0.5, 2.0])
+    assert mean.shape == variance.shape == (2, len(TEST["input_ids"]), 1)
+    for index, value in enumerate((0.5, 2.0)):
+        expected = la.predict(TEST, prior_precision=value)
+        assert_close(mean[index], expected[0], 1e-8)
+        assert_close(variance[index], expected[1], 1e-8)
+
+
+def test_labels_that_nothing_uses_are_ignored() -> None:
+    """Test sets often have -1 there."""
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="kfac").fit([tiny.batch(5)], progress=False)
+    for name in ("labels", "label"):
+        batch = TEST | {name: torch.full((len(TEST["input_ids"]),), -1)}
+        for link in ("probit", "map"):
+            assert torch.equal(la.predict(batch, link_approx=link), la.predict(TEST, link_approx=link))
+        assert torch.equal(la.logit_distribution(batch)[1], la.logit_distribution(TEST)[1])
+    with pytest.raises(InvalidBatchError, match="leave them out where there are none"):
+        la.predict_loader([batch], progress=False)
+    assert la.predict_loader([TEST], progress=False)[1] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"mean": "refit"}], ids=str)
+def test_a_loader_that_fills_the_same_memory_again(options: dict[str, str]) -> None:
+    batches = [tiny.batch(4, classes=0, padding=None, seed=seed) for seed in range(3)]
+
+    def reusing() -> Iterator[tiny.Batch]:
+        memory = {name: value.clone() for name, value in batches[0].items()}
+        for batch in batches:
+            for name, value in batch.items():
+                memory[name].copy_(value)
+            yield memory
+
+    model = tiny.tiny_llama_classifier(1)
+    la = LaplaceLoRA(model, "regression", structure="dual", **options).fit(batches, progress=False)
+    other = LaplaceLoRA(model, "regression", structure="dual", **options).fit(reusing(), progress=False)
+    assert torch.equal(other.predict(TEST)[0], la.predict(TEST)[0])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert torch.equal(la.predict_loader(reusing(), progress=False)[1][:, 0], labels)

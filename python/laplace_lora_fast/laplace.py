@@ -21,6 +21,7 @@ from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import (
     LaplaceError,
     NotFittedError,
+    NumericalError,
     StateError,
     UnsupportedAdapterError,
 )
@@ -49,6 +50,7 @@ from laplace_lora_fast.validation import DEFAULT_GRID, minimise_loo_nll, minimis
 Batch = Mapping[str, Any]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
 
+_LABELS = ("labels", "label")
 # initialisations of PEFT that subtract the adapter's start from the base weights, or quantise them
 _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -172,7 +174,7 @@ class LaplaceLoRA:
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
-        prior.resolve(value, _block_names(self.sites))
+        self._resolve(value)
         if isinstance(value, Mapping):
             self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
         else:
@@ -376,7 +378,7 @@ class LaplaceLoRA:
         """Mean [N, C] and covariance [N, C, C] of the linearised model's outputs; C backward passes.
 
         Args:
-            batch: as for `fit`; labels are not needed.
+            batch: as for `fit`; labels are ignored.
             prior_precision: another one than the current, or a list of G: the covariance is then [G, N, C, C], and the
                 mean of a refitted model [G, N, C].
 
@@ -384,7 +386,7 @@ class LaplaceLoRA:
             fp32 (fp64 for an fp64 model).
         """
         classes = self._any_fit().n_outputs
-        mean, cov, _ = self._distribution([batch], torch.eye(classes), prior_precision, False)
+        mean, cov, _ = self._distribution(_unlabelled(batch), torch.eye(classes), prior_precision, False)
         return mean, cov
 
     def predict(
@@ -398,7 +400,7 @@ class LaplaceLoRA:
         """Predictive distribution of one batch.
 
         Args:
-            batch: as for `fit`; labels are not needed.
+            batch: as for `fit`; labels are ignored.
             link_approx: classification: "probit" (pairwise, invariant to shifts of the logits), "mc" (seeded
                 Monte-Carlo softmax), "bridge" (Laplace bridge) or "map" (the plain model). All but "map" take C - 1
                 backward passes.
@@ -408,7 +410,7 @@ class LaplaceLoRA:
         Returns:
             Classification: probabilities [N, C]. Regression: mean [N, C] and variance [N, C] with the noise in it.
         """
-        result, _ = self._predict([batch], link_approx, n_samples, prior_precision, False)
+        result, _ = self._predict(_unlabelled(batch), link_approx, n_samples, prior_precision, False)
         return result
 
     def predict_loader(
@@ -424,7 +426,7 @@ class LaplaceLoRA:
 
         Returns:
             What `predict` returns, for all examples in the loader's order, and their labels (None if not all
-            batches have labels).
+            batches have labels). Labels that are there have to be valid: leave out the -1 of an unlabelled test set.
         """
         return self._predict(loader, link_approx, n_samples, prior_precision, progress)
 
@@ -560,7 +562,17 @@ class LaplaceLoRA:
     def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
         """The prior precision of each block; None for the current one."""
         value = self.prior_precision if prior_precision is None else prior_precision
-        return prior.resolve(value, _block_names(self.sites))
+        precisions = prior.resolve(value, _block_names(self.sites))
+        prior.require_representable(float(precisions.min()), self.sites[0].A.dtype)
+        return precisions
+
+    def _priors(self, prior_precision: PriorPrecisions | None) -> tuple[Tensor, bool]:
+        """One prior precision or a list of G: [n_blocks, G], and whether it is a list."""
+        several = isinstance(prior_precision, Sequence) and not isinstance(prior_precision, str)
+        tried = prior_precision if several else [prior_precision]
+        if not tried:
+            raise ValueError("prior_precision is an empty list")
+        return torch.stack([self._resolve(value) for value in tried], 1), several  # type: ignore[union-attr, arg-type]
 
     def _evidence(self) -> Evidence:
         return Evidence(self._fitted(), self._prior_mean, self._is_regression)
@@ -580,15 +592,18 @@ class LaplaceLoRA:
         progress: bool,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
         link = Link(check_choice("link_approx", link_approx, [m.value for m in Link]))
-        if link is Link.MAP and self.likelihood.name == "classification":
+        precisions, several = self._priors(prior_precision)
+        if link is Link.MAP and not self._is_regression:
             with self._linearised() as linearised:
                 logits, labels = map_logits(linearised, loader, progress)
-            return logits.softmax(-1), labels
+            probs = logits.softmax(-1)
+            return probs.repeat(precisions.shape[1], 1, 1) if several else probs, labels
         mean, cov, labels = self._distribution(
             loader, self._predictive_cotangents(), prior_precision, progress
         )
         if self._is_regression:
-            return (mean, cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2), labels
+            variance = cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2
+            return (mean.expand_as(variance), variance), labels
         generator = torch.Generator().manual_seed(self.options.seed)
         return probabilities(link, mean, cov, n_samples, generator), labels
 
@@ -600,13 +615,13 @@ class LaplaceLoRA:
         progress: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
-        several = isinstance(prior_precision, Sequence)
-        tried = prior_precision if isinstance(prior_precision, Sequence) else [prior_precision]
-        if not tried:
-            raise ValueError("prior_precision is an empty list")
-        precisions = torch.stack([self._resolve(value) for value in tried], 1)
+        precisions, several = self._priors(prior_precision)
         with self._linearised() as linearised:
             mean, cov, labels = distribution(linearised, precisions, loader, cotangents, "predict", progress)
+        if not cov.isfinite().all():
+            raise NumericalError(
+                f"the predictive covariance is not finite in {cov.dtype}: use a larger prior_precision"
+            )
         if several:
             return mean, cov, labels
         return mean[0] if mean.dim() == 3 else mean, cov[0], labels
@@ -619,6 +634,13 @@ class LaplaceLoRA:
             yield LinearisedModel(
                 self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
             )
+
+
+def _unlabelled(batch: Batch) -> list[Batch]:
+    """A loader of one batch, without labels that nothing would use: test sets often have -1 there."""
+    if not isinstance(batch, Mapping):
+        return [batch]
+    return [{key: value for key, value in batch.items() if key not in _LABELS}]
 
 
 def _likelihood(name: str) -> Likelihood:
