@@ -1,8 +1,9 @@
-"""Posterior samples as ordinary PEFT adapter folders."""
+"""Adapters as PEFT keeps them: posterior samples in ordinary folders, where an adapter is read from, how it started."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.taps import Site
+
+# PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
+_RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_samples(
@@ -92,3 +96,26 @@ def _with_rows(weight: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
     weight = weight.clone()
     weight[rows.to(weight.device)] = values.to(weight)
     return weight
+
+
+def source(adapter: str | PathLike[str] | Mapping[str, Tensor]) -> Path | Mapping[str, Tensor]:
+    """An adapter's folder or state dict. A path that is no such folder must not become a look-up on a model hub."""
+    if isinstance(adapter, Mapping):
+        return {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight for name, weight in adapter.items()}
+    folder = Path(adapter)
+    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+        raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
+    return folder
+
+
+def refuse_residual_base(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises ValueError if the model without its adapter is not the pre-trained one, from which a refit starts."""
+    configs = getattr(model, "peft_config", {})
+    for adapter in dict.fromkeys(site.adapter for site in sites):
+        init = str(getattr(configs.get(adapter), "init_lora_weights", True)).lower()
+        if init.startswith(_RESIDUAL_BASE):
+            raise ValueError(
+                f"mean='refit' starts from the model without its adapter, which init_lora_weights={init!r} made a "
+                "residual of the pre-trained one: use mean='map', or save the adapter converted to plain LoRA "
+                "(path_initial_model_for_weight_conversion)"
+            )

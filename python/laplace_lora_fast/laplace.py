@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from laplace_lora_fast import adapters, prior, provenance, state
+from laplace_lora_fast import adapters, identity, prior, state
 from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import (
@@ -27,6 +26,7 @@ from laplace_lora_fast.errors import (
 )
 from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.heads import Head, OutputFn
+from laplace_lora_fast.identity import FrozenWeights, unwrapped
 from laplace_lora_fast.likelihoods import (
     Categorical,
     Fisher,
@@ -40,7 +40,6 @@ from laplace_lora_fast.marglik import Evidence
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
-from laplace_lora_fast.provenance import FrozenWeights, unwrapped
 from laplace_lora_fast.refit import RefittedCurvature
 from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure, positive_integer
 from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
@@ -51,8 +50,6 @@ Batch = Mapping[str, Any]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
 
 _LABELS = ("labels", "label")
-# initialisations of PEFT that subtract the adapter's start from the base weights, or quantise them
-_RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LaplaceLoRA:
@@ -154,11 +151,12 @@ class LaplaceLoRA:
         self._head = Head(self._peft_model, answer_token_ids, output_fn)
         self._layers = layers
         self.sites = find_sites(self._peft_model, self._head, layers)
-        self._refuse_residual_base(self.sites)
+        if mean == "refit":
+            adapters.refuse_residual_base(self._peft_model, self.sites)
         self.prior_precision = prior_precision
         self._prior_mean: list[Tensor] | None = None
         if prior_mean is not None:
-            pairs = read_adapter(_adapter_source(prior_mean), self.sites)
+            pairs = read_adapter(adapters.source(prior_mean), self.sites)
             self._prior_mean = [weight for a, b in pairs for weight in (a, b.mT)]
             if mean == "refit" and any(bool(b.any()) for _, b in pairs):
                 raise ValueError(
@@ -256,20 +254,9 @@ class LaplaceLoRA:
                     "make a new LaplaceLoRA"
                 )
             prior.resolve(self.prior_precision, _block_names(sites))
-        self._refuse_residual_base(sites)
+        if self.options.mean == "refit":
+            adapters.refuse_residual_base(self._peft_model, sites)
         return sites
-
-    def _refuse_residual_base(self, sites: Sequence[Site]) -> None:
-        """A refit starts from the pre-trained model; some initialisations took the adapter's start out of it."""
-        configs = getattr(self._peft_model, "peft_config", {})
-        for adapter in dict.fromkeys(site.adapter for site in sites):
-            init = str(getattr(configs.get(adapter), "init_lora_weights", True)).lower()
-            if self.options.mean == "refit" and init.startswith(_RESIDUAL_BASE):
-                raise ValueError(
-                    f"mean='refit' starts from the model without its adapter, which init_lora_weights={init!r} made a "
-                    "residual of the pre-trained one: use mean='map', or save the adapter converted to plain LoRA "
-                    "(path_initial_model_for_weight_conversion)"
-                )
 
     @property
     def _is_regression(self) -> bool:
@@ -534,17 +521,17 @@ class LaplaceLoRA:
         A GPU compares the weights on entering and is asked on leaving: no batch in between waits for it.
         """
         fit, sites = self._any_fit(), self.sites
-        provenance.require_layers(self._peft_model, sites, NotFittedError)
+        identity.require_layers(self._peft_model, sites, NotFittedError)
         if self._frozen.written_to():
             self._require_frozen()
-        provenance.require_shapes(fit.curvature, sites, NotFittedError)
-        unchanged = provenance.unchanged_weights(fit.curvature, sites)
+        identity.require_shapes(fit.curvature, sites, NotFittedError)
+        unchanged = identity.unchanged_weights(fit.curvature, sites)
         settings = fit.curvature, unchanged, NotFittedError, "changed since fit: fit again"
         if unchanged.device.type == "cpu":
-            provenance.require_weights(*settings)
+            identity.require_weights(*settings)
         yield fit
         if unchanged.device.type != "cpu":
-            provenance.require_weights(*settings)
+            identity.require_weights(*settings)
 
     def _require_frozen(self) -> None:
         """Raises unless the weights around the adapter are those of the fit; reads them all."""
@@ -592,9 +579,9 @@ class LaplaceLoRA:
         progress: bool,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
         link = Link(check_choice("link_approx", link_approx, [m.value for m in Link]))
-        precisions, several = self._priors(prior_precision)
         if link is Link.MAP and not self._is_regression:
             with self._linearised() as linearised:
+                precisions, several = self._priors(prior_precision)
                 logits, labels = map_logits(linearised, loader, progress)
             probs = logits.softmax(-1)
             return probs.repeat(precisions.shape[1], 1, 1) if several else probs, labels
@@ -615,8 +602,8 @@ class LaplaceLoRA:
         progress: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
-        precisions, several = self._priors(prior_precision)
         with self._linearised() as linearised:
+            precisions, several = self._priors(prior_precision)
             mean, cov, labels = distribution(linearised, precisions, loader, cotangents, "predict", progress)
         if not cov.isfinite().all():
             raise NumericalError(
@@ -646,16 +633,6 @@ def _unlabelled(batch: Batch) -> list[Batch]:
 def _likelihood(name: str) -> Likelihood:
     kinds: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Categorical, Gaussian)}
     return kinds[check_choice("likelihood", name, list(kinds))]()
-
-
-def _adapter_source(source: str | PathLike[str] | Mapping[str, Tensor]) -> Path | Mapping[str, Tensor]:
-    """An adapter's folder or state dict. A path that is no such folder must not become a look-up on a model hub."""
-    if isinstance(source, Mapping):
-        return {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight for name, weight in source.items()}
-    folder = Path(source)
-    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
-        raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
-    return folder
 
 
 def _block_names(sites: Sequence[Site]) -> list[BlockName]:

@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from laplace_lora_fast import provenance
+from laplace_lora_fast import identity
 from laplace_lora_fast.blocks import BlockCurvature
 from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.dual import DualCurvature
 from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fit import Fit
-from laplace_lora_fast.provenance import FrozenWeights
+from laplace_lora_fast.identity import FrozenWeights
 from laplace_lora_fast.refit import RefittedCurvature
 from laplace_lora_fast.taps import Site
 
@@ -163,10 +163,10 @@ def check(curvature: Curvature, sites: Sequence[Site]) -> None:
         raise StateError(
             f"the posterior of layer {layer!r} has tensors of wrong shapes or values that are not finite"
         )
-    provenance.require_shapes(curvature, sites, StateError)
-    provenance.require_weights(
+    identity.require_shapes(curvature, sites, StateError)
+    identity.require_weights(
         curvature,
-        provenance.unchanged_weights(curvature, sites),
+        identity.unchanged_weights(curvature, sites),
         StateError,
         "differ from those the posterior was fitted on: load the same adapter",
     )

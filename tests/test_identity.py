@@ -12,7 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from laplace_lora_fast import LaplaceLoRA, NotFittedError, StateError, UnsupportedAdapterError
-from laplace_lora_fast.laplace import provenance
+from laplace_lora_fast.laplace import identity
 from tests import tiny
 
 ANSWERS = {"answer_token_ids": tiny.ANSWERS}
@@ -94,7 +94,7 @@ def test_on_a_gpu_the_weights_are_asked_about_after_the_last_batch(monkeypatch):
         yield tiny.batch(2)
         assert not read
 
-    monkeypatch.setattr(provenance, "unchanged_weights", lambda *_: Elsewhere())
+    monkeypatch.setattr(identity, "unchanged_weights", lambda *_: Elsewhere())
     with pytest.raises(NotFittedError, match="changed since fit"):
         la.predict_loader(batches(), progress=False)
     assert read == [True]
@@ -204,7 +204,7 @@ def test_quantised_base_weights_are_passed_over(tmp_path):
     weight = model.get_submodule(LAYER).base_layer.weight
     weight.requires_grad_(False)
     weight.data = weight.data.to(torch.float8_e4m3fn)
-    prints = provenance.FrozenWeights.of(model, la.sites).fingerprints
+    prints = identity.FrozenWeights.of(model, la.sites).fingerprints
     assert prints.pop(f"{LAYER}.base_layer.weight") is None
     assert all(prints.values())
     LaplaceLoRA.load(tmp_path, model)
