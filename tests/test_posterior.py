@@ -242,3 +242,53 @@ def test_a_loader_that_fills_the_same_memory_again(options: dict[str, str]) -> N
     assert torch.equal(other.predict(TEST)[0], la.predict(TEST)[0])
     labels = torch.cat([batch["labels"] for batch in batches])
     assert torch.equal(la.predict_loader(reusing(), progress=False)[1][:, 0], labels)
+
+
+class Wide(torch.nn.Module):
+    """Large inputs, few examples: a Jacobian lies in the basis of its factor, almost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.02 * self.head(self.layer(x))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_single_precision_leaves_the_variance_its_digits_under_weak_priors(structure: str) -> None:
+    """What is in the basis does not leave rounding outside of it, for a weak prior to divide."""
+    x = 100 * torch.randn(20, 256, dtype=torch.float64)
+    found: dict[tuple[torch.dtype, float], tuple[Tensor, Tensor]] = {}
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = tiny.adapt(Wide(), targets=("layer",)).to(dtype)
+        la = LaplaceLoRA(model, structure=structure).fit([{"x": x.to(dtype)}], progress=False)
+        grid = [1e-6, 1e-4, 1e-2, 1.0]
+        covs = la.logit_distribution({"x": x.to(dtype)}, prior_precision=grid)[1]
+        probs = la.predict({"x": x.to(dtype)}, prior_precision=grid)
+        found |= {(dtype, lam): (covs[i], probs[i]) for i, lam in enumerate(grid)}
+        one = la.logit_distribution({"x": x.to(dtype)}, prior_precision=1e-4)[1]
+        assert_close(covs[1], one, 1e-4 if dtype == torch.float32 else 1e-9)
+    for lam in grid:
+        exact, single = (found[dtype, lam] for dtype in (torch.float64, torch.float32))
+        assert torch.linalg.eigvalsh(single[0].double()).min() > 0
+        assert_close(single[0].double(), exact[0], 5e-3)  # the factors' own rounding
+        assert (single[1].double() - exact[1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["B", "A"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_careful_block_is_the_same_block(k: int, name: str) -> None:
+    la = fitted(tiny.tiny_llama(), rank=3)
+    index = la.posterior.curvature.names.index((f"{LAYERS}0.self_attn.q_proj", name))
+    block = la.posterior.curvature.blocks[index]
+    r, d = block.mean.shape
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    small, large, priors = draw(2, k, 5, r), draw(2, 1, 5, d), torch.tensor([0.1, 2.0], dtype=torch.float64)
+    expected = block.variances(small, large, priors)
+    assert_close(block.careful().variances(small, large, priors), expected, 1e-12)
+    unit = torch.eye(r, dtype=torch.float64).expand(2, 1, -1, -1)
+    jacobians = small.mT @ large
+    assert_close(block.careful().variances(unit, jacobians, priors), expected, 1e-12)
