@@ -158,6 +158,9 @@ PRECISIONS = {
     "negative B": {"A": 1.0, "B": -2.0},
     "text": "high",
     "none in a dict": {"A": 1.0, "B": None},
+    "digits": "12",
+    "digits in a dict": {"A": 1.0, "B": "2"},
+    "below what fp64 can divide by": 1e-310,
 }
 
 
@@ -282,6 +285,9 @@ def nothing_changes(la, batch):
     assert torch.equal(la.log_marginal_likelihood(), evidence)
 
 
+LABELS_IGNORED = {name for name in BATCHES if name.startswith("labels") and name != "labels only"}
+
+
 @pytest.fixture(scope="module")
 def fitted():
     model = tiny.tiny_llama(targets=("q_proj", "lm_head")).train()
@@ -295,12 +301,16 @@ def test_batches(fitted, name):
     calls = [
         lambda: fitted.fit([good, bad], progress=False),
         lambda: fitted.fit([bad], progress=False),
-        lambda: fitted.predict(bad),
-        lambda: fitted.predict(bad, link_approx="map"),
-        lambda: fitted.logit_distribution(bad),
         lambda: fitted.predict_loader([good, bad], progress=False),
         lambda: fitted.optimize_prior_precision("val_nll", val_loader=[good, bad], progress=False),
     ]
+    without_labels = [
+        lambda: fitted.predict(bad),
+        lambda: fitted.predict(bad, link_approx="map"),
+        lambda: fitted.logit_distribution(bad),
+    ]
+    if name not in LABELS_IGNORED:
+        calls += without_labels
     with nothing_changes(fitted, good):
         for call in calls:
             with pytest.raises(InvalidBatchError, match=match):
@@ -321,8 +331,9 @@ def test_batches_of_other_structures(structure):
             for loader in ([bad], [good, bad], [bad, good]):
                 with pytest.raises(InvalidBatchError, match=match):
                     la.fit(loader, progress=False)
-            with pytest.raises(InvalidBatchError, match=match):
-                la.predict(bad)
+            if name not in LABELS_IGNORED:
+                with pytest.raises(InvalidBatchError, match=match):
+                    la.predict(bad)
         with pytest.raises(InvalidBatchError, match="train_loader yielded no batch"):
             la.fit([], progress=False)
         with pytest.raises(InvalidBatchError, match="at least 2 logits"):
@@ -344,15 +355,19 @@ def test_conditions_that_wait_for_the_device(structure, factor, monkeypatch):
         for name in ("labels too large", "labels negative", "mask with an empty row", "NaN"):
             make, match = BATCHES[name]
             bad = make(tiny.batch(3))
-            for call in (
+            calls = [
                 lambda: la.fit([bad, good], progress=False),  # noqa: B023
                 lambda: la.fit([good, bad], progress=False),  # noqa: B023
-                lambda: la.predict(bad),  # noqa: B023
-                lambda: la.predict(bad, link_approx="mc"),  # noqa: B023
                 lambda: la.predict_loader([bad, good], link_approx="map", progress=False),  # noqa: B023
-                lambda: la.logit_distribution(bad),  # noqa: B023
                 lambda: la.optimize_prior_precision("val_nll", val_loader=[bad], progress=False),  # noqa: B023
-            ):
+            ]
+            if name not in LABELS_IGNORED:
+                calls += [
+                    lambda: la.predict(bad),  # noqa: B023
+                    lambda: la.predict(bad, link_approx="mc"),  # noqa: B023
+                    lambda: la.logit_distribution(bad),  # noqa: B023
+                ]
+            for call in calls:
                 with pytest.raises(InvalidBatchError, match=match):
                     call()
 
@@ -566,6 +581,7 @@ TUNING = {
     "grid with a repeat": ({"method": "val_nll", "grid": [1.0, 1.0]}, "grid"),
     "grid from zero": ({"method": "val_nll", "grid": [0.0, 1.0]}, "grid"),
     "grid with NaN": ({"method": "val_nll", "grid": [1.0, math.nan]}, "grid"),
+    "grid with NaN inside": ({"method": "val_nll", "grid": [0.1, math.nan, 10.0]}, "grid"),
     "grid to infinity": ({"method": "val_nll", "grid": [1.0, math.inf]}, "grid"),
 }
 
@@ -609,6 +625,25 @@ def test_link_and_predict_arguments(fitted):
             fitted.predict(tiny.batch(2), link_approx="mc", n_samples=n_samples)
 
 
+def test_prior_precisions_that_underflow_are_refused_or_used(fitted):
+    model = tiny.tiny_llama(torch.float32)
+    la = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
+    for call in (
+        lambda: la.predict(tiny.batch(2), prior_precision=1e-39),
+        lambda: LaplaceLoRA(model, prior_precision={"A": 1.0, "B": 1e-39}),
+        lambda: la.optimize_prior_precision("val_nll", val_loader=[tiny.batch(2)], grid=[1e-45, 1.0]),
+    ):
+        with pytest.raises(ValueError, match=r"prior_precision must be at least 1\.18e-38"):
+            call()
+    assert fitted.predict(tiny.batch(2), prior_precision=1e-39).isfinite().all()
+    with torch.no_grad():
+        for site in la.sites:
+            site.module.lora_B["default"].weight.mul_(1e6)
+    la.fit([tiny.batch(3)], progress=False)
+    with pytest.raises(NumericalError, match=r"covariance is not finite in torch.float32: use a larger"):
+        la.predict(tiny.batch(2, seed=9), prior_precision=1e-37)
+
+
 # Before the fit, and after the model changed
 
 
@@ -633,20 +668,6 @@ def test_before_fit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def uses(la, tmp_path):
-    """Whatever a fit is used for."""
-    return {
-        "predict": lambda: la.predict(tiny.batch(2)),
-        "map": lambda: la.predict(tiny.batch(2), link_approx="map"),
-        "logit_distribution": lambda: la.logit_distribution(tiny.batch(2)),
-        "evidence": lambda: la.log_marginal_likelihood(),
-        "tune": lambda: la.optimize_prior_precision(),
-        "sample": lambda: la.sample_adapters(tmp_path / "samples", 1),
-        "save": lambda: la.save(tmp_path / "posterior"),
-        "summary": lambda: la.summary(),
-    }
-
-
 def test_adapter_switched_merged_or_disabled_after_fit():
     model = add_other(tiny.tiny_llama())
     la = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
@@ -666,11 +687,6 @@ def test_adapter_switched_merged_or_disabled_after_fit():
     refused(r"'[\w.]+q_proj'.*merged")
     model.unmerge_adapter()
     torch.testing.assert_close(la.predict(tiny.batch(2)), expected)
-
-
-DATA = pytest.param(
-    "data", marks=pytest.mark.xfail(strict=True, reason="a write through .data does not count as a version")
-)
 
 
 def test_another_adapter_fitted_with_the_prior_of_the_first():
@@ -693,41 +709,6 @@ def test_another_adapter_fitted_with_the_prior_of_the_first():
     model.set_adapter("default")
     other.fit([tiny.batch(3)], progress=False)  # a scalar prior fits any adapter
     assert set(other.factors) == set(layers)
-
-
-@pytest.mark.parametrize("how", ["in place", DATA, "replaced", "optimizer", "loaded"])
-def test_adapter_weights_changed_after_fit(how, tmp_path):
-    model = tiny.tiny_llama()
-    la = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
-    name = "base_model.model.model.layers.1.self_attn.v_proj"
-    layer = model.get_submodule(name).lora_B["default"]
-    if how == "in place":
-        with torch.no_grad():
-            layer.weight[0, 0] += 1e-6
-    elif how == "data":
-        layer.weight.data[0, 0] += 1e-6
-    elif how == "replaced":
-        layer.weight = nn.Parameter(layer.weight.detach() * 1.01)
-    elif how == "loaded":
-        model.load_state_dict({f"{name}.lora_B.default.weight": layer.weight.detach() + 0.1}, strict=False)
-    else:
-        optimizer = torch.optim.SGD([layer.weight], lr=0.1)
-        model(**tiny.batch(2, labels=False)).logits.sum().backward()
-        optimizer.step()
-    for use, call in uses(la, tmp_path).items():
-        with pytest.raises(NotFittedError, match=rf"'{name}' changed since fit"):
-            pytest.fail(f"{use} gave {call()}")
-    assert list(tmp_path.iterdir()) == []
-    la.fit([tiny.batch(3)], progress=False)
-    assert la.predict(tiny.batch(2)).isfinite().all()
-
-
-def test_rewriting_the_same_weights_is_no_change():
-    model = tiny.tiny_llama()
-    la = LaplaceLoRA(model, **ANSWERS).fit([tiny.batch(3)], progress=False)
-    expected = la.predict(tiny.batch(2))
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
-    assert torch.equal(la.predict(tiny.batch(2)), expected)
 
 
 def test_every_error_is_a_laplace_error_and_of_its_builtin_kind():

@@ -39,7 +39,8 @@ def assert_same(got, expected, rtol=1e-9):
 
 
 def fitted(model, loader, kfac="reduce", fisher="exact", **kwargs):
-    la = LaplaceLoRA(model, factor="dense", kfac=kfac, fisher=fisher, prior_precision=0.7, **kwargs)
+    factors = {} if kwargs.get("structure") in ("dual", "diag") else {"factor": "dense", "kfac": kfac}
+    la = LaplaceLoRA(model, fisher=fisher, prior_precision=0.7, **factors, **kwargs)
     return la.fit(loader, progress=False)
 
 

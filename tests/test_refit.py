@@ -353,3 +353,24 @@ def test_what_does_not_go_together_is_refused() -> None:
     plain = LaplaceLoRA(model, structure="dual").fit([train(3)], progress=False)
     with pytest.raises(ValueError, match="mean='refit'"):
         plain.optimize_prior_precision("loo")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_whose_start_was_taken_out_of_the_base_model(init):
+    """Without such an adapter the model is a residual, not the pre-trained model."""
+    model = tiny.tiny_llama_classifier(3, torch.float32, init_lora_weights=init)
+    with pytest.raises(ValueError, match=rf"mean='refit' .*init_lora_weights='{init}'.*mean='map'"):
+        LaplaceLoRA(model, mean="refit")
+    LaplaceLoRA(model, mean="map").fit([train(3)], progress=False)
+    plain = tiny.tiny_llama_classifier(3)
+    la = LaplaceLoRA(plain, mean="refit").fit([train(3)], progress=False)
+    plain.peft_config["default"].init_lora_weights = init
+    with pytest.raises(ValueError, match="mean='refit'"):
+        la.fit([train(3)], progress=False)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_starts_that_leave_the_base_model_as_it_was(init):
+    LaplaceLoRA(tiny.tiny_llama_classifier(3, init_lora_weights=init), mean="refit").fit(
+        [train(3)], progress=False
+    )
