@@ -87,8 +87,8 @@ class LaplaceLoRA:
         fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
-        rank: only of "kfac" and "ekfac", as `kfac` and `factor` are. Leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
-            quarter of `sketch_size` of a sketched one.
+        rank: leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
+            quarter of `sketch_size` of a sketched one. Like `kfac` and `factor`, of "kfac" and "ekfac" only.
         memory_budget: bytes of dense factors (and of the rows that wait for them) for factor="auto", of rows kept on
             the device for structure="dual".
         sketch_size: columns of a sketched factor.
