@@ -6,8 +6,8 @@ BUILD_CUDA := $(if $(shell command -v nvcc),1,0)
 
 .PHONY: bench demo test
 
-# A first run installs; stamp files keep later ones from doing so again. On a busy machine OMP_WAIT_POLICY=PASSIVE helps
-# a lot; on an idle one it took 202 s instead of 143.
+# A first run installs; stamp files keep later ones from doing so again. On a machine with other work, set
+# OMP_WAIT_POLICY=PASSIVE: threads then sleep, rather than spin, while they wait.
 demo: $(VENV)/.demo-stamp
 	$(BIN)/laplace-lora demo
 

@@ -1,6 +1,7 @@
 """Builds laplace_kernels._cuda where nvcc is; everything else is declared in pyproject.toml.
 
-LAPLACE_KERNELS_BUILD_CUDA=0 skips the CUDA kernels, =1 makes a missing nvcc an error.
+LAPLACE_KERNELS_BUILD_CUDA=0 skips the CUDA kernels; =1 makes it an error that they cannot be built, which otherwise
+is a message and a package without them.
 """
 
 from __future__ import annotations
@@ -15,38 +16,44 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ["csrc/launch.cu", "csrc/bind.cpp"]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 OLDEST = (12, 1)  # the first with more than 4 KB of kernel parameters
+SETTING = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
 
 
 def find_nvcc() -> str | None:
     """Path of nvcc, or None where the CUDA kernels are not to be built."""
-    setting = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
-    if setting == "0":
+    if SETTING == "0":
         obstacle = "LAPLACE_KERNELS_BUILD_CUDA=0"
     elif nvcc is None:
         obstacle = "nvcc was not found"
-    elif release(nvcc) < OLDEST:
+    elif (found := release(nvcc)) is None:
+        obstacle = f"{nvcc} --version fails or says nothing"
+    elif found < OLDEST:
         obstacle = f"{nvcc} is older than CUDA {OLDEST[0]}.{OLDEST[1]}"
     else:
         return nvcc
-    if setting == "1":
+    if SETTING == "1":
         raise SystemExit(f"laplace_kernels: LAPLACE_KERNELS_BUILD_CUDA=1, but {obstacle}")
     print(f"laplace_kernels: building without CUDA kernels ({obstacle})", file=sys.stderr)
     return None
 
 
-def release(nvcc: str) -> tuple[int, int]:
-    """Major and minor version of the CUDA toolkit."""
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+def release(nvcc: str) -> tuple[int, int] | None:
+    """Major and minor version of the CUDA toolkit; None where nvcc does not run."""
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
     found = re.search(r"release (\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def ninja_file(nvcc: str, target: Path) -> str:
@@ -87,18 +94,23 @@ class BuildCuda(build_ext):
     """Builds the one extension with nvcc and ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compiles and links `ext` to where setuptools expects it; a failure is an error."""
+        """Compiles and links `ext` to where setuptools expects it; a failure is an error unless `ext` is optional."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         for path in (target.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(NVCC, target))
         ninja = shutil.which("ninja") or "ninja"
-        subprocess.run([ninja, "-C", str(folder)], check=True)
+        try:
+            (folder / "build.ninja").write_text(ninja_file(NVCC, target))
+            subprocess.run([ninja, "-C", str(folder)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if ext.optional:
+                print(f"laplace_kernels: building without CUDA kernels ({error})", file=sys.stderr)
+            raise CompileError(
+                str(error)
+            ) from error  # which setuptools passes over for an optional extension
 
 
 NVCC = find_nvcc()
-setup(
-    ext_modules=[Extension("laplace_kernels._cuda", SOURCES)] if NVCC else [],
-    cmdclass={"build_ext": BuildCuda},
-)
+EXTENSION = Extension("laplace_kernels._cuda", SOURCES, optional=SETTING != "1")
+setup(ext_modules=[EXTENSION] if NVCC else [], cmdclass={"build_ext": BuildCuda})

@@ -124,6 +124,14 @@ SIZES: dict[str, Callable[[], Setting]] = {
     )
 }
 
+_RANDOM = f"random Llama, 4 layers, {{}} sequences of {LENGTH} tokens, {len(ANSWERS)} classes; "
+ABOUT = {
+    "hidden-256": _RANDOM.format(32) + "25 rounds, peers 3",
+    "hidden-1024": _RANDOM.format(16) + "3 rounds, peers 1",
+    "SmolLM2-135M": "the demo's model, 30 layers, 16 film reviews of 16 to 54 tokens, padded on the left, 2 classes; "
+    "3 rounds, peers 1",
+}
+
 
 def _with_adapter(model: nn.Module) -> nn.Module:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)

@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from laplace_lora_fast.evaluate import Predictions, temperature_scale
 from laplace_lora_fast.marglik import Evidence
 from laplace_lora_fast.prior import PriorStructure, group_keys
 from laplace_lora_fast.prompts import answer_token_ids, make_batches
+from laplace_lora_fast.provenance import provenance
 from laplace_lora_fast.taps import read_adapter
 from laplace_lora_fast.validation import DEFAULT_GRID
 
@@ -36,6 +35,7 @@ REGIMES = {"under-trained": 1, "well-trained": 2, "over-trained": 6}  # epochs
 NAMES = (task.IN_DISTRIBUTION, task.OUT_OF_DISTRIBUTION[0])
 HELD_OUT = ("MAP + temperature", "validation", "refit, validation")
 ORACLES = ("best on the grid", "refit, best on the grid")
+ROW_SKETCH = 128
 
 Loader = list[dict[str, Tensor]]
 Row = dict[str, Any]
@@ -101,7 +101,8 @@ def measure(recipe: task.Recipe) -> tuple[dict[str, Row], float]:
         for name in NAMES
     }
     loss = task.fine_tune(model, train, answers, recipe)[-1].loss
-    common = {"answer_token_ids": answers, "structure": "dual", "seed": recipe.seed}
+    common: dict[str, Any] = {"answer_token_ids": answers, "structure": "dual", "seed": recipe.seed}
+    common["row_sketch_size"] = ROW_SKETCH
     la = LaplaceLoRA(model, **common).fit(train, progress=False)
     fit = la.snapshot()[0]
     centre = [weight for a, b in read_adapter(start, la.sites) for weight in (a, b.mT)]
@@ -150,8 +151,10 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"SmolLM2-135M-Instruct, LoRA r = 8 on q, v; {setting['n_train']} training examples, two classes, "
         f"{setting['n_val']} held out, {setting['n_test']} test examples in and out of distribution; exact GGN (dual, "
-        f"m = 64); means over seeds {', '.join(map(str, setting['seeds']))}. NLL and ECE in / out of distribution. "
-        f"torch {environment['torch']}, transformers {environment['transformers']}. "
+        f"m = {setting['row_sketch_size']}); means over seeds {', '.join(map(str, setting['seeds']))}. "
+        "NLL and ECE in / out of distribution. "
+        f"{environment['machine']}, {environment['threads']} threads, "
+        f"torch {environment['versions']['torch']}, transformers {environment['versions']['transformers']}. "
         '`refit`: the mean is the linearised model\'s own optimum under the prior (`mean="refit"`). Rows marked * '
         "see held-out examples, rows marked ** the test set.",
     ]
@@ -159,7 +162,8 @@ def markdown(results: dict[str, Any]) -> str:
         losses = ", ".join(f"{loss:.4f}" for loss in regime["train_loss"])
         lines += [
             "",
-            f"## {title}: {regime['epochs']} epochs, training loss {losses}; commit {regime['commit']}",
+            f"## {title}: {regime['epochs']} epochs, training loss {losses}; commit "
+            f"{regime['commit']}, {regime['date']}",
             "",
             "| choice | prior precision | NLL | ECE |",
             "|---|---|---|---|",
@@ -207,16 +211,15 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", LaplaceWarning)  # the grid's edge is an answer here: no prior uncertainty
     recipe = replace(task.Recipe(), n_test=arguments.tests, n_train=arguments.train)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
     setting = {
         "n_train": recipe.n_train,
         "n_val": recipe.n_val,
         "n_test": recipe.n_test,
         "seeds": arguments.seeds,
+        "row_sketch_size": ROW_SKETCH,
     }
-    environment = {name: version(name) for name in ("torch", "transformers", "peft")}
+    environment = provenance(("torch", "transformers", "peft"))
+    origin = {key: environment.pop(key) for key in ("commit", "date")}  # of a regime: others may be older
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "prior_choice.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
@@ -227,7 +230,7 @@ def main() -> None:
         measured = [measure(replace(recipe, epochs=epochs, seed=seed)) for seed in arguments.seeds]
         runs = [rows for rows, _ in measured]
         found[title] = {
-            "commit": commit.stdout.strip(),
+            **origin,
             "epochs": epochs,
             "train_loss": [loss for _, loss in measured],
             "mean": mean_over_seeds(runs),

@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from bench.models import ABOUT, BATCH_SIZE, RANK
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch",
@@ -64,18 +66,14 @@ def markdown(record: dict[str, Any]) -> str:
         if floor:
             lines.append(_line([job, size, "*bare passes (floor)*", *_cells(floor, rows), "", ""]))
         for row in rows:
-            mark = ""
-            if row["note"]:
-                if row["note"] not in notes:
-                    notes.append(row["note"])
-                mark = f" ({notes.index(row['note']) + 1})"
             cells = [*_cells(row, rows), _number(row.get("floor_peak_mib"), ".0f"), f"{row['error']:.1e}"]
-            lines.append(_line([job, size, row["method"] + mark, *cells]))
-    return "\n".join([*lines, "", *(f"{number}. {note}." for number, note in enumerate(notes, 1))]) + "\n"
+            lines.append(_line([job, size, row["method"] + _mark(row, notes), *cells]))
+    return "\n".join([*lines, "", *_numbered(notes)]) + "\n"
 
 
 def summary(record: dict[str, Any], sizes: Sequence[str]) -> str:
-    """A line for each job and headline method, side by side for the given sizes."""
+    """A line for each job and headline method, side by side for the given sizes, and notes."""
+    notes: list[str] = []
     lines = _heading(["job", "method", *(f"{size}: {head}" for size in sizes for head in HEADINGS)])
     for job in dict.fromkeys(row["job"] for row in record["rows"]):
         groups = [
@@ -87,18 +85,20 @@ def summary(record: dict[str, Any], sizes: Sequence[str]) -> str:
         for method in dict.fromkeys(row["method"] for rows in groups for row in rows if row["headline"]):
             found = [next((row for row in rows if row["method"] == method), {}) for rows in groups]
             cells = [cell for row, rows in zip(found, groups, strict=True) for cell in _cells(row, rows)]
-            wrong = [row["error"] for row in found if row and not row["exact"]]
-            name = f"{method} [error {max(wrong):.2g}]" if wrong else method
-            lines.append(_line([job, name, *cells]))
-    return "\n".join(lines)
+            noted = next((row for row in found if row.get("note")), {"note": ""})
+            lines.append(_line([job, method + _mark(noted, notes), *cells]))
+    return "\n".join([*lines, "", " ".join(f"({note})" for note in _numbered(notes))])
 
 
 LEGEND = (
+    f"{' '.join(f'{name}: {about}.' for name, about in ABOUT.items())} "
+    f"LoRA r = {RANK} on q_proj and v_proj, batches of {BATCH_SIZE}.\n\n"
     "The floor is the bare forward and backward passes that a job takes: of the exact Fisher information, of one "
     "label, or, for 8 sequences, of the contrasts or the logits. No method that computes the job can be faster, so the "
     "floor's line says what there is to gain over the fastest peer. Errors are relative, against an oracle that takes "
     "one unpadded example at a time and plain autograd. The allocator keeps freed memory, so that page faults, which "
-    "come and go by accident, are in no time."
+    "come and go by accident, are in no time. Seconds and ratios are each the median over rounds in which method and "
+    "floor run side by side, so that a ratio is not exactly that of the seconds beside it."
 )
 
 
@@ -145,6 +145,19 @@ def plot(record: dict[str, Any], value: str, base: str, label: str, path: Path) 
         axis.xaxis.set_minor_locator(NullLocator())
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def _mark(row: Row, notes: list[str]) -> str:
+    """The number of a row's note, which joins `notes` if it is new; empty without one."""
+    if not row["note"]:
+        return ""
+    if row["note"] not in notes:
+        notes.append(row["note"])
+    return f" ({notes.index(row['note']) + 1})"
+
+
+def _numbered(notes: list[str]) -> list[str]:
+    return [f"{number}. {note}." for number, note in enumerate(notes, 1)]
 
 
 def _groups(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from laplace_lora_fast.demo import task
 from laplace_lora_fast.evaluate import Predictions, temperature_scale
 from laplace_lora_fast.likelihoods import Link, probabilities
 from laplace_lora_fast.prompts import answer_token_ids, make_batches
+from laplace_lora_fast.provenance import provenance
 
 REGIMES = {"over-trained": task.Recipe.epochs, "under-trained": 1}
 FIXED = (0.1, 1.0, 10.0, 100.0)
@@ -154,13 +152,14 @@ def regime(recipe: task.Recipe, structures: list[str]) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     """One table a regime."""
+    origin = results["environment"]
     lines = [
         "# Structures of the curvature on a real language model",
         "",
         f"SmolLM2-135M-Instruct, LoRA r = 8 on q, v; {results['setting']['n_train']} training examples, two classes; "
         f"{results['setting']['n_val']} validation and 2 x {results['setting']['n_test']} test examples. "
-        f"{results['environment']['cpu']}, {results['environment']['threads']} threads; commit "
-        f"{results['environment']['commit']}. Ratio and correlation: variance of the logit contrast against the exact "
+        f"{origin['machine']}, {origin['threads']} threads; commit {origin['commit']}, {origin['date']}. "
+        "Ratio and correlation: variance of the logit contrast against the exact "
         "full-GGN Laplace's at prior precision 1 (all four in the JSON). NLL and ECE are given as in distribution / "
         "out of distribution. Times are process CPU seconds of all threads; predict is over both test sets.",
     ]
@@ -223,16 +222,8 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=STRUCTURES)
     arguments = parser.parse_args()
     recipe = replace(task.Recipe(), n_test=arguments.tests, n_train=arguments.train)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
     results: dict[str, Any] = {
-        "environment": {
-            "commit": commit.stdout.strip(),
-            "cpu": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            **{name: version(name) for name in ("torch", "transformers", "peft")},
-        },
+        "environment": provenance(("torch", "transformers", "peft")),
         "setting": {"n_train": recipe.n_train, "n_val": recipe.n_val, "n_test": recipe.n_test},
         "regimes": {},
     }

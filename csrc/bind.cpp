@@ -28,8 +28,8 @@ void flush(const std::string& grams, const std::string& sketches, bool fp16, uin
             deterministic, stream);
 }
 
-int64_t workspace_floats(const std::string& sketches, bool fp16) {
-  return lk::workspace_floats(unpack<lk::Sketch>(sketches, "sketches"), fp16);
+int64_t workspace_floats(const std::string& sketches, bool fp16, bool deterministic) {
+  return lk::workspace_floats(unpack<lk::Sketch>(sketches, "sketches"), fp16, deterministic);
 }
 
 }  // namespace
@@ -38,7 +38,9 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of laplace_kernels. Use them through laplace_kernels.cuda.";
   module.attr("architectures") = LK_ARCHITECTURES;
   module.def("refusal", &lk::refusal, "Why the current device cannot be served, empty if it can.");
-  module.def("workspace_floats", &workspace_floats, py::arg("sketches"), py::arg("fp16"),
+  module.def("cluster", &lk::cluster, py::arg("d"), py::arg("m"), py::arg("fp16"),
+             "Thread blocks of the cluster that serves aligned sketches of this shape, and such clusters at once.");
+  module.def("workspace_floats", &workspace_floats, py::arg("sketches"), py::arg("fp16"), py::arg("deterministic"),
              "Floats of device memory that flush needs.");
   module.def("flush", &flush, py::arg("grams"), py::arg("sketches"), py::arg("fp16"), py::arg("workspace"),
              py::arg("deterministic"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),

@@ -75,9 +75,11 @@ struct Tiling {
 template <class Element, class Tiling, class Machine>
 class SketchCluster {
  public:
-  LK_FN SketchCluster(Machine& machine, const Sketch& sketch)
+  // plane: floats of a plane, of which each cluster has one, at y; 0: clusters add to y, in any order.
+  LK_FN SketchCluster(Machine& machine, const Sketch& sketch, int64_t plane)
       : machine_(machine),
         sketch_(sketch),
+        plane_(plane),
         thread_(machine.thread()),
         group_(machine.thread() / 128),
         first_(machine.rank() * columns_per_rank(sketch.d, machine.ranks())),
@@ -123,17 +125,18 @@ class SketchCluster {
       constexpr int kChunks = Tiling::kPanels * 8;  // of 16 bytes per row
       constexpr int kCopies = kChunks * Tiling::kTokens / Tiling::kThreads;
       static_assert(kCopies * Tiling::kThreads == kChunks * Tiling::kTokens, "every thread copies as much");
-      int bytes[kCopies];  // known for all before the first copy starts, so that reads of the mask overlap
+      auto chunk_of = [&](int i) { return thread_ + i * Tiling::kThreads; };
+      auto token_of = [&](int i) { return token0 + chunk_of(i) / kChunks; };
+      int bytes[kCopies];
       LK_UNROLL
       for (int i = 0; i < kCopies; ++i) {
-        const int chunk = thread_ + i * Tiling::kThreads;
-        const int64_t token = token0 + chunk / kChunks, column = first_ + chunk % kChunks * kChunkElements;
-        const bool keep = token < sketch_.tokens && (mask == nullptr || mask[token] != 0);
-        bytes[i] = keep ? chunk_bytes(column, last_, 2) : 0;
+        const int64_t column = first_ + chunk_of(i) % kChunks * kChunkElements;
+        bytes[i] = token_of(i) < sketch_.tokens ? chunk_bytes(column, last_, 2) : 0;
       }
+      drop_masked(bytes, mask, sketch_.tokens, token_of);
       LK_UNROLL
       for (int i = 0; i < kCopies; ++i) {
-        const int chunk = thread_ + i * Tiling::kThreads, row = chunk / kChunks, place = chunk % kChunks;
+        const int row = chunk_of(i) / kChunks, place = chunk_of(i) % kChunks;
         const uint16_t* from = x + (token0 + row) * sketch_.x_stride + first_ + place * kChunkElements;
         machine_.copy_async(Tiling::x_panel(step, place / 8) + swizzled(row, place % 8 * kChunkBytes),
                             bytes[i] > 0 ? from : x, bytes[i]);
@@ -358,7 +361,7 @@ class SketchCluster {
   }
 
   LK_FN void store() {
-    auto* y = reinterpret_cast<float*>(sketch_.y);
+    auto* y = reinterpret_cast<float*>(sketch_.y) + machine_.cluster() * plane_;
     LK_UNROLL
     for (int block = 0; block < Tiling::kBlocks; ++block) {
       LK_UNROLL
@@ -370,7 +373,7 @@ class SketchCluster {
           const int64_t column = column0 + fragment_column(thread_, i);
           float value = sketch_.alpha * y_[block][panel][i];
           if constexpr (Element::kNarrowRange) value *= power_of_two(exponent_[block][i / 2 % 2]);
-          if (row < sketch_.m && column < last_) machine_.add(y + column * sketch_.y_stride + row, value);
+          if (row < sketch_.m && column < last_) put_sum(machine_, y + column * sketch_.y_stride + row, value, plane_);
         }
       }
     }
@@ -380,6 +383,7 @@ class SketchCluster {
 
   Machine& machine_;
   const Sketch& sketch_;
+  const int64_t plane_;
   const int thread_, group_;
   const int64_t first_, last_;  // this block's columns
   int64_t steps_ = 0;

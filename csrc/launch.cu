@@ -25,13 +25,18 @@ __global__ void __launch_bounds__(kTileThreads) gram_sketch_tiles_kernel(const _
   gram_sketch_tiles<Element, project>(block, sketch);
 }
 
+__global__ void __launch_bounds__(kTileThreads) add_planes_kernel(const __grid_constant__ Planes planes) {
+  Block block;
+  add_planes(block, planes);
+}
+
 template <class Element, class Tiling>
 __global__ void __launch_bounds__(Tiling::kThreads, 1)
-    gram_sketch_cluster_kernel(const __grid_constant__ Sketch sketch) {
+    gram_sketch_cluster_kernel(const __grid_constant__ Sketch sketch, const int64_t plane) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   if (__cvta_generic_to_shared(shared_memory) % 1024 != 0) __trap();  // the swizzle counts rows by address
   Cluster cluster;
-  SketchCluster<Element, Tiling, Cluster>(cluster, sketch).run();
+  SketchCluster<Element, Tiling, Cluster>(cluster, sketch, plane).run();
 #endif
 }
 
@@ -79,11 +84,13 @@ struct Device {
     processors = properties.multiProcessorCount;
     hopper = properties.major == 9 && properties.minor == 0;
     cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, gram_group_kernel<Bf16>) != cudaSuccess) {
+    const cudaError_t found = cudaFuncGetAttributes(&attributes, gram_group_kernel<Bf16>);
+    if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
       refusal = std::string(properties.name) + " is sm_" + std::to_string(properties.major * 10 + properties.minor) +
                 ", and the library has code for " LK_ARCHITECTURES " only";
       return;
     }
+    check(found, "cudaFuncGetAttributes");  // anything else may pass, and is not remembered
     grow(gram_sketch_tiles_kernel<Bf16, true>);
     grow(gram_sketch_tiles_kernel<Bf16, false>);
     grow(gram_sketch_tiles_kernel<Fp16, true>);
@@ -124,18 +131,12 @@ int clusters_at_once(Kernel kernel, int threads, uint32_t shared_bytes, int rank
   return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
 }
 
-struct ClusterPlan {
-  int tiling, ranks, clusters;  // no cluster: the portable kernels serve
-};
-
 template <class Element>
-ClusterPlan plan_cluster(Device& device, const Sketch& sketch) {
-  if (!device.hopper || !rows_aligned(sketch.x, sketch.x_stride)) return {0, 0, 0};
+ClusterShape cluster_shape(Device& device, int64_t d, int64_t m) {
+  if (!device.hopper) return {0, 0, 0};
   static std::mutex mutex;
-  for (int tiling = 0; tiling < kTilings; ++tiling) {
-    const int ranks = cluster_ranks(tiling, sketch.d, sketch.m);
-    if (ranks == 0) continue;
-    const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(mutex);
+  return choose_cluster(d, m, [&](int tiling, int ranks) {
     auto& known = device.clusters[Element::kNarrowRange][tiling];
     if (known.count(ranks) == 0) {
       known[ranks] = with_tiling(tiling, [&](auto shape) {
@@ -144,38 +145,60 @@ ClusterPlan plan_cluster(Device& device, const Sketch& sketch) {
                                 ranks);
       });
     }
-    if (known[ranks] > 0) return {tiling, ranks, known[ranks]};
-  }
-  return {0, 0, 0};
-}
-
-template <class Element>
-void launch_cluster(const ClusterPlan& plan, const Sketch& sketch, bool deterministic, uint64_t stream) {
-  with_tiling(plan.tiling, [&](auto shape) {
-    using Shape = decltype(shape);
-    const auto kernel = gram_sketch_cluster_kernel<Element, Shape>;
-    const int64_t useful = smaller(plan.clusters, ceil_div(sketch.tokens, Shape::kTokens));
-    const int64_t clusters = deterministic ? 1 : useful;  // one cluster adds to Y once; several do in any order
-    auto config = configuration(clusters * plan.ranks, Shape::kThreads, Shape::kSharedBytes, stream);
-    auto attribute = cluster_of(plan.ranks);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, sketch), "gram_sketch_cluster");
+    return known[ranks];
   });
 }
 
+// How the cluster kernel serves an update; without a cluster it does not, and the portable kernels do.
+struct ClusterPlan {
+  ClusterShape shape;
+  int64_t clusters;
+  int64_t y_plane;  // floats of a plane; 0: clusters add to Y
+
+  int64_t workspace_floats() const { return clusters * y_plane; }
+};
+
 template <class Element>
-void launch_tiles(const Device& device, const Sketch& sketch, float* workspace, bool deterministic, uint64_t stream) {
-  constexpr int64_t kTokensPerPart = 512;
-  const int64_t block_tokens = cached_tokens(sketch.tokens, sketch.d);
-  const int64_t wanted = ceil_div(device.processors, sketch_blocks(sketch.d, sketch.m, 1));
-  const int64_t parts = deterministic ? 1 : smaller(wanted, ceil_div(block_tokens, kTokensPerPart));
-  for (int64_t first = 0; first < sketch.tokens; first += block_tokens) {
-    const auto pair = sketch_launches(sketch, workspace, first, block_tokens, static_cast<int>(parts));
-    launch("gram_sketch_tiles", gram_sketch_tiles_kernel<Element, true>, pair.project, pair.project_blocks,
-           kTileThreads, kSketchSharedBytes, stream);
-    launch("gram_sketch_tiles", gram_sketch_tiles_kernel<Element, false>, pair.accumulate, pair.accumulate_blocks,
-           kTileThreads, kSketchSharedBytes, stream);
+ClusterPlan plan_cluster(Device& device, const Sketch& sketch, bool deterministic) {
+  if (!rows_aligned(sketch.x, sketch.x_stride)) return {};
+  const ClusterShape shape = cluster_shape<Element>(device, sketch.d, sketch.m);
+  const int64_t steps = with_tiling(shape.tiling, [&](auto t) { return ceil_div(sketch.tokens, t.kTokens); });
+  const int64_t clusters = smaller(shape.clusters, steps);
+  return {shape, clusters, y_plane(sketch, clusters, deterministic)};
+}
+
+void launch_add_planes(const Planes& planes, uint64_t stream) {
+  launch("add_planes", add_planes_kernel, planes, plane_blocks(planes), kTileThreads, 0, stream);
+}
+
+template <class Element>
+void launch_cluster(const ClusterPlan& plan, const Sketch& sketch, float* workspace, uint64_t stream) {
+  const Planes planes = y_planes(sketch, workspace, plan.clusters, plan.y_plane);
+  with_tiling(plan.shape.tiling, [&](auto shape) {
+    using Shape = decltype(shape);
+    auto config = configuration(plan.clusters * plan.shape.ranks, Shape::kThreads, Shape::kSharedBytes, stream);
+    auto attribute = cluster_of(plan.shape.ranks);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, gram_sketch_cluster_kernel<Element, Shape>, redirected(sketch, planes),
+                             plan.y_plane),
+          "gram_sketch_cluster");
+  });
+  launch_add_planes(planes, stream);
+}
+
+template <class Element>
+void launch_tiles(const TilesPlan& plan, const Sketch& sketch, float* workspace, uint64_t stream) {
+  auto product = [&](auto kernel, const SketchTiles& tiles, int64_t rows) {
+    launch("gram_sketch_tiles", kernel, tiles, sketch_blocks(rows, tiles.m, tiles.parts), kTileThreads,
+           kSketchSharedBytes, stream);
+  };
+  for (int64_t first = 0; first < sketch.tokens; first += plan.block_tokens) {
+    const SketchLaunches launches = sketch_launches(sketch, plan, workspace, first);
+    product(gram_sketch_tiles_kernel<Element, true>, launches.project, launches.project.tokens);
+    launch_add_planes(launches.z, stream);
+    product(gram_sketch_tiles_kernel<Element, false>, launches.accumulate, sketch.d);
+    launch_add_planes(launches.y, stream);
   }
 }
 
@@ -194,11 +217,12 @@ void flush_as(const std::vector<Gram>& grams, const std::vector<Sketch>& sketche
   }
   for (const Sketch& sketch : sketches) {
     if (empty(sketch)) continue;
-    const ClusterPlan plan = plan_cluster<Element>(device, sketch);
+    const auto plan = plan_cluster<Element>(device, sketch, deterministic);
+    auto* floats = reinterpret_cast<float*>(workspace);
     if (plan.clusters > 0) {
-      launch_cluster<Element>(plan, sketch, deterministic, stream);
+      launch_cluster<Element>(plan, sketch, floats, stream);
     } else {
-      launch_tiles<Element>(device, sketch, reinterpret_cast<float*>(workspace), deterministic, stream);
+      launch_tiles<Element>(plan_tiles(sketch, device.processors, deterministic), sketch, floats, stream);
     }
   }
 }
@@ -207,15 +231,21 @@ void flush_as(const std::vector<Gram>& grams, const std::vector<Sketch>& sketche
 
 std::string refusal() { return Device::current().refusal; }
 
-int64_t workspace_floats(const std::vector<Sketch>& sketches, bool fp16) {
+std::pair<int, int> cluster(int64_t d, int64_t m, bool fp16) {
+  const auto shape = (fp16 ? cluster_shape<Fp16> : cluster_shape<Bf16>)(Device::current(), d, m);
+  return {shape.ranks, shape.clusters};
+}
+
+int64_t workspace_floats(const std::vector<Sketch>& sketches, bool fp16, bool deterministic) {
   Device& device = Device::current();
+  const auto plan_cluster_as = fp16 ? plan_cluster<Fp16> : plan_cluster<Bf16>;
   int64_t floats = 0;  // launches on a stream follow one another and share it
   for (const Sketch& sketch : sketches) {
-    const auto plan = fp16 ? plan_cluster<Fp16>(device, sketch) : plan_cluster<Bf16>(device, sketch);
-    if (plan.clusters == 0 && !empty(sketch)) {
-      const int64_t needed = cached_tokens(sketch.tokens, sketch.d) * z_stride(sketch.m);
-      floats = needed > floats ? needed : floats;
-    }
+    if (empty(sketch)) continue;
+    const auto plan = plan_cluster_as(device, sketch, deterministic);
+    const int64_t needed = plan.clusters > 0 ? plan.workspace_floats()
+                                             : plan_tiles(sketch, device.processors, deterministic).workspace_floats();
+    floats = needed > floats ? needed : floats;
   }
   return floats;
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "updates.h"
@@ -18,8 +19,11 @@ struct CudaError : std::runtime_error {
 // Why the current device cannot be served, empty if it can.
 std::string refusal();
 
+// Blocks of the cluster that serves aligned sketches of this shape, and such clusters at once; zeros where none does.
+std::pair<int, int> cluster(int64_t d, int64_t m, bool fp16);
+
 // Floats of device memory that `flush` needs for these sketches.
-int64_t workspace_floats(const std::vector<Sketch>& sketches, bool fp16);
+int64_t workspace_floats(const std::vector<Sketch>& sketches, bool fp16, bool deterministic);
 
 // Issues every update: all Gram matrices in as few launches as their table allows, then the sketches. Waits for
 // nothing. Deterministic: every accumulator gets its sums in an order that is the same in every run.

@@ -130,7 +130,6 @@ class Cluster : public Block {
 #define LK_REGISTERS_8(c, i)                                                                               \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
       "+f"(c[i + 7])
-#define LK_NAMES_8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define LK_NAMES_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define LK_NAMES_32                                                                                      \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
@@ -145,16 +144,11 @@ class Cluster : public Block {
                  ", %32, %33, 1, 1, 1, 0, 0;"                                                                   \
                  : LK_REGISTERS_8(c, 0), LK_REGISTERS_8(c, 8), LK_REGISTERS_8(c, 16), LK_REGISTERS_8(c, 24)     \
                  : "l"(a), "l"(b));                                                                             \
-  } else if constexpr (n == 32) {                                                                               \
+  } else {                                                                                                      \
+    static_assert(n == 32, "");                                                                                 \
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " " LK_NAMES_16                    \
                  ", %16, %17, 1, 1, 1, 0, 0;"                                                                   \
                  : LK_REGISTERS_8(c, 0), LK_REGISTERS_8(c, 8)                                                   \
-                 : "l"(a), "l"(b));                                                                             \
-  } else {                                                                                                      \
-    static_assert(n == 16, "");                                                                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " " LK_NAMES_8                     \
-                 ", %8, %9, 1, 1, 1, 0, 0;"                                                                     \
-                 : LK_REGISTERS_8(c, 0)                                                                         \
                  : "l"(a), "l"(b));                                                                             \
   }
     if constexpr (Element::kNarrowRange) {

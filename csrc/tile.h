@@ -34,17 +34,18 @@ struct Rows {
 template <class Machine>
 LK_FN void load_tile(Machine& machine, uint32_t to, const Rows& rows, int64_t token0, int64_t column0) {
   constexpr int kCopies = kTile * 8 / kTileThreads;
-  int bytes[kCopies];  // known for all before the first copy starts, so that reads of the mask overlap
+  auto chunk_of = [&](int i) { return machine.thread() + i * kTileThreads; };
+  auto token_of = [&](int i) { return token0 + chunk_of(i) / 8; };
+  int bytes[kCopies];
   LK_UNROLL
   for (int i = 0; i < kCopies; ++i) {
-    const int chunk = machine.thread() + i * kTileThreads;
-    const int64_t token = token0 + chunk / 8, column = column0 + chunk % 8 * kChunkElements;
-    const bool keep = token < rows.last_token && (rows.mask == nullptr || rows.mask[token] != 0);
-    bytes[i] = keep ? chunk_bytes(column, rows.last_column, 2) : 0;
+    const int64_t column = column0 + chunk_of(i) % 8 * kChunkElements;
+    bytes[i] = token_of(i) < rows.last_token ? chunk_bytes(column, rows.last_column, 2) : 0;
   }
+  drop_masked(bytes, rows.mask, rows.last_token, token_of);
   LK_UNROLL
   for (int i = 0; i < kCopies; ++i) {
-    const int chunk = machine.thread() + i * kTileThreads, row = chunk / 8, place = chunk % 8;
+    const int row = chunk_of(i) / 8, place = chunk_of(i) % 8;
     const uint16_t* from =
         bytes[i] > 0 ? rows.x + (token0 + row) * rows.stride + column0 + place * kChunkElements : rows.x;
     const uint32_t target = to + swizzled(row, place * kChunkBytes);

@@ -31,4 +31,26 @@ LK_FN bool rows_aligned(uint64_t x, int64_t stride) {
   return (x | static_cast<uint64_t>(stride * 2)) % kChunkBytes == 0;
 }
 
+// A block's sum, where it ends: written to a plane of its own, or else added to what others add to in any order.
+template <class Machine>
+LK_FN void put_sum(Machine& machine, float* place, float sum, int64_t plane) {
+  if (plane > 0) {
+    *place = sum;
+  } else {
+    machine.add(place, sum);
+  }
+}
+
+// Sets to 0 the bytes to copy of masked rows: bytes[i] are of row token_of(i). The whole mask is read before any of it
+// is looked at, and no read depends on another, so that they overlap.
+template <int n, class TokenOf>
+LK_FN void drop_masked(int (&bytes)[n], const uint8_t* mask, int64_t tokens, TokenOf token_of) {
+  if (mask == nullptr) return;
+  uint8_t kept[n];
+  LK_UNROLL
+  for (int i = 0; i < n; ++i) kept[i] = mask[smaller(token_of(i), tokens - 1)];
+  LK_UNROLL
+  for (int i = 0; i < n; ++i) bytes[i] = kept[i] != 0 ? bytes[i] : 0;
+}
+
 }  // namespace lk

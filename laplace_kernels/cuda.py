@@ -46,7 +46,7 @@ class Sketch(NamedTuple):
 def flush(grams: Sequence[Gram] = (), sketches: Sequence[Sketch] = ()) -> None:
     """Issues many updates, all the factors of a micro-batch say, in one call.
 
-    The Gram matrices share one launch, up to 500 of them; a sketch has a launch of its own (or two per block of
+    The Gram matrices share one launch, up to 500 of them; a sketch has a launch of its own (or a few per block of
     tokens), issued from C++.
 
     Args:
@@ -100,16 +100,17 @@ def _flush(grams: Sequence[Gram], sketches: Sequence[Sketch]) -> None:
     packed_grams = b"".join(_pack_gram(gram, copies) for gram in grams)
     packed_sketches = b"".join(_pack_sketch(sketch, copies) for sketch in sketches)
     fp16 = X.dtype == torch.float16
+    deterministic = torch.are_deterministic_algorithms_enabled()
     library = _library()
     with torch.cuda.device(X.device):
-        floats = library.workspace_floats(packed_sketches, fp16) if sketches else 0
+        floats = library.workspace_floats(packed_sketches, fp16, deterministic) if sketches else 0
         workspace = X.new_empty(floats, dtype=torch.float32)
         library.flush(
             packed_grams,
             packed_sketches,
             fp16,
             workspace.data_ptr(),
-            torch.are_deterministic_algorithms_enabled(),
+            deterministic,
             torch._C._cuda_getCurrentRawStream(X.device.index),
         )
 

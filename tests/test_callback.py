@@ -180,7 +180,57 @@ def test_what_could_not_work_is_refused_before_training(tmp_path: Path) -> None:
     plain = tiny.tiny_llama(torch.float32).unload()
     with pytest.raises(UnsupportedAdapterError):
         trainer(tmp_path, LaplaceCallback(method="marglik"), plain).train()
+    with pytest.raises(TypeError, match="'structur'"):
+        LaplaceCallback(method="marglik", structur="dual")
+    others = {"answer_token_ids": [5, 6], "method": "marglik"}  # " A" was meant, say, and "A" was passed
+    with pytest.raises(InvalidBatchError, match="none of answer_token_ids"):
+        trainer(tmp_path, LaplaceCallback(**others)).train()
+    with pytest.raises(InvalidBatchError, match="pass answer_token_ids"):
+        trainer(tmp_path, LaplaceCallback(method="marglik")).train()
+    rows = examples(HELD_OUT)
+    rows[0]["labels"] = [-100] * len(rows[0]["labels"])
+    with pytest.raises(InvalidBatchError, match="none of answer_token_ids"):
+        trainer(tmp_path, LaplaceCallback(answer_token_ids=tiny.ANSWERS, eval_data=Rows(rows))).train()
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@ignore_grid_edges
+def test_the_look_before_training_changes_nothing(tmp_path: Path) -> None:
+    """Training draws, drops out and ends as without the callback."""
+
+    def trained(*callbacks: LaplaceCallback) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        run = trainer(
+            tmp_path, transformers.TrainerCallback(), tiny.tiny_llama(torch.float32, lora_dropout=0.3)
+        )
+        for callback in callbacks:
+            run.add_callback(callback)
+        run.train()
+        return {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+
+    loader = torch.utils.data.DataLoader(Rows(examples(TRAIN)), 4, shuffle=True, collate_fn=collate)
+    looking = LaplaceCallback(answer_token_ids=tiny.ANSWERS, method="marglik", train_data=loader)
+    plain, looked = trained(), trained(looking)
+    assert all(torch.equal(plain[name], weight) for name, weight in looked.items())
+
+
+class Once(torch.utils.data.IterableDataset):
+    """Examples that are gone once they are read."""
+
+    def __init__(self, rows: list[Example]) -> None:
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+def test_no_example_of_a_stream_is_lost_to_the_look(tmp_path: Path) -> None:
+    stream = Once(examples(TRAIN))
+    callback = LaplaceCallback(answer_token_ids=tiny.ANSWERS, method=None)
+    run = trainer(tmp_path, callback, train=stream)
+    own = run.get_train_dataloader()
+    callback.on_train_begin(run.args, run.state, run.control, model=run.model, train_dataloader=own)
+    assert len(list(stream)) == len(TRAIN["labels"])
 
 
 class TestAnswerBatch:

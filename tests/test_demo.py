@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 from importlib import resources
@@ -94,8 +95,12 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     monkeypatch.setattr(
         run_module, "temperature_scale", lambda log_probs, labels: 2.0
     )  # an optimum is not sure here
-    console = Console(record=True, width=120, quiet=True)
+    console = Console(record=True, width=120, file=io.StringIO())
     run_module.run(tmp_path, SMALL, console)
+    phases = [
+        line for line in console.export_text().splitlines() if line.startswith("  ") and line.endswith(" s")
+    ]
+    assert len({len(line) for line in phases}) == 1  # one column
     results = json.loads((tmp_path / "results.json").read_text())
     assert {f.name for f in tmp_path.iterdir()} == {"results.json", "reliability.png", "confidence.png"}
     assert [set(row) for row in results["metrics"].values()] == [
@@ -108,6 +113,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
         }
     ] * 3
     assert results["recipe"]["n_train"] == 12
+    assert set(results) >= {"commit", "date", "machine", "threads", "versions"}
     assert len(results["epochs"]) == 3
     assert set(results["phases"]) >= {
         "fit the posterior",

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast.fit import Objective
+from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
+from laplace_lora_fast.likelihoods import Fisher
 from tests import oracle, tiny
 from tests.oracle import assert_close
 
@@ -36,6 +39,18 @@ def test_factors_equal_autograd_through_lora_a_and_lora_b(mode: str, fisher: str
             tolerance = 1e-10
             assert_close(found.input_factor, x, tolerance)
             assert_close(found.gradient_factor, g, tolerance)
+
+
+@pytest.mark.parametrize(("sketch_size", "columns"), [(10, {10, 11}), (8, {8, 10}), (4, {5, 8})])
+def test_the_columns_that_keep_the_lora_side_exact_count(sketch_size: int, columns: set[int]) -> None:
+    """An input shared by two layers has 2 x 3 of them, an output 3; never more than half of the others give way."""
+    model = tiny.tiny_llama(targets=("q_proj", "v_proj"), r=3)
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS)
+    plan = FactorPlan(FactorKind.SKETCH, sketch_size=sketch_size)
+    accumulator = KfacAccumulator(la.sites, Kfac.EXPAND, plan, None)
+    objective = Objective(model, la._head, la.sites, la.likelihood, Fisher.EXACT, 1, 0)
+    objective.observe([tiny.batch(4)], accumulator, "", False)
+    assert {omega.shape[1] for omega in accumulator.omegas().values()} == columns
 
 
 @pytest.mark.parametrize("mode", ["expand", "reduce"])

@@ -71,6 +71,24 @@ def test_unusable_answers_are_refused(choices, message):
         answer_token_ids(words.tokenizer(), [PromptRow("the film", choices, 0)])
 
 
+@pytest.mark.parametrize("end", [" ", "\n", "\t"])
+def test_prompts_that_end_in_white_space_are_refused(end):
+    rows = [PromptRow(prompt, ("A", "B"), 0) for prompt in ("the film", "the plot" + end)]
+    with pytest.raises(InvalidBatchError, match="row 2 ends in white space"):
+        answer_token_ids(words.tokenizer(), rows)
+
+
+def test_labels_can_be_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a film", "choices": ["A", "B"]}) + "\n")
+    assert read_rows(path, labelled=False) == [PromptRow("a film", ("A", "B"), 0)]
+    with pytest.raises(InvalidBatchError, match="'label' is missing"):
+        read_rows(path)
+    path.write_text(json.dumps({"prompt": "a film", "label": 0}) + "\n")
+    with pytest.raises(InvalidBatchError, match="'choices' is missing"):
+        read_rows(path, labelled=False)
+
+
 def test_batches_hold_every_row_once_padded_on_the_left():
     tokenizer = words.tokenizer()
     rows = [PromptRow(r["prompt"], tuple(r["choices"]), r["label"]) for r in words.rows(11)]

@@ -36,7 +36,7 @@ SHAPES = {
 TARGETS: dict[str, Any] = {"q, v": ["q_proj", "v_proj"], "all linear": "all-linear"}
 ANSWERS = [5, 7]
 BATCHES = 8
-OPS = ("gram_", "gram_sketch_", "gram_group_", "jacobian_stats")  # of fitting and predicting
+BUDGET = 12 << 30  # bytes of dense factors
 
 
 def cases(dry: bool) -> list[Case]:
@@ -119,14 +119,15 @@ def _jobs(model: nn.Module) -> dict[str, Job]:
     both = "forward + backward"
     at_once = partial(mock.patch.object, factors, "tokens_worth_an_update", return_value=0)
     jacobian = ("jacobian_stats",)
-    dense = {"kfac": "expand", "factor": "dense"}
+    expand = {"kfac": "expand"}  # dense factors up to the budget: all of them for q and v
+    both_ops = ("gram_", "gram_sketch_")
     return {
         "fit, dual (default)": Job(partial(fit, structure="dual"), both),
         "fit, KFAC reduce": Job(partial(fit, structure="kfac"), both),
-        "fit, KFAC expand": Job(partial(fit, **dense), both, ("gram_",)),
-        "fit, KFAC expand, sketches": Job(partial(fit, kfac="expand", factor="sketch"), both, ("gram_sketch_",)),
-        "fit, KFAC expand, short batches": Job(partial(fit, **dense), both, ("gram_", "gram_group_")),
-        "fit, KFAC expand, short batches, no token waits": Job(partial(fit, **dense), both, ("gram_",), at_once),
+        "fit, KFAC expand": Job(partial(fit, **expand), both, both_ops),
+        "fit, KFAC expand, sketches": Job(partial(fit, **expand, factor="sketch"), both, ("gram_sketch_",)),
+        "fit, KFAC expand, short batches": Job(partial(fit, **expand), both, (*both_ops, "gram_group_")),
+        "fit, KFAC expand, short batches, no token waits": Job(partial(fit, **expand), both, both_ops, at_once),
         "predict, dual (default)": Job(partial(_predict, model, structure="dual"), both),
         "predict, KFAC of rank 64": Job(partial(_predict, model, kfac="reduce", rank=64), both, jacobian),
     }  # fmt: skip
@@ -171,7 +172,7 @@ class _Enough(Exception):
 
 
 def _fit(model: nn.Module, laps: Laps, **options: Any) -> None:
-    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, memory_budget=8 << 30, **options)
+    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, memory_budget=BUDGET, **options)
     with contextlib.suppress(_Enough):
         laplace.fit(_Cut(laps), progress=False)
 

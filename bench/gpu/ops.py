@@ -114,7 +114,7 @@ def _executed_gflop(case: Case, device: torch.device) -> float | None:
     arch = launch.architecture(device)
     through_tma = op == "gram_" and arch in gram.TMA_TILES
     tiles = gram.TMA_TILES[arch] if through_tma else gram.pointer_tiles(arch, torch.bfloat16, aligned=True)
-    tile = gram.choose_tile(tiles, d, launch.multiprocessors(device))
+    tile, _ = gram.schedule(tiles, d, T, launch.multiprocessors(device), max(1, T // 512))
     return 2e-9 * T * gram.lower_tiles(d, tile) * tile.rows * tile.columns
 
 

@@ -4,13 +4,13 @@ Two kernels. On sm_90 and sm_100, unmasked 16-bit rows go through tensor descrip
 reduction into C, so that C is never loaded. Everything else (masks, fp32, ragged strides, sm_80, AMD) goes
 through pointers, where a mask is a load predicate.
 
-When the triangle has fewer tiles than the GPU has multiprocessors, the tokens are split among several
-programs per tile, which add to C in any order. With `torch.use_deterministic_algorithms(True)` they are not
-split.
+Where the tiles of the triangle would leave multiprocessors idle, the tokens are split among several programs
+per tile, which add to C in any order. With `torch.use_deterministic_algorithms(True)` they are not split.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -53,6 +53,9 @@ FP32_TILES = {
     "gfx942": (Tile(64, 64, 32, 2, 4),),
 }
 _TOKENS_PER_PROGRAM = 512  # at least, when tokens are split
+_MOST_WAVES = 8
+# Of one multiprocessor of a H100: dense 16-bit products as published; the others are estimates, of no timing.
+_FLOP_PER_CLOCK, _L2_BYTES_PER_CLOCK, _REDUCED_BYTES_PER_CLOCK = 4096, 64, 32
 
 
 def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
@@ -66,9 +69,9 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
         arch in TMA_TILES and mask is None and _fits_tma(X) and _fits_tma(C) and X.element_size() == 2
     )
     candidates = TMA_TILES[arch] if through_tma else pointer_tiles(arch, X.dtype, is_aligned(X))
-    tile = choose_tile(candidates, d, launch.multiprocessors(X.device))
+    most_splits = 1 if torch.are_deterministic_algorithms_enabled() else max(1, T // _TOKENS_PER_PROGRAM)
+    tile, splits = schedule(candidates, d, T, launch.multiprocessors(X.device), most_splits)
     tiles = lower_tiles(d, tile)
-    splits = _splits(T, tiles, launch.multiprocessors(X.device))
     tokens_per_split = triton.cdiv(triton.cdiv(T, splits), tile.tokens) * tile.tokens
     grid = (tiles * splits,)
     with launch.on(X.device):
@@ -121,26 +124,37 @@ def is_aligned(X: Tensor) -> bool:
     return all(n % 16 == 0 for n in (X.data_ptr(), X.stride(0), X.shape[1]))
 
 
-def choose_tile(tiles: tuple[Tile, ...], d: int, processors: int) -> Tile:
-    """The first tile whose last wave keeps the processors busy too, or else the best one in that."""
+@functools.lru_cache(maxsize=4096)
+def schedule(tiles: tuple[Tile, ...], d: int, T: int, processors: int, most_splits: int) -> tuple[Tile, int]:
+    """The tile, and the number of parts of the tokens, that should take least time.
 
-    def wave_fill(tile: Tile) -> float:
-        waves = lower_tiles(d, tile) / processors
-        return waves / math.ceil(waves)
+    Programs run in waves of one a multiprocessor. Splitting fills the last wave; every part pays for adding its tile
+    to C once more.
+    """
+    plans = [
+        (tile, min(most_splits, max(1, splits)))
+        for tile in tiles
+        for n in range(1, _MOST_WAVES + 1)
+        for splits in (
+            n,
+            n * processors // lower_tiles(d, tile),
+        )  # a few parts, or as many as fill a few waves
+    ]
 
-    return next((tile for tile in tiles if wave_fill(tile) > 0.9), max(tiles, key=wave_fill))
+    def clocks(plan: tuple[Tile, int]) -> float:
+        tile, splits = plan
+        area = tile.rows * tile.columns
+        per_token = max(2 * area / _FLOP_PER_CLOCK, 2 * (tile.rows + tile.columns) / _L2_BYTES_PER_CLOCK)
+        per_program = math.ceil(T / splits) * per_token + 4 * area / _REDUCED_BYTES_PER_CLOCK
+        return math.ceil(lower_tiles(d, tile) * splits / processors) * per_program
+
+    return min(plans, key=clocks)
 
 
 def lower_tiles(d: int, tile: Tile) -> int:
     """Tiles on or below the diagonal of a [d, d] matrix."""
     rows = triton.cdiv(d, tile.rows)
     return int(rows * (rows + 1) // 2 * (tile.rows // tile.columns))
-
-
-def _splits(T: int, tiles: int, processors: int) -> int:
-    if torch.are_deterministic_algorithms_enabled():
-        return 1
-    return max(1, min(processors // tiles, T // _TOKENS_PER_PROGRAM))
 
 
 def _fits_tma(X: Tensor) -> bool:

@@ -1,8 +1,11 @@
 """`gram_sketch_`: two skinny products per block of tokens, which stays in the L2 cache between them.
 
 The first kernel writes Z = X Omega for a block, the second adds X^T Z to Y; X comes from device memory once
-and from L2 once. bf16 rows are multiplied by bf16 parts: a fp32 Omega as a high and a low part, and then Z
-too; a bf16 Omega as it is, with Z rounded to bf16. Everything else is multiplied in fp32.
+and from L2 once. A block of wide rows has few tokens: then the first kernel splits the columns of X among
+programs too, and a third one adds up what they found, in a fixed order.
+
+bf16 rows are multiplied by bf16 parts: a fp32 Omega as a high and a low part, and then Z too; a bf16 Omega as
+it is, with Z rounded to bf16. Everything else is multiplied in fp32.
 
 The second kernel splits the tokens among programs, which add to Y in any order, unless
 `torch.use_deterministic_algorithms(True)`.
@@ -11,6 +14,7 @@ The second kernel splits the tokens among programs, which add to Y in any order,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,30 +26,41 @@ from laplace_kernels.triton import launch
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens by columns of X that each of the two kernels takes per step."""
+    """Columns of Omega per program, at most; tokens by columns of X that each of the two kernels takes per step."""
 
+    columns: int
     project: tuple[int, int]
     accumulate: tuple[int, int]
     stages: int
     warps: int
 
 
-# Chosen by register and shared memory use; no timing stands behind them yet.
+# Fewest columns first. Chosen by register and shared memory use; no timing stands behind them yet.
 BF16_TILES = {
-    "sm_80": Tiles(project=(64, 64), accumulate=(32, 64), stages=3, warps=4),
-    "sm_90": Tiles(project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
-    "sm_100": Tiles(project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
-    "gfx942": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=4),
+    "sm_80": (
+        Tiles(64, project=(64, 64), accumulate=(32, 64), stages=3, warps=4),
+        Tiles(128, project=(64, 64), accumulate=(64, 128), stages=3, warps=8),
+    ),
+    "sm_90": (
+        Tiles(64, project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
+        Tiles(128, project=(128, 64), accumulate=(64, 128), stages=3, warps=8),
+    ),
+    "sm_100": (
+        Tiles(64, project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
+        Tiles(128, project=(128, 64), accumulate=(64, 128), stages=3, warps=8),
+    ),
+    "gfx942": (Tiles(64, project=(64, 32), accumulate=(32, 64), stages=2, warps=4),),
 }
 FP32_TILES = {
-    "sm_80": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=8),
-    "sm_90": Tiles(project=(64, 32), accumulate=(32, 64), stages=3, warps=8),
-    "sm_100": Tiles(project=(64, 32), accumulate=(32, 64), stages=3, warps=8),
-    "gfx942": Tiles(project=(64, 32), accumulate=(32, 64), stages=2, warps=8),
+    "sm_80": (Tiles(64, project=(64, 32), accumulate=(32, 64), stages=2, warps=8),),
+    "sm_90": (Tiles(64, project=(64, 32), accumulate=(32, 64), stages=3, warps=8),),
+    "sm_100": (Tiles(64, project=(64, 32), accumulate=(32, 64), stages=3, warps=8),),
+    "gfx942": (Tiles(64, project=(64, 32), accumulate=(32, 64), stages=2, warps=8),),
 }
 _CACHED_BYTES = 24 << 20  # of X per block of tokens: half of the L2 cache of an H100
-_MAX_COLUMNS = 64  # of Omega per program
 _TOKENS_PER_PROGRAM = 512  # at least, when tokens are split
+_COLUMNS_PER_PROGRAM = 512  # of X, at least, when they are split
+_ELEMENTS = 1024  # of Z per program that adds up
 
 
 def gram_sketch_(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: float) -> None:
@@ -71,8 +86,11 @@ def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alph
     T, d = X.shape
     m = Omega.shape[1]
     arch = launch.architecture(X.device)
-    tiles = (BF16_TILES if X.dtype == torch.bfloat16 else FP32_TILES)[arch]
-    columns = min(_MAX_COLUMNS, max(16, triton.next_power_of_2(m)))
+    table = (BF16_TILES if X.dtype == torch.bfloat16 else FP32_TILES)[arch]
+    tiles = next(
+        (tiles for tiles in table if m <= tiles.columns), table[-1]
+    )  # X is read once per block of columns
+    columns = min(tiles.columns, max(16, triton.next_power_of_2(m)))
     column_blocks = triton.cdiv(m, columns)
     options = {
         "HAS_MASK": mask is not None,
@@ -83,11 +101,7 @@ def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alph
         "num_warps": tiles.warps,
     }
     mask = X if mask is None else mask
-    tokens, width = tiles.project
-    _project[(triton.cdiv(T, tokens), column_blocks)](
-        X, Omega, Z, mask, T, d, m, X.stride(0), *Omega.stride(), Z.stride(0), **options, TOKENS=tokens,
-        WIDTH=width
-    )  # fmt: skip
+    _launch_projection(Z, X, Omega, mask, tiles.project, column_blocks, options)
     tokens, width = tiles.accumulate
     row_blocks = triton.cdiv(d, width)
     splits = 1
@@ -101,7 +115,36 @@ def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alph
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
+def _launch_projection(
+    Z: Tensor,
+    X: Tensor,
+    Omega: Tensor,
+    mask: Tensor,
+    tile: tuple[int, int],
+    column_blocks: int,
+    options: dict[str, Any],
+) -> None:
+    """Z = X Omega, in parts."""
+    T, d = X.shape
+    m = Omega.shape[1]
+    tokens, width = tile
+    token_blocks = triton.cdiv(T, tokens)
+    processors = launch.multiprocessors(X.device)
+    splits = max(1, min(processors // (token_blocks * column_blocks), d // _COLUMNS_PER_PROGRAM))
+    width_per_split = triton.cdiv(triton.cdiv(d, splits), width) * width
+    splits = triton.cdiv(d, width_per_split)
+    found = Z if splits == 1 else X.new_empty((splits, T, m), dtype=torch.float32)
+    _project[(token_blocks * splits, column_blocks)](
+        X, Omega, found, mask, T, d, m, X.stride(0), *Omega.stride(), found.stride(0), token_blocks,
+        width_per_split, **options, SPLIT=splits > 1, TOKENS=tokens, WIDTH=width,
+    )  # fmt: skip
+    if splits > 1:
+        _add_up[(triton.cdiv(T * m, _ELEMENTS),)](
+            found, Z, T * m, splits, Z.stride(0), PARTS=Z.shape[0], ELEMENTS=_ELEMENTS
+        )
+
+
+@triton.jit(do_not_specialize=["T", "token_blocks", "width_per_split"])
 def _project(
     x,
     omega,
@@ -114,14 +157,19 @@ def _project(
     omega_row_stride,
     omega_column_stride,
     z_part_stride,
+    token_blocks,
+    width_per_split,
     HAS_MASK: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    split = tl.program_id(0) // token_blocks
+    stop = tl.minimum((split + 1) * width_per_split, d)
+    t = tl.program_id(0) % token_blocks * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     keep = t < T
     if HAS_MASK:
@@ -129,7 +177,7 @@ def _project(
     x_t = x + t[:, None].to(tl.int64) * x_stride
     omega_column = omega + column[None, :].to(tl.int64) * omega_column_stride
     total = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for first in tl.range(0, d, WIDTH):
+    for first in tl.range(split * width_per_split, stop, WIDTH):
         i = first + tl.arange(0, WIDTH)
         rows = tl.load(x_t + i[None, :], mask=keep[:, None] & (i < d)[None, :], other=0.0)
         inside = (i < d)[:, None] & (column < m)[None, :]
@@ -144,12 +192,32 @@ def _project(
             total = tl.dot(rows.to(tl.float32), w.to(tl.float32), total, input_precision=PRECISION)
     z_tile = z + t[:, None].to(tl.int64) * m + column[None, :]
     inside = (t < T)[:, None] & (column < m)[None, :]
-    if PARTS == 2:
-        high, low = bf16_parts(total)
-        tl.store(z_tile, high, mask=inside)
-        tl.store(z_tile + z_part_stride, low, mask=inside)
+    if SPLIT:
+        tl.store(z_tile + split.to(tl.int64) * z_part_stride, total, mask=inside)
     else:
-        tl.store(z_tile, total.to(z.dtype.element_ty), mask=inside)
+        store_parts(z_tile, z_part_stride, total, inside, PARTS)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _add_up(found, z, size, splits, z_part_stride, PARTS: tl.constexpr, ELEMENTS: tl.constexpr):
+    """Z, in parts, from the sums that each split found."""
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = element < size
+    total = tl.zeros((ELEMENTS,), tl.float32)
+    for split in tl.range(0, splits):
+        total += tl.load(found + tl.cast(split, tl.int64) * size + element, mask=inside, other=0.0)
+    store_parts(z + element, z_part_stride, total, inside, PARTS)
+
+
+@triton.jit
+def store_parts(z, z_part_stride, value, inside, PARTS: tl.constexpr):
+    """A fp32 value as it is kept in Z: as two bf16 numbers, or rounded to the one number that Z has for it."""
+    if PARTS == 2:
+        high, low = bf16_parts(value)
+        tl.store(z, high, mask=inside)
+        tl.store(z + z_part_stride, low, mask=inside)
+    else:
+        tl.store(z, value.to(z.dtype.element_ty), mask=inside)
 
 
 @triton.jit

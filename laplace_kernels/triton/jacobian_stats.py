@@ -6,6 +6,9 @@ and rows lie along the axis that a tensor core can cut to 8, and one read of a s
 classes. Programs of the same example write partial sums side by side, which are added in a fixed order: the
 result is the same in every run.
 
+Two operands of one 16-bit dtype are multiplied as they are; a fp32 `small` beside a bf16 `large` as two bf16
+parts, 16 bits together; anything else in fp32.
+
 More than 128 basis columns, or more than 32 classes, do not fit on chip; the reference serves those.
 """
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from laplace_kernels import reference
 from laplace_kernels.triton import launch
+from laplace_kernels.triton.gram_sketch import bf16_parts
 
 MAX_BASIS, MAX_CLASSES = 128, 32
 
@@ -33,12 +37,13 @@ class Tile:
     class_rows: int
     stages: int
     warps: int
+    least: int = 8  # of classes x rows
 
 
 # Chosen by register and shared memory use; no timing stands behind them yet.
 TILES = {
     "sm_80": Tile(64, 64, 16, 3, 8),
-    "sm_90": Tile(64, 64, 32, 4, 8),
+    "sm_90": Tile(64, 64, 32, 4, 8, least=16),  # Triton 3.6 takes 8 by HMMA, its loads not pipelined
     "sm_100": Tile(64, 64, 32, 3, 8),
     "gfx942": Tile(64, 64, 16, 2, 8),
 }
@@ -62,10 +67,11 @@ def jacobian_stats(
     small, large = launch.contiguous_rows(small), launch.contiguous_rows(large)
     device = large.device
     arch = launch.architecture(device)
-    low_precision = large.dtype == small.dtype and large.dtype != torch.float32
-    tile = (TILES if low_precision else FP32_TILES)[arch]
+    in_16_bits = large.dtype == small.dtype != torch.float32
+    in_parts = large.dtype == torch.bfloat16 and small.dtype == torch.float32
+    tile = (TILES if in_16_bits or in_parts else FP32_TILES)[arch]
     classes = triton.next_power_of_2(C)
-    rows = min(max(triton.next_power_of_2(r), 8 // classes), max(1, tile.class_rows // classes))
+    rows = min(max(triton.next_power_of_2(r), tile.least // classes), max(1, tile.class_rows // classes))
     row_groups = triton.cdiv(r, rows)
     wanted = triton.cdiv(2 * launch.multiprocessors(device), N * row_groups)
     splits = min(wanted, triton.cdiv(d, tile.width))
@@ -182,6 +188,10 @@ def _jacobian_stats(
             )
             if g.dtype == s.dtype and g.dtype != tl.float32:
                 tile = tl.dot(g.T, s, tile)
+            elif g.dtype == tl.bfloat16 and s.dtype == tl.float32:
+                high, low = bf16_parts(s)
+                tile = tl.dot(g.T, high, tile)
+                tile = tl.dot(g.T, low, tile)
             else:
                 tile = tl.dot(g.to(tl.float32).T, s.to(tl.float32), tile, input_precision=PRECISION)
         u = tl.load(

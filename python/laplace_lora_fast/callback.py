@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -11,8 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from laplace_lora_fast.errors import InvalidBatchError
+from laplace_lora_fast.devices import device_of
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.heads import Head
 from laplace_lora_fast.laplace import LaplaceLoRA
+from laplace_lora_fast.modes import checkpointing_layers, evaluation_mode
 
 
 class LaplaceCallback(TrainerCallback):
@@ -41,7 +45,9 @@ class LaplaceCallback(TrainerCallback):
         laplace: the fitted posterior; None before the end of training.
 
     Raises:
+        TypeError: `LaplaceLoRA` takes no such option.
         ValueError: when training begins: an option is wrong, or there is nothing to tune the prior on.
+        InvalidBatchError: when training begins: a first batch holds no answers, or gives no logits [N, C].
         UnsupportedAdapterError: when training begins: the model has no LoRA layer that can be treated.
     """
 
@@ -59,6 +65,7 @@ class LaplaceCallback(TrainerCallback):
             raise ValueError(f"method must be 'val_nll', 'marglik', 'loo' or None, got {method!r}")
         if method == "loo" and options.get("mean") != "refit":
             raise ValueError("method='loo' needs mean='refit'")
+        inspect.signature(LaplaceLoRA).bind(None, **options)
         self.laplace: LaplaceLoRA | None = None
         self._train_data, self._eval_data = train_data, eval_data
         self._method, self._prior_structure = method, prior_structure
@@ -74,6 +81,10 @@ class LaplaceCallback(TrainerCallback):
                 "method='val_nll' needs eval_data, or a Trainer that evaluates (eval_strategy); "
                 "method='loo' with mean='refit', and 'marglik', need no held-out data"
             )
+        own = kwargs["train_dataloader"]
+        self._try(kwargs["model"], self._batches(self._train_data, own, own, args))
+        if self._method == "val_nll" and self._eval_data is not None:
+            self._try(kwargs["model"], self._batches(self._eval_data, None, own, args))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +110,20 @@ class LaplaceCallback(TrainerCallback):
         )
         if saves:
             self.laplace.save(folder)
+
+    def _try(self, model: Any, batches: _Batches) -> None:
+        """A first batch through the head, which changes neither the model nor what training will draw."""
+        if isinstance(batches.dataset, IterableDataset):  # a look might take its first examples away
+            return
+        head = Head(model, self._options.get("answer_token_ids"), self._options.get("output_fn"))
+        with (
+            torch.random.fork_rng(devices=[]),  # a DataLoader draws a seed
+            torch.no_grad(),
+            evaluation_mode(model, checkpointing_layers(model)),
+            head.installed(),
+        ):
+            inputs = head.inputs(next(iter(batches)), device_of(model), DeferredChecks())
+            head.logits(model, inputs)
 
     def _batches(
         self,
@@ -139,6 +164,10 @@ class _Batches:
     ) -> None:
         self._loader, self._answers, self.group = loader, answers, group
 
+    @property
+    def dataset(self) -> Any:
+        return self._loader.dataset
+
     def __len__(self) -> int:
         return len(self._loader)
 
@@ -177,7 +206,10 @@ def answer_batch(batch: Mapping[str, Any], answer_token_ids: Sequence[int]) -> M
     is_answer = classes.any(2)
     if not is_answer.any(1).all():
         row = int((~is_answer.any(1)).nonzero()[0])
-        raise InvalidBatchError(f"example {row} of a batch has none of answer_token_ids among its labels")
+        raise InvalidBatchError(
+            f"example {row} of a batch has none of answer_token_ids among its labels: with and without a space before "
+            "it a word is not the same token"
+        )
     length = labels.shape[1]
     positions = torch.arange(length, device=labels.device)
     place = (is_answer * positions).amax(1)

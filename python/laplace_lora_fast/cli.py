@@ -1,24 +1,27 @@
-"""The command line: `laplace-lora demo | fit | evaluate | doctor`."""
+"""The command line: `laplace-lora demo | fit | evaluate | predict | doctor`."""
 
 from __future__ import annotations
 
 import functools
 import json
-import platform
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from laplace_lora_fast import cli_checks as checks
+
+INSTALL = 'pip install "laplace-lora-fast[{0}]", or in a checkout: pip install ".[{0}]"'
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"{error}: pip install 'laplace-lora-fast[cli,evaluate]'") from error
+    raise SystemExit(f"{error}: {INSTALL.format('cli,evaluate')}") from error
 
 # Heavy imports stand inside the commands: `--help` and typing errors answer at once.
 
@@ -35,6 +38,10 @@ Adapter = Annotated[Path, typer.Option(help="PEFT adapter folder.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")]
+Posterior = Annotated[Path, typer.Option(help="Folder written by `fit`.")]
+LinkApprox = Annotated[
+    str, typer.Option(help="probit, mc or bridge; map is the plain adapter without Laplace.")
+]
 
 
 def _friendly(command: Command) -> Command:
@@ -47,10 +54,32 @@ def _friendly(command: Command) -> Command:
             try:
                 command(*args, **kwargs)
             except (ValueError, ArithmeticError, OSError, ImportError) as error:
-                errors.print(f"[red]error:[/red] {escape(_one_line(error))}", soft_wrap=True)
+                message = checks.one_line(error)
+                if (getattr(error, "name", None) or "").split(".")[0] in (
+                    "torchmetrics",
+                    "matplotlib",
+                    "gguf",
+                ):
+                    extras = "demo" if command.__name__ == "demo" else "cli,evaluate"
+                    message += f": {INSTALL.format(extras)}"
+                errors.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
                 raise typer.Exit(2) from error
 
     return guarded  # type: ignore[return-value]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"laplace-lora {version('laplace-lora-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -63,6 +92,7 @@ def demo(
     from laplace_lora_fast.demo.run import run
     from laplace_lora_fast.demo.task import Recipe
 
+    checks.make_writable(out)
     run(out, Recipe(seed=seed), console)
 
 
@@ -77,17 +107,33 @@ def fit(
     prior: Annotated[
         str | None,
         typer.Option(
-            help="val_nll, loo, marglik, or a number. Default: val_nll with --val, else loo with --mean refit, else "
-            "marglik."
+            help="val_nll (on --val), loo (leaves out one training row at a time; needs --mean refit), marglik (the "
+            "evidence: a poor guide on an over-trained adapter), or a number. Default: val_nll with --val, else loo "
+            "where --mean can be refit, else marglik."
         ),
     ] = None,
-    prior_structure: Annotated[str, typer.Option(help="scalar, ab or (marglik only) layerwise.")] = "scalar",
+    prior_structure: Annotated[
+        str, typer.Option(help="scalar, ab (not with loo) or layerwise (only with marglik).")
+    ] = "scalar",
+    grid: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Prior precisions that val_nll and loo try, 10 a decade; else 1e-4 to 1e6.",
+        ),
+    ] = None,
     structure: Annotated[
         str, typer.Option(help="Of the curvature: kfac, ekfac, dual, diag or auto.")
     ] = "auto",
     mean: Annotated[
-        str, typer.Option(help="map, or refit: the linearised model's own optimum under the prior.")
-    ] = "map",
+        str | None,
+        typer.Option(
+            help="map: the adapter's own predictions stay in the centre. refit: the linearised model's own optimum "
+            "under the prior, which moves them. Default: map; refit if neither --val nor --prior is given and the "
+            "options allow it: --structure auto or dual, --fisher exact, and no more than "
+            f"{checks.MOST_REFIT_ROWS} rows x (choices - 1)."
+        ),
+    ] = None,
     kfac: Annotated[str | None, typer.Option(help="reduce, expand or paper.")] = None,
     fisher: Annotated[str, typer.Option(help="exact, mc or empirical.")] = "exact",
     factor: Annotated[str, typer.Option(help="dense, sketch or auto.")] = "auto",
@@ -101,15 +147,17 @@ def fit(
     from laplace_lora_fast import LaplaceLoRA
     from laplace_lora_fast.prompts import answer_token_ids, make_batches, read_rows
 
-    unheld = "loo" if mean == "refit" else "marglik"
-    method = prior or (unheld if val is None else "val_nll")
-    precision = _number(method)
-    if precision is None and method not in ("val_nll", "loo", "marglik"):
-        raise ValueError(f"--prior must be val_nll, loo, marglik or a number, got {method!r}")
-    if (method == "val_nll") != (val is not None):
-        raise ValueError("--prior val_nll and --val need each other")
     rows = read_rows(data)
     val_rows = None if val is None else read_rows(val)
+    exact = (
+        structure in ("auto", "dual") and fisher == "exact" and (kfac, factor, rank) == (None, "auto", None)
+    )
+    few = len(rows) * (len(rows[0].choices) - 1) <= checks.MOST_REFIT_ROWS
+    may_refit = exact and few and prior_structure == "scalar"
+    prior, mean = checks.prior_and_mean(prior, mean, val is not None, may_refit)
+    precision = checks.fixed_precision(prior)
+    checks.check_prior(prior, mean, prior_structure, val is not None)
+    tried = checks.spread(grid, prior)
     peft_model, tokenizer = _load(model, adapter, device, dtype)
     answers = answer_token_ids(tokenizer, rows)
     val_loader = None
@@ -125,17 +173,24 @@ def fit(
         fisher=fisher,
         factor=factor,
         rank=rank,
-        prior_precision=precision or 1.0,
+        prior_precision=1.0 if precision is None else precision,
         seed=seed,
     )
+    checks.make_writable(out)
     la.fit(make_batches(tokenizer, rows, batch_size))
+    notes = []
     if precision is None:
-        la.optimize_prior_precision(method, prior_structure=prior_structure, val_loader=val_loader)
+        la.optimize_prior_precision(prior, prior_structure=prior_structure, val_loader=val_loader, grid=tried)
+        notes = checks.at_the_edge(la.prior_precision, tried, mean) if prior != "marglik" else []
     la.save(out)
-    console.print(f"Fitted on {len(rows)} rows; prior precision {_show(la.prior_precision)} ({method}).")
-    console.print(
-        f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. Written: {escape(str(out))}"
-    )
+    by = f", chosen by {prior}" if precision is None else ""
+    evidence = la.log_marginal_likelihood().item()
+    for line in (
+        f"Fitted on {len(rows)} rows, mean {mean}; prior precision {_show(la.prior_precision)}{by}.",
+        *notes,
+        f"log marginal likelihood {evidence:.4g}. Written: {escape(str(out))}",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -144,8 +199,8 @@ def evaluate(
     model: Model,
     adapter: Adapter,
     data: Annotated[Path, typer.Option(help='Test rows, JSON lines: {"prompt", "choices", "label"}.')],
-    posterior: Annotated[Path, typer.Option(help="Folder written by `fit`.")] = Path("posterior"),
-    link_approx: Annotated[str, typer.Option(help="probit, mc or bridge.")] = "probit",
+    posterior: Posterior = Path("posterior"),
+    link_approx: LinkApprox = "probit",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for a reliability diagram and a histogram.")
@@ -155,25 +210,28 @@ def evaluate(
     dtype: Dtype = "auto",
 ) -> None:
     """Compare the plain adapter (MAP) with its Laplace posterior on test rows."""
-    from laplace_lora_fast import LaplaceLoRA
     from laplace_lora_fast.evaluate import Predictions
-    from laplace_lora_fast.prompts import answer_token_ids, make_batches, read_rows
+    from laplace_lora_fast.prompts import make_batches, read_rows
     from laplace_lora_fast.report import metrics_table, score, write_plots
 
+    checks.check_link(link_approx)
     rows = read_rows(data)
-    peft_model, tokenizer = _load(model, adapter, device, dtype)
-    la = LaplaceLoRA.load(posterior, peft_model)
-    _same_answers(answer_token_ids(tokenizer, rows), la.answer_token_ids, data)
+    if json_file is not None:
+        checks.make_writable(json_file.parent)
+    if plots is not None:
+        import laplace_lora_fast.plots  # noqa: F401  it may be missing matplotlib
+
+        checks.make_writable(plots)
+    la, tokenizer = _load_posterior(model, adapter, posterior, rows, data, device, dtype)
     loader = make_batches(tokenizer, rows, batch_size)
     predictions = {}
     for method, link in (("MAP", "map"), ("Laplace", link_approx)):
         probs, labels = la.predict_loader(loader, link_approx=link)
-        predictions[method] = Predictions(probs, labels)  # type: ignore[arg-type]
+        predictions[method] = Predictions(probs, labels)
     grid = {data.stem: predictions}
     scores = score(grid)
     console.print(metrics_table(scores))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         values = {method: asdict(metrics) for method, metrics in scores[data.stem].items()}
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if plots is not None:
@@ -182,38 +240,46 @@ def evaluate(
 
 @app.command()
 @_friendly
+def predict(
+    model: Model,
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help='Rows, JSON lines: {"prompt", "choices"}; labels are not read.')],
+    out: Annotated[Path, typer.Option(help="JSON lines with the rows' probabilities, in their order.")],
+    posterior: Posterior = Path("posterior"),
+    link_approx: LinkApprox = "probit",
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write each row's probabilities under the posterior: {"prompt", "choices", "probs"}."""
+    from laplace_lora_fast.prompts import batch_order, make_batches, read_rows
+
+    checks.check_link(link_approx)
+    rows = read_rows(data, labelled=False)
+    checks.make_writable(out.parent)
+    la, tokenizer = _load_posterior(model, adapter, posterior, rows, data, device, dtype)
+    probs, _ = la.predict_loader(make_batches(tokenizer, rows, batch_size), link_approx=link_approx)
+    of_row = dict(zip(batch_order(tokenizer, rows), probs.tolist(), strict=True))
+    with out.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows):
+            line = {"prompt": row.prompt, "choices": row.choices, "probs": of_row[number]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    console.print(f"Written: {escape(str(out))}, {len(rows)} rows.")
+
+
+@app.command()
+@_friendly
 def doctor() -> None:
     """Print versions, devices, and for each kernel the backend that would serve it, and why."""
-    import torch
+    from laplace_lora_fast.doctor import report
 
-    from laplace_kernels import OPS, explain
-
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    versions = Table(title="Versions", show_header=False)
-    versions.add_row("python", platform.python_version())
-    for package in ("laplace-lora-fast", "torch", "triton", "peft", "transformers", "torchmetrics"):
-        # torch's own version names its build, its metadata's need not
-        versions.add_row(package, torch.__version__ if package == "torch" else _version(package))
-    console.print(versions)
-    names = Table(title="Devices", show_header=False)
-    for device in devices:
-        names.add_row(str(device), _describe(device))
-    console.print(names)
-    table = Table(title="Kernels")
-    for heading in ("op", "device", "inputs", "backend", "why", "passed over"):
-        table.add_column(heading, no_wrap=heading in ("op", "backend"))
-    for device in devices:
-        for op in OPS:
-            for dtypes, choice in _choices(explain, op, device):
-                others = "; ".join(f"{name}: {reason}" for name, reason in choice.others.items())
-                table.add_row(op, str(device), dtypes, choice.backend, choice.reason, others)
-        table.add_section()
-    console.print(table)
+    report(console)
 
 
 def main() -> None:
     """Entry point of `laplace-lora`."""
+    if not sys.stderr.isatty():  # the bars of the libraries below too: a log would keep every refresh
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()
 
 
@@ -230,13 +296,32 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
         raise ValueError(f"{adapter} holds no adapter_config.json: pass a PEFT adapter folder")
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {where} cannot be used: {checks.one_line(error)}") from error
+    try:
         base, tokenizer = load_causal_lm(source, where, "auto" if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model {source!r} cannot be loaded on {where}: {_one_line(error)}") from error
+        raise ValueError(f"model {source!r} cannot be loaded on {where}: {checks.one_line(error)}") from error
     try:
         return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"adapter {adapter} does not fit model {source!r}: {_one_line(error)}") from error
+        raise ValueError(
+            f"adapter {adapter} does not fit model {source!r}: {checks.one_line(error)}"
+        ) from error
+
+
+def _load_posterior(
+    source: str, adapter: Path, posterior: Path, rows: Sequence[Any], data: Path, device: str, dtype: str
+) -> tuple[Any, Any]:
+    """The fitted posterior, for rows with the answers it was fitted on, and the tokenizer."""
+    from laplace_lora_fast import LaplaceLoRA
+    from laplace_lora_fast.prompts import answer_token_ids
+
+    model, tokenizer = _load(source, adapter, device, dtype)
+    la = LaplaceLoRA.load(posterior, model)
+    _same_answers(answer_token_ids(tokenizer, rows), la.answer_token_ids, data)
+    return la, tokenizer
 
 
 def _same_answers(found: Sequence[int], expected: Sequence[int] | None, path: Path | None) -> None:
@@ -246,52 +331,12 @@ def _same_answers(found: Sequence[int], expected: Sequence[int] | None, path: Pa
         )
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def _show(prior_precision: Any) -> str:
     if isinstance(prior_precision, float):
         return f"{prior_precision:.4g}"
+    if len(prior_precision) > 2:
+        return f"{min(prior_precision.values()):.4g} to {max(prior_precision.values()):.4g} by layer"
     return ", ".join(f"{key}: {value:.4g}" for key, value in prior_precision.items())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _describe(device: Any) -> str:
-    import torch
-
-    if device.type == "cpu":
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    properties = torch.cuda.get_device_properties(device)
-    capability = f"sm_{properties.major}{properties.minor}"
-    return f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
-
-
-def _choices(explain: Callable[..., Any], op: str, device: Any) -> list[tuple[str, Any]]:
-    """Choices of an op on a device, dtypes with the same outcome together."""
-    import torch
-
-    groups: dict[tuple[str, ...], tuple[list[str], Any]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        choice = explain(op, device, dtype)
-        key = (choice.backend, choice.reason, *choice.others.values())
-        groups.setdefault(key, ([], choice))[0].append(str(dtype).removeprefix("torch."))
-    return [(", ".join(dtypes), choice) for dtypes, choice in groups.values()]
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of a message, enough to act on."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

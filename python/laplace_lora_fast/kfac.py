@@ -55,7 +55,8 @@ class FactorPlan:
     Attributes:
         kind: of all factors; auto keeps the smallest ones dense as long as they fit the budget together.
         memory_budget: bytes of dense factors for auto, with the rows that may wait for them: up to half as much again.
-        sketch_size: columns of a sketch.
+        sketch_size: columns of a sketch, those in it that keep the LoRA side exact (the rank of each layer that shares
+            the factor) as long as they are no more than half: what is kept on chip is the whole.
         seed: of the sketches.
     """
 
@@ -176,8 +177,9 @@ class KfacAccumulator(Accumulator):
         """The factor at a place of `_all_factors`."""
         if dense[index]:
             return DenseFactor(exact[0].shape[0], dtype, exact[0].device)
-        seed, omega = self._plan.seed + index, self._omegas.get(index)
-        return SketchFactor(self._plan.sketch_size, torch.cat(exact, 1), dtype, seed, omega)
+        seed, omega, columns = self._plan.seed + index, self._omegas.get(index), torch.cat(exact, 1)
+        size = self._plan.sketch_size
+        return SketchFactor(max(size - columns.shape[1], size // 2, 1), columns, dtype, seed, omega)
 
     def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
         rows = add_input(self._inputs[group], self._mode, x, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -11,9 +12,15 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], what: str, show: bool) -> Iterator[T]:
-    """Iterates with a bar named `what`, or without one."""
+    """Iterates with a bar named `what` where it is to be shown and somebody watches."""
+    hidden = not (show and watched())
     # tqdm.auto would call iter(items) twice: two sets of workers of a DataLoader, two draws of its order
-    yield from tqdm(iter(items), desc=what, total=length(items), disable=not show, leave=False)
+    yield from tqdm(iter(items), desc=what, total=length(items), disable=hidden, leave=False)
+
+
+def watched() -> bool:
+    """Whether stderr is a terminal, or this is a notebook: a log file would keep every refresh of a bar."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def length(items: Iterable[T]) -> int | None:

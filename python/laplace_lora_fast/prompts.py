@@ -21,7 +21,7 @@ class PromptRow:
     Attributes:
         prompt: Text up to, without, the space before the answer.
         choices: The answers, each one token when written after the prompt and a space.
-        label: Index of the right one.
+        label: Index of the right one; 0 where it was not asked for.
     """
 
     prompt: str
@@ -29,11 +29,12 @@ class PromptRow:
     label: int
 
 
-def read_rows(path: str | Path) -> list[PromptRow]:
+def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
     """Reads a JSON-lines file of `{"prompt": str, "choices": [str, ...], "label": int}`.
 
     Args:
         path: The file. Empty lines are skipped.
+        labelled: Whether labels are needed; if not, they are not looked at.
 
     Raises:
         InvalidBatchError: The file is missing, empty, or a line is wrong; names the line and the field.
@@ -44,7 +45,11 @@ def read_rows(path: str | Path) -> list[PromptRow]:
         raise InvalidBatchError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidBatchError(f"{path}: cannot be read: not UTF-8") from error
-    rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [
+        _parse(line, f"{path}, line {number}", labelled)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not rows:
         raise InvalidBatchError(f"{path}: holds no rows")
     for row in rows:
@@ -63,8 +68,15 @@ def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
         rows: All with the same choices.
 
     Raises:
-        InvalidBatchError: A choice is not a single token there, or two are the same token.
+        InvalidBatchError: A choice is not a single token there, two are the same token, or a prompt ends in white
+            space.
     """
+    for number, row in enumerate(rows, 1):
+        if row.prompt != row.prompt.rstrip():  # many tokenizers hide it: the space becomes a token of its own
+            raise InvalidBatchError(
+                f"the prompt of row {number} ends in white space, {row.prompt[-20:]!r}: end prompts without, the "
+                "answer follows after one space"
+            )
     stem = tokenizer(rows[0].prompt)["input_ids"]
     ids = []
     for choice in rows[0].choices:
@@ -72,7 +84,7 @@ def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
         if whole[:-1] != stem:
             raise InvalidBatchError(
                 f"choice {choice!r} is not one token after a prompt ending in {rows[0].prompt[-20:]!r} and a space: "
-                "use letters, or words the tokenizer knows, and end prompts without a space"
+                "use letters, or words the tokenizer knows"
             )
         ids.append(int(whole[-1]))
     if len(set(ids)) < len(ids):
@@ -95,6 +107,11 @@ def make_batches(tokenizer: Any, rows: Iterable[PromptRow], batch_size: int) -> 
         ((tokenizer(row.prompt)["input_ids"], row.label) for row in rows), key=lambda e: len(e[0])
     )
     return [_pad(encoded[start : start + batch_size]) for start in range(0, len(encoded), batch_size)]
+
+
+def batch_order(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
+    """The index in `rows` of each example of `make_batches`, in its order."""
+    return sorted(range(len(rows)), key=lambda i: len(tokenizer(rows[i].prompt)["input_ids"]))
 
 
 def load_causal_lm(
@@ -130,17 +147,19 @@ def _pad(encoded: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
     }
 
 
-def _parse(line: str, where: str) -> PromptRow:
+def _parse(line: str, where: str, labelled: bool) -> PromptRow:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidBatchError(f"{where}: not JSON: {error}") from error
+    names = ("prompt", "choices", "label") if labelled else ("prompt", "choices")
     if not isinstance(fields, dict):
-        raise InvalidBatchError(f"{where}: expected an object with 'prompt', 'choices' and 'label'")
-    for name in ("prompt", "choices", "label"):
+        raise InvalidBatchError(f"{where}: expected an object with fields {', '.join(names)}")
+    for name in names:
         if name not in fields:
             raise InvalidBatchError(f"{where}: field {name!r} is missing")
-    prompt, choices, label = fields["prompt"], fields["choices"], fields["label"]
+    prompt, choices = fields["prompt"], fields["choices"]
+    label = fields["label"] if labelled else 0
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidBatchError(f"{where}: field 'prompt' must be a non-empty string")
     if (

@@ -40,6 +40,15 @@ class Sketch(ctypes.Structure):
     ]
 
 
+class TilesPlan(ctypes.Structure):
+    """`lk::TilesPlan` of csrc/plan.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("block_tokens", "z_plane", "y_plane")),
+        *((name, c_int32) for name in ("project_parts", "accumulate_parts")),
+    ]
+
+
 needs_host_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
@@ -75,7 +84,7 @@ def build(folder: Path, mutation: tuple[str, str, str] | None = None) -> ctypes.
     lib = ctypes.CDLL(str(target))
     for name in ("emulate_sketch_cluster", "emulate_sketch_tiles", "emulate_gram_group"):
         getattr(lib, name).restype = ctypes.c_char_p
-    for name in ("columns_per_rank", "table_bytes", "fill_table", "cached_tokens"):
+    for name in ("columns_per_rank", "table_bytes", "fill_table", "workspace_floats", "sketch_blocks"):
         getattr(lib, name).restype = c_int64
     return lib
 
@@ -93,32 +102,56 @@ def sketch(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alpha: floa
     )
 
 
+def pitch(m: int) -> int:
+    """Floats from row to row of a plane."""
+    return -(-m // 4) * 4
+
+
 def gram_sketch_cluster_(
     Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None = None, alpha: float = 1.0, *,
-    tiling: int = 0, ranks: int = 1, clusters: int = 1, seed: int = 0,
+    tiling: int = 0, ranks: int = 1, clusters: int = 1, deterministic: bool = False, seed: int = 0,
 ) -> None:  # fmt: skip
-    fp16 = X.dtype == torch.float16
     update = sketch(Y, X, Omega, mask, alpha)
+    planes = torch.full((clusters * len(Y) * pitch(Y.shape[1]),), torch.nan)
     _check(
-        library().emulate_sketch_cluster(ctypes.byref(update), fp16, tiling, ranks, clusters, c_uint64(seed))
-    )
+        library().emulate_sketch_cluster(
+            ctypes.byref(update), X.dtype == torch.float16, tiling, ranks, clusters,
+            ctypes.c_void_p(planes.data_ptr() if deterministic else None), c_uint64(seed),
+        )
+    )  # fmt: skip
+
+
+def plan_tiles(update: Sketch, processors: int, deterministic: bool) -> TilesPlan:
+    plan = TilesPlan()
+    library().plan_tiles(ctypes.byref(update), processors, deterministic, ctypes.byref(plan))
+    return plan
+
+
+def workspace_floats(plan: TilesPlan) -> int:
+    return library().workspace_floats(ctypes.byref(plan))
 
 
 def gram_sketch_tiles_(
     Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None = None, alpha: float = 1.0, *,
-    block_tokens: int = 1 << 20, parts: int = 1, seed: int = 0,
+    parts: tuple[int, int] = (1, 1), block_tokens: int = 1 << 20, deterministic: bool = False, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Omega's row stride is a multiple of 4, as `laplace_kernels.cuda` makes it."""
-    assert Omega.stride(0) % 4 == 0
-    pitch = -(-Omega.shape[1] // 4) * 4
-    workspace = torch.full((min(block_tokens, X.shape[0]), pitch), torch.nan)
-    update = sketch(Y, X, Omega, mask, alpha)
-    _check(
-        library().emulate_sketch_tiles(
-            ctypes.byref(update), X.dtype == torch.float16, ctypes.c_void_p(workspace.data_ptr()),
-            c_int64(block_tokens), parts, c_uint64(seed),
-        )
-    )  # fmt: skip
+    """`parts` are of d and of a block's tokens."""
+    d, m = Omega.shape
+    plane = pitch(m) * d if deterministic and parts[1] > 1 else 0
+    block_tokens = min(block_tokens, len(X))
+    plan = TilesPlan(block_tokens, pitch(m) * block_tokens, plane, *parts)
+    floats = workspace_floats(plan)
+    workspace = torch.full((floats + 64,), torch.nan)
+    run_tiles(sketch(Y, X, Omega, mask, alpha), plan, X.dtype == torch.float16, workspace.data_ptr(), seed)
+    assert workspace[floats:].isnan().all(), "it needs a larger workspace than it asks for"
+
+
+def run_tiles(update: Sketch, plan: TilesPlan, fp16: bool, workspace: int, seed: int = 0) -> None:
+    """Omega starts at, and its rows are apart by, multiples of 16 bytes, as `laplace_kernels.cuda` makes it."""
+    assert update.omega % 16 == 0
+    assert update.omega_stride % 4 == 0
+    arguments = ctypes.byref(update), ctypes.byref(plan), fp16, ctypes.c_void_p(workspace), c_uint64(seed)
+    _check(library().emulate_sketch_tiles(*arguments))
 
 
 def gram_group_(

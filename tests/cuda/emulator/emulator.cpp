@@ -22,26 +22,38 @@ const char* guarded(Function function) {
   }
 }
 
+void add_planes(const lk::Planes& planes, uint64_t seed) {
+  emulator::launch(lk::kTileThreads, 1, lk::plane_blocks(planes), 0, seed,
+                   [&](emulator::Machine& machine) { lk::add_planes(machine, planes); });
+}
+
 template <class Element, class Tiling>
-void sketch_cluster(const lk::Sketch& sketch, int ranks, int clusters, uint64_t seed) {
+void sketch_cluster(const lk::Sketch& sketch, int ranks, int clusters, float* workspace, uint64_t seed) {
+  const int64_t plane = lk::y_plane(sketch, clusters, workspace != nullptr);
+  const auto planes = lk::y_planes(sketch, workspace, clusters, plane);
+  const auto redirected = lk::redirected(sketch, planes);
   emulator::launch(Tiling::kThreads, ranks, clusters, Tiling::kSharedBytes, seed, [&](emulator::Machine& machine) {
-    lk::SketchCluster<Element, Tiling, emulator::Machine>(machine, sketch).run();
+    lk::SketchCluster<Element, Tiling, emulator::Machine>(machine, redirected, plane).run();
   });
+  add_planes(planes, seed);
 }
 
 template <class Element, bool project>
-void sketch_launch(const lk::SketchTiles& s, int64_t blocks, uint64_t seed) {
+void product(const lk::SketchTiles& s, int64_t rows, uint64_t seed) {
+  const int64_t blocks = lk::sketch_blocks(rows, s.m, s.parts);
   emulator::launch(lk::kTileThreads, 1, blocks, lk::kSketchSharedBytes, seed, [&](emulator::Machine& machine) {
     lk::gram_sketch_tiles<Element, project>(machine, s);
   });
 }
 
 template <class Element>
-void sketch_tiles(const lk::Sketch& sketch, float* workspace, int64_t block_tokens, int parts, uint64_t seed) {
-  for (int64_t first = 0; first < sketch.tokens; first += block_tokens) {
-    const auto pair = lk::sketch_launches(sketch, workspace, first, block_tokens, parts);
-    sketch_launch<Element, true>(pair.project, pair.project_blocks, seed);
-    sketch_launch<Element, false>(pair.accumulate, pair.accumulate_blocks, seed);
+void sketch_tiles(const lk::Sketch& sketch, const lk::TilesPlan& plan, float* workspace, uint64_t seed) {
+  for (int64_t first = 0; first < sketch.tokens; first += plan.block_tokens) {
+    const auto launches = lk::sketch_launches(sketch, plan, workspace, first);
+    product<Element, true>(launches.project, launches.project.tokens, seed);
+    add_planes(launches.z, seed);
+    product<Element, false>(launches.accumulate, sketch.d, seed);
+    add_planes(launches.y, seed);
   }
 }
 
@@ -55,24 +67,22 @@ void gram_group(const lk::GramTable& table, uint64_t seed) {
 
 extern "C" {
 
+// With a workspace, of clusters * d * pitch(m) floats, every cluster has a plane of its own: deterministic.
 const char* emulate_sketch_cluster(const lk::Sketch* sketch, int fp16, int tiling, int ranks, int clusters,
-                                   uint64_t seed) {
+                                   float* workspace, uint64_t seed) {
   return guarded([&] {
     lk::with_tiling(tiling, [&](auto shape) {
       using Shape = decltype(shape);
-      if (fp16) {
-        sketch_cluster<lk::Fp16, Shape>(*sketch, ranks, clusters, seed);
-      } else {
-        sketch_cluster<lk::Bf16, Shape>(*sketch, ranks, clusters, seed);
-      }
+      const auto run = fp16 ? sketch_cluster<lk::Fp16, Shape> : sketch_cluster<lk::Bf16, Shape>;
+      run(*sketch, ranks, clusters, workspace, seed);
     });
   });
 }
 
-const char* emulate_sketch_tiles(const lk::Sketch* sketch, int fp16, float* workspace, int64_t block_tokens, int parts,
+const char* emulate_sketch_tiles(const lk::Sketch* sketch, const lk::TilesPlan* plan, int fp16, float* workspace,
                                  uint64_t seed) {
   const auto run = fp16 ? sketch_tiles<lk::Fp16> : sketch_tiles<lk::Bf16>;
-  return guarded([&] { run(*sketch, workspace, block_tokens, parts, seed); });
+  return guarded([&] { run(*sketch, *plan, workspace, seed); });
 }
 
 // Returns an error or nullptr; `launches` counts the tables.
@@ -121,7 +131,15 @@ int64_t fill_table(lk::GramTable* table, const lk::Gram* grams, int64_t first, i
   return lk::fill_table(*table, grams, first, count, processors, split);
 }
 int find_member(const lk::GramTable* table, int64_t index) { return lk::find_member(*table, index); }
-int64_t cached_tokens(int64_t tokens, int64_t d) { return lk::cached_tokens(tokens, d); }
+void choose_cluster(int64_t d, int64_t m, int (*clusters_at_once)(int, int), int* tiling, int* ranks, int* clusters) {
+  const auto shape = lk::choose_cluster(d, m, clusters_at_once);
+  *tiling = shape.tiling, *ranks = shape.ranks, *clusters = shape.clusters;
+}
+void plan_tiles(const lk::Sketch* sketch, int processors, int deterministic, lk::TilesPlan* plan) {
+  *plan = lk::plan_tiles(*sketch, processors, deterministic);
+}
+int64_t workspace_floats(const lk::TilesPlan* plan) { return plan->workspace_floats(); }
+int64_t sketch_blocks(int64_t rows, int64_t m, int64_t parts) { return lk::sketch_blocks(rows, m, parts); }
 int64_t table_bytes() { return sizeof(lk::GramTable); }
 
 // Rounds pairs of floats, and splits them: for comparison with torch's conversions.

@@ -1,13 +1,17 @@
-// Threads of a GPU as fibers of one host thread: who runs next is drawn at random, from a seed.
+// Threads of a GPU as fibers of one host thread. Who runs next is decided at random, from a seed, and in one of several
+// manners: threads, warps, warpgroups or whole blocks have priorities, drawn anew often or rarely, so that some run far
+// ahead of others. A race between blocks shows only if one of them is late by a whole step.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace emulator {
@@ -26,13 +30,19 @@ class Scheduler {
       makecontext(&fibers_[i].context, reinterpret_cast<void (*)()>(&Scheduler::enter), 2,
                   static_cast<unsigned>(reinterpret_cast<uintptr_t>(this)),
                   static_cast<unsigned>(reinterpret_cast<uintptr_t>(this) >> 32));
-      ready_.push_back(i);
     }
+    constexpr int kUnits[] = {1, 32, 128, 256};
+    unit_ = kUnits[random() % 4];
+    period_ = 16 << random() % 12;
+    priorities_.resize(count / unit_ + 1);
+    for (int i = 0; i < count; ++i) ready_.push_back({0, i});
+    draw_priorities();
   }
   void run() {
     while (!ready_.empty()) {
-      std::swap(ready_[random() % ready_.size()], ready_.back());
-      current_ = ready_.back();
+      if (random() % period_ == 0) draw_priorities();
+      std::pop_heap(ready_.begin(), ready_.end());
+      current_ = ready_.back().second;
       ready_.pop_back();
       swapcontext(&main_, &fibers_[current_].context);
       if (failure_) std::rethrow_exception(failure_);
@@ -41,7 +51,10 @@ class Scheduler {
   }
   int current() const { return current_; }
   void sleep() { swapcontext(&fibers_[current_].context, &main_); }
-  void wake(int fiber) { ready_.push_back(fiber); }
+  void wake(int fiber) {
+    ready_.push_back({priority(fiber), fiber});
+    std::push_heap(ready_.begin(), ready_.end());
+  }
   void give_way() {  // others may run first
     wake(current_);
     sleep();
@@ -51,6 +64,13 @@ class Scheduler {
   std::mt19937_64 random;
 
  private:
+  uint64_t priority(int fiber) { return priorities_[fiber / unit_] << 32 | random() >> 32; }
+  void draw_priorities() {
+    for (uint64_t& unit : priorities_) unit = random();
+    for (auto& entry : ready_) entry.first = priority(entry.second);
+    std::make_heap(ready_.begin(), ready_.end());
+  }
+
   static constexpr size_t kStackBytes = 64 << 10;
   struct Fiber {
     ucontext_t context;
@@ -68,7 +88,9 @@ class Scheduler {
 
   std::function<void(int)> body_;
   std::vector<Fiber> fibers_;
-  std::vector<int> ready_;
+  std::vector<std::pair<uint64_t, int>> ready_;  // a heap of priorities and fibers
+  std::vector<uint64_t> priorities_;             // of units of `unit_` fibers
+  int unit_, period_;
   ucontext_t main_;
   int current_ = 0, finished_ = 0;
   std::exception_ptr failure_;

@@ -1,16 +1,19 @@
 // The host's version of csrc/machine.cuh: a GPU on which the kernel bodies of csrc run unchanged, to be tested.
 //
 // Every thread is a fiber; a seed decides who runs next. What the hardware does asynchronously (copies to shared
-// memory, matrix products) happens at once or at the last moment the kernel waits for, again as the seed decides; a
-// copy that is late leaves NaN in its place until then. A missing wait, a missing barrier or a buffer reused too early
-// thus gives wrong numbers for some seed. An asynchronous product that reads what its writer has not fenced is an
-// error. Layouts of fragments, ldmatrix and descriptors follow the PTX manual, not csrc/layout.h.
+// memory, matrix products, stores to another block) happens at once or at the last moment the kernel waits for, again
+// as the seed decides; a copy or a store that is late leaves NaN in its place until then. A missing wait, a missing
+// barrier or a buffer reused too early thus gives wrong numbers for some seed. An asynchronous product that reads what
+// its writer has not fenced, or a store to a block that does not run yet or any more, is an error. Layouts of
+// fragments, ldmatrix and descriptors follow the PTX manual, not csrc/layout.h.
 //
 // Not modelled: the rest of the memory model (all else is sequentially consistent), bank conflicts, time.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -43,6 +46,7 @@ struct BlockState {
   uint32_t bytes = 0;
   Barrier all, warps[32], groups[8];
   Thread* threads = nullptr;
+  int started = 0, exited = 0;  // threads
   std::vector<int> unfenced;  // per 16 bytes: writes that asynchronous products do not see yet
 
   void init(Scheduler* scheduler, int threads_per_block, uint32_t shared_bytes) {
@@ -81,6 +85,11 @@ struct Thread {
   std::vector<std::vector<Copy>> groups{1};  // of copies; the last one is open
   std::vector<uint32_t> written;             // stores and finished copies since the last fence
   std::vector<Product> products;
+  struct RemoteStore {
+    uint8_t* to;
+    Quad quad;
+  };
+  std::vector<RemoteStore> remote;  // stores that other blocks do not see yet
   void* slot = nullptr;  // what this thread brings to a meeting of its warp
   uint32_t address = 0;
 };
@@ -118,7 +127,10 @@ class Machine {
  public:
   Machine(Launch& launch, int index)
       : launch_(launch), thread_(index % launch.threads_per_block), rank_(index / launch.threads_per_block),
-        block_(launch.blocks[rank_]), state_(launch.threads[index]) {}
+        block_(launch.blocks[rank_]), state_(launch.threads[index]) {
+    ++block_.started;
+  }
+  ~Machine() { ++block_.exited; }
 
   int thread() const { return thread_; }
   int64_t block() const { return launch_.first_block + rank_; }
@@ -131,6 +143,8 @@ class Machine {
 
   void sync() { block_.all.meet(); }
   void cluster_arrive() {
+    for (const auto& store : state_.remote) std::memcpy(store.to, &store.quad, sizeof store.quad);
+    state_.remote.clear();
     ticket_ = launch_.cluster.arrive();
     launch_.scheduler->give_way();
   }
@@ -147,7 +161,15 @@ class Machine {
   }
   void store_remote(int rank, uint32_t to, const Quad& quad) {
     block_.check(to, sizeof quad);
-    std::memcpy(launch_.blocks.at(rank).shared + to, &quad, sizeof quad);
+    const BlockState& target = launch_.blocks.at(rank);
+    if (target.started == 0) throw std::runtime_error("a store to a block that has not started");
+    if (target.exited == launch_.threads_per_block) throw std::runtime_error("a store to a block that has exited");
+    if (launch_.scheduler->coin()) {
+      std::memcpy(target.shared + to, &quad, sizeof quad);
+    } else {
+      std::memset(target.shared + to, 0xFF, sizeof quad);
+      state_.remote.push_back({target.shared + to, quad});
+    }
   }
 
   void copy_async(uint32_t to, const void* from, int bytes) {
@@ -309,10 +331,13 @@ class Machine {
   int64_t ticket_ = 0;
 };
 
-// Runs body(machine) on every thread of every cluster of `ranks` blocks, cluster by cluster.
+// Runs body(machine) on every thread of every cluster of `ranks` blocks, cluster by cluster in random order.
 template <class Body>
 void launch(int threads, int ranks, int64_t clusters, uint32_t shared_bytes, uint64_t seed, Body body) {
-  for (int64_t cluster = 0; cluster < clusters; ++cluster) {
+  std::vector<int64_t> order(clusters);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+  for (const int64_t cluster : order) {
     Launch grid(threads, ranks, cluster * ranks, clusters, shared_bytes);
     grid.run(seed + cluster, [&](int index) {
       Machine machine(grid, index);

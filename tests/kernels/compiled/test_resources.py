@@ -20,6 +20,8 @@ def test_resources(arch, launch):
     for kernel in compiled:
         assert kernel.spills <= SPILLS, kernel
         assert kernel.shared <= SHARED_MEMORY[arch], kernel
+        if kernel.kernel == "_add_up":
+            continue  # it multiplies nothing
         assert any(kernel.instructions[instruction] for instruction in TENSOR_CORE.values()), kernel
         for instruction in launch.promised:
             assert kernel.instructions[instruction] > 0, (instruction, kernel)
@@ -36,7 +38,7 @@ def test_spills_and_shared_memory_are_seen():
 
     def compile_tile(tile):
         with pytest.MonkeyPatch.context() as patch, compiling_for("sm_90") as compiled:
-            patch.setattr(gram, "choose_tile", lambda *args: tile)
+            patch.setattr(gram, "schedule", lambda *args: (tile, 1))
             gram.gram_(torch.empty(512, 512), torch.empty(100, 512).bfloat16(), None, 1.0)
         return compiled
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import triton
@@ -70,13 +72,40 @@ def test_descriptors_are_used_where_promised(monkeypatch):
 def test_split_tokens_add_up(arch, monkeypatch, T, masked):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(gram, "_TOKENS_PER_PROGRAM", 16)
-    assert gram._splits(300, 1, 8) == 8
+    assert gram.schedule(gram.POINTER_TILES[arch], 24, 300, 8, 18)[1] > 1
     check(T, 24, torch.bfloat16, masked=masked)
 
 
-def test_deterministic_mode_does_not_split(monkeypatch):
+def test_deterministic_mode_does_not_split(arch, monkeypatch):
+    parts = []
+    schedule = gram.schedule
+
+    def recorded(*args):
+        tile, splits = schedule(*args)
+        parts.append(splits)
+        return tile, splits
+
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 8)
+    monkeypatch.setattr(gram, "_TOKENS_PER_PROGRAM", 16)
+    monkeypatch.setattr(gram, "schedule", recorded)
+    check(300, 24, torch.bfloat16)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert gram._splits(10**6, 1, 132) == 1
+    check(300, 24, torch.bfloat16)
+    assert parts[0] > 1
+    assert parts[1] == 1
+
+
+@pytest.mark.parametrize("d", [1024, 2048, 2560, 3072, 4096, 5120, 8192, 11008, 14336])
+def test_a_schedule_keeps_the_multiprocessors_of_a_h100_busy(d):
+    """Of the time of the waves of programs, at most an eighth is idle, where there are tokens to split."""
+    for tiles in (gram.TMA_TILES["sm_90"], gram.POINTER_TILES["sm_90"]):
+        tile, splits = gram.schedule(tiles, d, 16384, 132, 32)
+        programs = gram.lower_tiles(d, tile) * splits
+        assert programs / (132 * math.ceil(programs / 132)) > 7 / 8
+        assert tile.rows >= 128
+    assert (
+        gram.schedule(gram.TMA_TILES["sm_90"], 4096, 16384, 132, 32)[1] == 1
+    )  # four full waves of 128 x 128
 
 
 def test_large_tile_of_two_columns_per_diagonal_block(monkeypatch):

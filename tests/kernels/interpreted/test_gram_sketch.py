@@ -48,6 +48,33 @@ def test_blocks_and_splits_of_tokens_add_up(arch, monkeypatch, masked):
     check(300, 16, 8, torch.bfloat16, masked=masked)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_columns_are_split_where_tokens_are_few(arch, monkeypatch, dtype, masked):
+    """Into 3 ranges of 64 columns, the last one cut short, and 2 blocks of tokens."""
+    monkeypatch.setattr(gram_sketch, "_COLUMNS_PER_PROGRAM", 32)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 6)
+    launches = []
+    add_up = gram_sketch._add_up
+    monkeypatch.setattr(gram_sketch, "_add_up", _Counted(add_up, launches))
+    check(70, 150, 5, dtype, masked=masked)
+    assert launches == [3]
+
+
+class _Counted:
+    """A kernel that notes the number of splits it adds up."""
+
+    def __init__(self, kernel, launches):
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def run(found, *args, **options):
+            self._launches.append(len(found))
+            self._kernel[grid](found, *args, **options)
+
+        return run
+
+
 def test_a_bf16_omega_costs_the_precision_of_bf16(arch):
     """At most twice the error of the same two products in torch, in bf16."""
     generator = torch.Generator().manual_seed(0)

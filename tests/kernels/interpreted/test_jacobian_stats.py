@@ -68,13 +68,19 @@ def test_partial_sums_over_columns_add_up(arch, monkeypatch, processors, d):
     check("small", 2, 2, 5, 8, d, 6, torch.bfloat16)
 
 
-def test_operands_of_two_dtypes_and_a_transposed_basis(arch):
-    small, large, basis, _ = operands("large", 2, 3, 9, 8, 40, 6, torch.bfloat16)
+@pytest.mark.parametrize(("large_dtype", "tolerance"), [(torch.bfloat16, 1e-5), (torch.float16, TOLERANCE)])
+@pytest.mark.parametrize(("C", "shared"), [(1, "large"), (3, "large"), (3, "small")])
+def test_a_small_side_in_fp32_and_a_transposed_basis(arch, C, shared, large_dtype, tolerance):
+    """What a prediction asks for. Beside bf16 the small side has 16 bits."""
+    small, large, basis, generator = operands(shared, 2, C, 70, 8, 40, 6, large_dtype)
     small = small.float() * 1.001
-    P, D = lk.jacobian_stats(small, large, basis.T.contiguous().T)
-    exact_P, exact_D = oracles.jacobian_stats(small, large, basis)
-    oracles.assert_near(P, exact_P, TOLERANCE)
-    oracles.assert_near(D, exact_D, TOLERANCE)
+    mask = torch.rand(2, 70, generator=generator) < 0.6
+    small.masked_fill_(~mask[:, None, :, None], torch.inf)
+    large.masked_fill_(~mask[:, None, :, None], torch.nan)
+    P, D = lk.jacobian_stats(small, large, basis.T.contiguous().T, mask)
+    exact_P, exact_D = oracles.jacobian_stats(small, large, basis, mask)
+    oracles.assert_near(P, exact_P, tolerance)
+    oracles.assert_near(D, exact_D, tolerance)
 
 
 def test_last_axis_with_a_stride(arch):

@@ -1,0 +1,52 @@
+"""The package's own namespace, its progress bars, and what results say about their origin."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import laplace_lora_fast
+from laplace_lora_fast import progress, provenance
+
+
+def test_every_export_is_there_on_first_use():
+    for name in laplace_lora_fast.__all__:
+        home = importlib.import_module(getattr(laplace_lora_fast, name).__module__)
+        assert getattr(laplace_lora_fast, name) is getattr(home, name)
+    assert set(laplace_lora_fast.__all__) <= set(dir(laplace_lora_fast))
+    with pytest.raises(AttributeError, match="no attribute 'LaplaceLora'"):
+        _ = laplace_lora_fast.LaplaceLora
+    code = "from laplace_lora_fast import *; LaplaceLoRA, LaplaceWarning"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("terminal", "notebook"), [(False, False), (True, False), (False, True)])
+def test_bars_are_drawn_where_somebody_watches(monkeypatch, capsys, terminal, notebook):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert list(progress.track([1, 2], "work", True)) == [1, 2]
+    assert ("work" in capsys.readouterr().err) == (terminal or notebook)
+    assert list(progress.track([1, 2], "work", False)) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_results_say_where_they_come_from(monkeypatch):
+    found = provenance.provenance(("torch", "no-such-package"))
+    assert found["versions"] == {"torch": torch.__version__}
+    assert found["machine"]
+    assert found["threads"] == torch.get_num_threads()
+    assert found["commit"] is None or len(found["commit"].split()[0]) == 40
+
+
+def test_an_installed_copy_names_no_commit(monkeypatch, tmp_path):
+    """Not even when it lies within somebody else's repository."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    (tmp_path / "provenance.py").write_text("")
+    assert provenance.commit() is None
