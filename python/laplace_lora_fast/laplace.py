@@ -88,7 +88,7 @@ class LaplaceLoRA:
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
         rank: leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
-            quarter of `sketch_size` of a sketched one.
+            quarter of `sketch_size` of a sketched one. Like `kfac` and `factor`, of "kfac" and "ekfac" only.
         memory_budget: bytes of dense factors (and of the rows that wait for them) for factor="auto", of rows kept on
             the device for structure="dual".
         sketch_size: columns of a sketched factor.
@@ -204,6 +204,10 @@ class LaplaceLoRA:
         self, train_loader: Iterable[Batch], *, group: ProcessGroup | None = None, progress: bool = True
     ) -> LaplaceLoRA:
         """Fits the posterior: one pass over the training data, rank-of-Hessian backward passes a batch.
+
+        The posterior belongs to the model as it is now, and later uses refuse another one. Every use compares the
+        adapter's weights and scalings. Frozen weights are compared when `save` is called, on loading, and where a
+        write was counted: fused optimisers, which count none, train LoRA weights with them.
 
         Args:
             train_loader: batches as transformers makes them: dicts with `input_ids`, `attention_mask`, `labels`.
@@ -463,7 +467,8 @@ class LaplaceLoRA:
             output_fn: the one it was fitted with, if any.
 
         Raises:
-            StateError: the file is missing, truncated, of another format, or of another adapter; says which.
+            StateError: the file is missing, truncated or of another format; or the model has other LoRA layers,
+                weights or scalings, or other base weights or trained modules around them; says which.
             ValueError: `output_fn` is given and the fit had none, or the other way round.
         """
         saved = state.load(folder)
