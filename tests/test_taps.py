@@ -327,7 +327,7 @@ def test_model_is_left_as_it_was_after_an_error(where):
 
 
 def groups_by_name(model, **head):
-    _, _, sites = tapped_gradients(model, tiny.batch(2), **head)
+    _, _, sites = tapped_gradients(model, tiny.batch(2, padding="right"), **head)
     recorder, wrapped = Recorder(), Head(model, **head)
     with Tap(model, wrapped, sites, recorder) as tap:
         tap.forward(wrapped.inputs(tiny.batch(2), torch.device("cpu"), DeferredChecks()))

@@ -49,6 +49,9 @@ class Head:
             classes, in this order.
         output_fn: (model output, batch) -> logits [N, C], instead.
 
+    Attributes:
+        rows_checked: whether a tap has found that each layer's rows are the examples.
+
     Raises:
         ValueError: both or an unusable `answer_token_ids` were given.
     """
@@ -64,6 +67,7 @@ class Head:
         self.output_fn = output_fn
         self.answer_token_ids = None
         self.output_layer: nn.Module | None = None
+        self.rows_checked = False
         self._last: Tensor | None = None
         parameters = inspect.signature(_innermost(model).forward).parameters
         self._accepts = {name for name in ("use_cache", "position_ids") if name in parameters}

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from laplace_lora_fast.devices import device_of
-from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.heads import Head, Inputs
+from laplace_lora_fast.isolation import Isolation
 from laplace_lora_fast.modes import (
     autocast_of_caller,
     checkpointing_layers,
@@ -233,14 +234,15 @@ class Tap:
     Gradient checkpointing never counts anything twice: inputs are observed in the forward phase only (the recomputed
     forward runs in the backward phase), gradients in the backward phase only.
 
+    Gradients at pads are refused in every batch: at once on the CPU, elsewhere on exit.
+
     Args:
         model: the model the sites belong to.
         head: turns a batch into logits.
         sites: the layers to tap.
         observer: receives the streams. None: forward passes only, without autograd.
         groups: for each site the index of the site whose input tensor it shares (itself when it does not); None
-            discovers them in the first forward pass, and `from_pads` in the first backward passes. A later pass that
-            contradicts the groups is refused.
+            discovers them in the first forward pass. A later pass that contradicts them is refused.
     """
 
     def __init__(
@@ -252,10 +254,11 @@ class Tap:
         groups: list[int] | None = None,
     ) -> None:
         self.model, self.head, self.sites, self.observer = model, head, sites, observer
-        self.groups, self._discovers = groups, groups is None
+        self.groups = groups
         self.reached: set[int] = set()  # sites that saw a gradient
-        self.from_pads: dict[int, Tensor] = {}  # of a site's first masked gradient: whether pads have one
-        self._forward_phase = False
+        self._checks = DeferredChecks()
+        self._isolation = Isolation(self._checks)
+        self._forward_phase = self._checks_rows = self._rows_checked = False
         self._seen: dict[int, int] = {}
         self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
         self._shown: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what was observed -> its site and version
@@ -287,13 +290,17 @@ class Tap:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._stack.close()
+        if kind is None:
+            self._checks.settle()
+            self.head.rows_checked |= self._rows_checked
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Runs the model and shows the observer every distinct input. Returns logits [N, C] with their graph."""
         self._inputs, self._seen = inputs, {}
         self._leaders, self._shown = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._isolation.start_batch()
         self._forward_phase = True
         try:
             with self._autocast:
@@ -328,6 +335,24 @@ class Tap:
         finally:
             for site in layers:
                 site.module.scaling[site.adapter] = site.scaling  # type: ignore[operator, union-attr, index]
+
+    def check_rows(self, logits: Tensor) -> None:
+        """Between `forward` and `backward`: refuses layers whose rows are not the examples, in the model's first batch.
+
+        One backward pass more, from the first example's logits alone, which the observer does not see.
+        """
+        n, outputs = logits.shape
+        if self.head.rows_checked or self._rows_checked or n == 1:
+            return
+        first = torch.zeros_like(logits)
+        # Not a constant, along which probabilities have no gradient.
+        first[0] = torch.linspace(1 / outputs, 1, outputs, device=logits.device)
+        self._checks_rows = True
+        try:
+            self.backward(logits, first, last=False)
+        finally:
+            self._checks_rows = False
+        self._rows_checked = True
 
     def backward(self, logits: Tensor, cotangent: Tensor, last: bool) -> None:
         """Sends `cotangent` [N, C] back from `logits` and shows the observer every gradient.
@@ -379,17 +404,20 @@ class Tap:
         if leader == index:
             tokens, mask = self._tokens(site, x.detach())
             self._shown[tokens] = index, tokens._version
+            self._isolation.observe_input(index, tokens, mask)
             observer.observe_input(index, tokens, mask)
 
     def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
         site = self.sites[index]
         g, mask = self._tokens(site, g)
+        if self._checks_rows:
+            self._isolation.require_own_row(g, mask, site.name)
+            return
+        self._isolation.require_off_pads(self._seen[index], g, site.name)
         if site.rows is not None:
             g = g.index_select(-1, site.rows.to(g.device))
         self.reached.add(index)
-        if self._discovers and mask is not None and index not in self.from_pads:
-            self.from_pads[index] = ((g.abs().amax(-1) > 0) & ~mask).any()
         observer.observe_gradient(index, g, mask)
 
     def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
