@@ -298,6 +298,8 @@ class Tap:
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Runs the model and shows the observer every distinct input. Returns logits [N, C] with their graph."""
+        with self._autocast:
+            inputs = self.head.placed(self.model, inputs)
         self._inputs, self._seen = inputs, {}
         self._leaders, self._shown = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         self._isolation.start_batch()
@@ -331,7 +333,7 @@ class Tap:
             for site in layers:
                 site.module.scaling[site.adapter] = 0.0  # type: ignore[operator, union-attr, index]
             with torch.no_grad(), self._autocast:
-                return self.head.logits(self.model, inputs)
+                return self.head.logits(self.model, self.head.placed(self.model, inputs))
         finally:
             for site in layers:
                 site.module.scaling[site.adapter] = site.scaling  # type: ignore[operator, union-attr, index]
