@@ -8,6 +8,7 @@ import math
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from laplace_lora_fast import (
@@ -205,6 +206,34 @@ def test_answers_need_a_language_model():
     ):
         with pytest.raises(ValueError, match=r"answer_token_ids.*causal language model"):
             LaplaceLoRA(model, answer_token_ids=[0, 1])
+
+
+SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+NOT_CAUSAL = {
+    "T5ForConditionalGeneration": lambda: tiny.adapt(tiny_t5(), targets=("q", "v")),
+    "BertForMaskedLM": lambda: tiny.adapt(
+        transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, num_attention_heads=2)),
+        targets=("query", "value"),
+    ),
+    "RobertaForMaskedLM": lambda: tiny.adapt(
+        transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, num_attention_heads=2)),
+        targets=("query", "value"),
+    ),
+}
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_answers_are_not_at_the_last_position_of_other_language_models(name):
+    with pytest.raises(ValueError, match=rf"causal language model, {name} answers at .*output_fn"):
+        LaplaceLoRA(NOT_CAUSAL[name](), **ANSWERS)
 
 
 def test_prior_mean_of_another_shape_or_without_a_layer():

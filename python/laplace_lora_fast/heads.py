@@ -132,8 +132,8 @@ class Head:
     def placed(self, model: nn.Module, inputs: Inputs) -> Inputs:
         """The inputs with `position_ids`, so that left padding shifts no position, as in generation.
 
-        Only for a model that counts positions 0, 1, .. itself, which is found out at the first batch with a mask. Others,
-        as RoBERTa, count from elsewhere, and know where the pads are.
+        Only for a model that counts positions 0, 1, .. itself, which is found out at the first batch with a mask.
+        Others, as RoBERTa, count from elsewhere, and know where the pads are.
         """
         if inputs.positions is None:
             return inputs
@@ -267,10 +267,25 @@ def _checked_answers(model: nn.Module, ids: Sequence[int]) -> Tensor:
         raise ValueError(f"answer_token_ids must be at least two integers, got {ids!r}")
     if len(set(answers.tolist())) < len(answers):
         raise ValueError(f"answer_token_ids repeats a token: {answers.tolist()}")
-    get = getattr(model, "get_output_embeddings", None)
-    if get is None or get() is None:
-        raise ValueError("answer_token_ids needs a causal language model")
+    _require_causal(model)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if size is not None and not (int(answers.min()) >= 0 and int(answers.max()) < size):
         raise ValueError(f"answer_token_ids must lie in [0, {size}), got {answers.tolist()}")
     return answers
+
+
+def _require_causal(model: nn.Module) -> None:
+    """Only there does the last real position of `input_ids` predict the answer."""
+    get, kind = getattr(model, "get_output_embeddings", None), type(_innermost(model))
+    if get is None or get() is None:
+        raise ValueError("answer_token_ids needs a causal language model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        what = "answers at positions of its decoder"
+    elif any("ForMaskedLM" in base.__name__ for base in kind.__mro__):
+        what = "answers at masked positions"
+    else:
+        return
+    raise ValueError(
+        f"answer_token_ids needs a causal language model, {kind.__name__} {what}: pass output_fn, which reads the "
+        "classes off the model's output"
+    )
