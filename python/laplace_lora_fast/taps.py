@@ -10,8 +10,7 @@ follows from the two streams x and g at the layer itself:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -35,6 +34,8 @@ from laplace_lora_fast.modes import (
     input_embeddings,
     reentrant,
 )
+from laplace_lora_fast.selection import Layers as Layers
+from laplace_lora_fast.selection import selected
 from laplace_lora_fast.streams import GraphStart, Observer, Tapped, tokens_and_mask
 
 
@@ -95,16 +96,13 @@ class Site:
         return f"{self.name}.lora_{side}.{self.adapter}.weight"
 
 
-Layers = str | Sequence[str] | Callable[[str], bool] | None
-
-
 def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site]:
     """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
 
     Args:
         model: a PEFT model.
         head: says whether the language-model head is restricted to answer tokens.
-        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
+        layers: see `selected`.
 
     Raises:
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
@@ -124,26 +122,8 @@ def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site
         raise UnsupportedAdapterError(
             "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
         )
-    return _selected(sites, layers)
-
-
-def _selected(sites: list[Site], layers: Layers) -> list[Site]:
-    if layers is None:
-        return sites
-    if layers == "last":
-        numbered = [re.match(r".*\.\d+\.", site.name) for site in sites]
-        stem = "" if numbered[-1] is None else numbered[-1].group()
-        return [site for site in sites if site.name.startswith(stem)] if stem else [sites[-1]]
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
-    wanted = layers if callable(layers) else set(layers).__contains__
-    chosen = [site for site in sites if wanted(site.name)]
-    unknown = [] if callable(layers) else sorted(set(layers) - {site.name for site in sites})
-    if unknown or not chosen:
-        raise UnsupportedAdapterError(
-            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {sites[0].name!r} is one, for example"
-        )
-    return chosen
+    chosen = selected(model, [site.name for site in sites], layers)
+    return [site for site in sites if site.name in chosen]
 
 
 def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
