@@ -249,7 +249,8 @@ def _batch_shape(batch: Mapping[str, Any]) -> tuple[int, int | None]:
 
 
 def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks) -> Tensor:
-    mask = torch.as_tensor(mask)
+    if not isinstance(mask, Tensor):
+        raise InvalidBatchError(f"attention_mask must be a tensor [N, T], got {type(mask).__name__}")
     if mask.dim() != 2 or mask.shape[0] != n or (length is not None and mask.shape[1] != length):
         raise InvalidBatchError(f"attention_mask has shape {tuple(mask.shape)}, expected {(n, length)}")
     real: Tensor = mask.bool()
