@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -714,6 +715,49 @@ def test_adapter_switched_merged_or_disabled_after_fit():
     refused(r"'[\w.]+q_proj'.*merged")
     model.unmerge_adapter()
     torch.testing.assert_close(la.predict(tiny.batch(2)), expected)
+
+
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.disk_offload])
+def test_offloaded_weights(offload, tmp_path):
+    model = tiny.tiny_llama(torch.float32)
+    folder = {"offload_dir": tmp_path} if offload is accelerate.disk_offload else {}
+    la = LaplaceLoRA(model, **ANSWERS)
+    offload(model, execution_device=torch.device("cpu"), **folder)
+    for call in (lambda: LaplaceLoRA(model, **ANSWERS), lambda: la.fit([tiny.batch(2)], progress=False)):
+        with pytest.raises(
+            UnsupportedAdapterError, match=r"layer '[\w.]+q_proj' is offloaded: load the model"
+        ):
+            call()
+
+
+def test_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = tiny.tiny_llama()
+    with pytest.raises(UnsupportedAdapterError, match=r"'[\w.]+weight' was made in torch.inference_mode"):
+        LaplaceLoRA(model, **ANSWERS)
+
+
+def test_mask_that_is_no_tensor():
+    batch = tiny.batch(3)
+    batch["attention_mask"] = batch["attention_mask"].tolist()
+    with pytest.raises(InvalidBatchError, match=r"attention_mask must be a tensor .*list"):
+        LaplaceLoRA(tiny.tiny_llama_classifier(3)).fit([batch], progress=False)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_decoder_of_another_length_than_its_encoder(length):
+    def output_fn(output, batch):
+        return output.logits[:, -1, :3]
+
+    batch = tiny.batch(4, padding="right") | {"decoder_input_ids": torch.full((4, length), 7)}
+    model = tiny.adapt(tiny_t5(), targets=("q", "v"))
+    la = LaplaceLoRA(model, output_fn=output_fn)
+    with pytest.raises(
+        InvalidBatchError, match=rf"'[\w.]+decoder[\w.]+' sees {length} tokens of the decoder"
+    ):
+        la.fit([batch], progress=False)
+    la = LaplaceLoRA(model, output_fn=output_fn, layers=lambda name: ".encoder." in name)
+    assert la.fit([batch], progress=False).predict(batch).isfinite().all()
 
 
 def test_another_adapter_fitted_with_the_prior_of_the_first():

@@ -56,6 +56,14 @@ class Isolation:
         )
 
 
+def first_example(logits: Tensor) -> Tensor:
+    """A cotangent of logits [N, C] that is zero but for the first example."""
+    outputs, cotangent = logits.shape[1], torch.zeros_like(logits)
+    # Not a constant, along which probabilities have no gradient.
+    cotangent[0] = torch.linspace(1 / outputs, 1, outputs, device=logits.device)
+    return cotangent
+
+
 def _nonzero(x: Tensor) -> Tensor:
     """Which tokens of x [N, T, d] are not zero, [N, T]; NaN counts as zero. The 2-norm is one fast pass over x."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)

@@ -20,19 +20,23 @@ import torch
 from peft.tuners.lora import layer as lora
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.heads import Head, Inputs
-from laplace_lora_fast.isolation import Isolation
+from laplace_lora_fast.isolation import Isolation, first_example
 from laplace_lora_fast.modes import (
     autocast_of_caller,
     checkpointing_layers,
     evaluation_mode,
     frozen,
     input_embeddings,
+    is_offloaded,
     reentrant,
+    refuse_inference_tensors,
+    without_fast_path,
 )
 from laplace_lora_fast.selection import Layers as Layers
 from laplace_lora_fast.selection import selected
@@ -59,15 +63,20 @@ class Site:
     rows: Tensor | None = None
 
     @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The parameters of lora_A [r, d_in] and of lora_B, all its rows."""
+        a, b = (self._side(side).weight for side in "AB")
+        return a, b  # type: ignore[return-value]
+
+    @property
     def A(self) -> Tensor:
         """lora_A's weight [r, d_in], detached."""
-        weight: Tensor = self.module.lora_A[self.adapter].weight  # type: ignore[union-attr, index]
-        return weight.detach()
+        return self.weights[0].detach()
 
     @property
     def B(self) -> Tensor:
         """lora_B's weight [d_out, r], detached, restricted to `rows`."""
-        weight: Tensor = self.module.lora_B[self.adapter].weight.detach()  # type: ignore[union-attr, index]
+        weight = self.weights[1].detach()
         return weight if self.rows is None else weight[self.rows.to(weight.device)]
 
     @property
@@ -91,6 +100,14 @@ class Site:
             )
         _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
 
+    def switch_off(self) -> RemovableHandle:
+        """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
+        return self._side("A").register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
+
+    def _side(self, side: str) -> nn.Module:
+        layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")
+        return layers[self.adapter]
+
     def weight_name(self, side: str) -> str:
         """Name of the weight of `side` ("A" or "B") in `model.named_parameters()`."""
         return f"{self.name}.lora_{side}.{self.adapter}.weight"
@@ -108,6 +125,7 @@ def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
             (DoRA and other variants, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
     """
+    refuse_inference_tensors(model)
     sites = []
     for name, module in model.named_modules():
         if not isinstance(module, lora.LoraLayer):
@@ -138,6 +156,10 @@ def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
 
 def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None:
     kind = type(module).__name__
+    if is_offloaded(module):
+        raise UnsupportedAdapterError(
+            f"layer {name!r} is offloaded: load the model without offloading, which leaves its weights on no device"
+        )
     if module.merged:
         raise UnsupportedAdapterError(
             f"layer {name!r} has its adapter merged: call model.unmerge_adapter() first"
@@ -191,7 +213,7 @@ def read_adapter(
     weights = []
     for site in sites:
         pair = []
-        for side, shape in (("A", site.A.shape), ("B", site.module.lora_B[site.adapter].weight.shape)):  # type: ignore[union-attr, index]
+        for side, shape in zip("AB", (weight.shape for weight in site.weights), strict=True):
             name = site.weight_name(side)
             value = state.get(name, state.get(name.replace(f".{site.adapter}.weight", ".weight")))
             if value is None or value.shape != shape:
@@ -251,6 +273,7 @@ class Tap:
             stack.enter_context(evaluation_mode(self.model, checkpointing))
             stack.enter_context(frozen(self.model))
             stack.enter_context(self.head.installed())
+            stack.enter_context(without_fast_path())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
             self._autocast = autocast_of_caller(self.model)
@@ -260,9 +283,10 @@ class Tap:
                 site.check()
                 if self.observer is None:
                     continue
-                handle = site.module.register_forward_hook(
-                    self._forward_hook(self.observer, index), with_kwargs=True
-                )
+                hook = self._forward_hook(
+                    self.observer, index
+                )  # before the user's, which may change the output
+                handle = site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             if self.observer is not None and reentrant(checkpointing):  # needs an input that requires grad
                 embedding = input_embeddings(self.model)
@@ -308,30 +332,22 @@ class Tap:
 
     def prior_logits(self, inputs: Inputs) -> Tensor:
         """Logits [N, C] with the adapter switched off in every tapped LoRA layer: no graph, nothing observed."""
-        layers = [site for site in self.sites if isinstance(site, Site)]
-        try:
-            for site in layers:
-                site.module.scaling[site.adapter] = 0.0  # type: ignore[operator, union-attr, index]
-            with torch.no_grad(), self._autocast:
-                return self.head.logits(self.model, self.head.placed(self.model, inputs))
-        finally:
-            for site in layers:
-                site.module.scaling[site.adapter] = site.scaling  # type: ignore[operator, union-attr, index]
+        with ExitStack() as stack, torch.no_grad(), self._autocast:
+            for site in self.sites:
+                if isinstance(site, Site):
+                    stack.callback(site.switch_off().remove)
+            return self.head.logits(self.model, self.head.placed(self.model, inputs))
 
     def check_rows(self, logits: Tensor) -> None:
         """Between `forward` and `backward`: refuses layers whose rows are not the examples, in the model's first batch.
 
         One backward pass more, from the first example's logits alone, which the observer does not see.
         """
-        n, outputs = logits.shape
-        if self.head.rows_checked or self._rows_checked or n == 1:
+        if self.head.rows_checked or self._rows_checked or len(logits) == 1:
             return
-        first = torch.zeros_like(logits)
-        # Not a constant, along which probabilities have no gradient.
-        first[0] = torch.linspace(1 / outputs, 1, outputs, device=logits.device)
         self._checks_rows = True
         try:
-            self.backward(logits, first, last=False)
+            self.backward(logits, first_example(logits), last=False)
         finally:
             self._checks_rows = False
         self._rows_checked = True
@@ -352,12 +368,9 @@ class Tap:
                 x = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     self._observe_input(observer, index, x)
-            if (
-                not torch.is_grad_enabled()
-            ):  # first run of a reentrant checkpoint segment: its rerun has the graph
+            if not torch.is_grad_enabled():  # first run of a reentrant checkpoint: its rerun has the graph
                 return output
-            if not output.requires_grad:
-                output = self._start_graph(output)
+            output = self._start_graph(output)
             output.register_hook(lambda g: self._observe_gradient(observer, index, g))
             return output
 
