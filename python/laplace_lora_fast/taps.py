@@ -21,10 +21,9 @@ from peft.tuners.lora import layer as lora
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from laplace_lora_fast.devices import device_of
-from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.heads import Head, Inputs
 from laplace_lora_fast.isolation import Isolation, first_example
 from laplace_lora_fast.modes import (
@@ -40,6 +39,7 @@ from laplace_lora_fast.modes import (
 )
 from laplace_lora_fast.selection import Layers as Layers
 from laplace_lora_fast.selection import selected
+from laplace_lora_fast.sharing import SharedInputs
 from laplace_lora_fast.streams import GraphStart, Observer, Tapped, tokens_and_mask
 
 
@@ -256,16 +256,18 @@ class Tap:
         groups: list[int] | None = None,
     ) -> None:
         self.model, self.head, self.sites, self.observer = model, head, sites, observer
-        self.groups = groups
+        self._sharing = SharedInputs([site.name for site in sites], groups)
         self.reached: set[int] = set()  # sites that saw a gradient
         self._checks = DeferredChecks()
         self._isolation = Isolation(self._checks)
         self._forward_phase = self._checks_rows = self._rows_checked = False
-        self._seen: dict[int, int] = {}
-        self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
-        self._shown: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what was observed -> its site and version
         self._inputs: Inputs | None = None
         self._stack = ExitStack()
+
+    @property
+    def groups(self) -> list[int] | None:
+        """For each site the index of the site whose input it shares; None before the first forward pass."""
+        return self._sharing.groups
 
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
@@ -283,9 +285,8 @@ class Tap:
                 site.check()
                 if self.observer is None:
                     continue
-                hook = self._forward_hook(
-                    self.observer, index
-                )  # before the user's, which may change the output
+                hook = self._forward_hook(self.observer, index)
+                # Before hooks of the user, which may change the output.
                 handle = site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             if self.observer is not None and reentrant(checkpointing):  # needs an input that requires grad
@@ -304,8 +305,8 @@ class Tap:
         """Runs the model and shows the observer every distinct input. Returns logits [N, C] with their graph."""
         with self._autocast:
             inputs = self.head.placed(self.model, inputs)
-        self._inputs, self._seen = inputs, {}
-        self._leaders, self._shown = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._inputs = inputs
+        self._sharing.start()
         self._isolation.start_batch()
         self._forward_phase = True
         try:
@@ -315,14 +316,7 @@ class Tap:
             self._forward_phase = False
         if self.observer is None:
             return logits
-        for x, (index, version) in self._shown.items():  # what the observer has kept
-            if x._version != version:
-                raise UnsupportedAdapterError(
-                    f"the input of layer {self.sites[index].name!r} is changed in place after the layer ran: "
-                    "exclude the layer in LoraConfig"
-                )
-        if self.groups is None:
-            self.groups = [self._seen.get(index, index) for index in range(len(self.sites))]
+        self._sharing.finish()
         if not logits.requires_grad:
             raise UnsupportedAdapterError(
                 "the logits do not depend on any LoRA layer of the active adapter (detached outputs, or gradient "
@@ -383,22 +377,9 @@ class Tap:
         return started
 
     def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
-        site = self.sites[index]
-        if index in self._seen:
-            raise UnsupportedAdapterError(
-                f"layer {site.name!r} ran twice in one forward pass: exclude shared layers"
-            )
-        leader = self._leaders.setdefault(x, index)
-        if self.groups is not None and leader != self.groups[index]:
-            if self.groups[index] != index:
-                raise InvalidBatchError(
-                    f"layer {site.name!r} no longer shares its input with the layers it did before"
-                )
-            leader = index  # shared now, apart in the first batch: it has its own factor
-        self._seen[index] = leader
-        if leader == index:
-            tokens, mask = self._tokens(site, x.detach())
-            self._shown[tokens] = index, tokens._version
+        if self._sharing.leads(index, x):
+            tokens, mask = self._tokens(self.sites[index], x.detach())
+            self._sharing.keep(index, tokens)
             self._isolation.observe_input(index, tokens, mask)
             observer.observe_input(index, tokens, mask)
 
@@ -409,7 +390,7 @@ class Tap:
         if self._checks_rows:
             self._isolation.require_own_row(g, mask, site.name)
             return
-        self._isolation.require_off_pads(self._seen[index], g, site.name)
+        self._isolation.require_off_pads(self._sharing.leaders[index], g, site.name)
         if site.rows is not None:
             g = g.index_select(-1, site.rows.to(g.device))
         self.reached.add(index)
