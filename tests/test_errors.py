@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 
+import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from laplace_lora_fast import (
@@ -207,6 +209,34 @@ def test_answers_need_a_language_model():
             LaplaceLoRA(model, answer_token_ids=[0, 1])
 
 
+SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+NOT_CAUSAL = {
+    "T5ForConditionalGeneration": lambda: tiny.adapt(tiny_t5(), targets=("q", "v")),
+    "BertForMaskedLM": lambda: tiny.adapt(
+        transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, num_attention_heads=2)),
+        targets=("query", "value"),
+    ),
+    "RobertaForMaskedLM": lambda: tiny.adapt(
+        transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, num_attention_heads=2)),
+        targets=("query", "value"),
+    ),
+}
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_answers_are_not_at_the_last_position_of_other_language_models(name):
+    with pytest.raises(ValueError, match=rf"causal language model, {name} answers at .*output_fn"):
+        LaplaceLoRA(NOT_CAUSAL[name](), **ANSWERS)
+
+
 def test_prior_mean_of_another_shape_or_without_a_layer():
     model = tiny.tiny_llama()
     state = {k: v for k, v in model.state_dict().items() if "lora" in k}
@@ -349,9 +379,7 @@ def test_conditions_that_wait_for_the_device(structure, factor, monkeypatch):
     la = LaplaceLoRA(model, structure=structure, factor=factor, sketch_size=4, **ANSWERS)
     la.fit([tiny.batch(6, seed=4)], progress=False)
     with nothing_changes(la, good), monkeypatch.context() as patch:
-        patch.setattr(
-            DeferredChecks, "require", lambda self, ok, message: self._pending.append((ok, message))
-        )
+        patch.setattr(DeferredChecks, "require", DeferredChecks._pend)
         for name in ("labels too large", "labels negative", "mask with an empty row", "NaN"):
             make, match = BATCHES[name]
             bad = make(tiny.batch(3))
@@ -689,6 +717,49 @@ def test_adapter_switched_merged_or_disabled_after_fit():
     torch.testing.assert_close(la.predict(tiny.batch(2)), expected)
 
 
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.disk_offload])
+def test_offloaded_weights(offload, tmp_path):
+    model = tiny.tiny_llama(torch.float32)
+    folder = {"offload_dir": tmp_path} if offload is accelerate.disk_offload else {}
+    la = LaplaceLoRA(model, **ANSWERS)
+    offload(model, execution_device=torch.device("cpu"), **folder)
+    for call in (lambda: LaplaceLoRA(model, **ANSWERS), lambda: la.fit([tiny.batch(2)], progress=False)):
+        with pytest.raises(
+            UnsupportedAdapterError, match=r"layer '[\w.]+q_proj' is offloaded: load the model"
+        ):
+            call()
+
+
+def test_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = tiny.tiny_llama()
+    with pytest.raises(UnsupportedAdapterError, match=r"'[\w.]+weight' was made in torch.inference_mode"):
+        LaplaceLoRA(model, **ANSWERS)
+
+
+def test_mask_that_is_no_tensor():
+    batch = tiny.batch(3)
+    batch["attention_mask"] = batch["attention_mask"].tolist()
+    with pytest.raises(InvalidBatchError, match=r"attention_mask must be a tensor .*list"):
+        LaplaceLoRA(tiny.tiny_llama_classifier(3)).fit([batch], progress=False)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_decoder_of_another_length_than_its_encoder(length):
+    def output_fn(output, batch):
+        return output.logits[:, -1, :3]
+
+    batch = tiny.batch(4, padding="right") | {"decoder_input_ids": torch.full((4, length), 7)}
+    model = tiny.adapt(tiny_t5(), targets=("q", "v"))
+    la = LaplaceLoRA(model, output_fn=output_fn)
+    with pytest.raises(
+        InvalidBatchError, match=rf"'[\w.]+decoder[\w.]+' sees {length} tokens of the decoder"
+    ):
+        la.fit([batch], progress=False)
+    la = LaplaceLoRA(model, output_fn=output_fn, layers=lambda name: ".encoder." in name)
+    assert la.fit([batch], progress=False).predict(batch).isfinite().all()
+
+
 def test_another_adapter_fitted_with_the_prior_of_the_first():
     model = add_other(tiny.tiny_llama(), ("k_proj",))
     layers = {site.name: 2.0 for site in LaplaceLoRA(model).sites}
@@ -721,13 +792,3 @@ def test_every_error_is_a_laplace_error_and_of_its_builtin_kind():
     for error, builtin in kinds.items():
         assert issubclass(error, LaplaceError)
         assert issubclass(error, builtin)
-
-
-@pytest.mark.parametrize("structure", ["kfac", "dual"])
-def test_logits_that_depend_on_pads_are_refused(structure):
-    """BERT pools position 0; transformers masks a pad's key, not its query."""
-    model = tiny.tiny_bert_classifier(3)
-    la = LaplaceLoRA(model, structure=structure)
-    with pytest.raises(InvalidBatchError, match=r"padded positions of layer '.*': pad on the other side"):
-        la.fit([tiny.batch(4, padding="left")], progress=False)
-    la.fit([tiny.batch(4, padding="right")], progress=False)

@@ -302,11 +302,26 @@ def test_round_trip(tmp_path: object) -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny.tiny_llama_classifier(3)
-    before = {site.name: dict(site.module.scaling) for site in LaplaceLoRA(model).sites}
+    before = [len(module._forward_hooks) for module in model.modules()]
     refitted(3, model).predict(TEST)
     with pytest.raises(InvalidBatchError):
         refitted(3, model).predict({"input_ids": torch.zeros(0, 5, dtype=torch.long)})
-    assert {site.name: dict(site.module.scaling) for site in LaplaceLoRA(model).sites} == before
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_biases_of_lora_b_stay() -> None:
+    """They are not in the posterior, so that the prior mean has them."""
+    model = tiny.tiny_llama_classifier(3, lora_bias=True)
+    la = refitted(3, model, prior_precision=1e12)
+    mean, _ = la.logit_distribution(TEST)
+    without = logits_without_adapter(model, TEST)
+    with torch.no_grad():
+        for site in la.sites:
+            for weight in site.weights:
+                weight.zero_()
+    expected = torch.stack([oracle.class_logits(model, single) for single in oracle.examples(TEST)])
+    assert_close(mean, expected.detach(), 1e-6)
+    assert (expected - without).abs().max() > 0.1
 
 
 def test_layers_left_out_keep_their_adapter() -> None:
