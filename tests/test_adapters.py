@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import LaplaceLoRA, UnsupportedAdapterError
 from tests import tiny
 
 ANSWERS = {"answer_token_ids": tiny.ANSWERS}
@@ -216,3 +216,100 @@ def test_prior_mean_from_any_form_of_an_adapter(kind, tmp_path):
             expected += 0.5 * lam["A" if "lora_A" in name else "B"] * float(gain)
     difference = centred.log_marginal_likelihood() - zero.log_marginal_likelihood()
     assert float(difference) == pytest.approx(expected, rel=1e-10)
+
+
+def test_samples_of_a_compiled_model(tmp_path):
+    """torch.compile prefixes every name; what is written and saved has the plain ones."""
+    model = tiny.tiny_llama()
+    plain = LaplaceLoRA(model, structure="kfac", **ANSWERS).fit([tiny.batch(5)], progress=False)
+    compiled = torch.compile(model, backend="eager")
+    la = LaplaceLoRA(compiled, structure="kfac", prior_mean=compiled.state_dict(), **ANSWERS)
+    la.fit([tiny.batch(5)], progress=False)
+    for one, other in zip(
+        la.sample_adapters(tmp_path / "a", 2), plain.sample_adapters(tmp_path / "b", 2), strict=True
+    ):
+        weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (one, other)]
+        assert weights[0] == weights[1]
+    la.save(tmp_path)
+    assert torch.equal(LaplaceLoRA.load(tmp_path, model).predict(tiny.batch(2)), plain.predict(tiny.batch(2)))
+    assert list(la.factors) == list(plain.factors)
+
+
+def test_samples_of_a_data_parallel_model(tmp_path):
+    la = LaplaceLoRA(nn.DataParallel(tiny.tiny_llama_classifier(3))).fit([tiny.batch(4)], progress=False)
+    (folder,) = la.sample_adapters(tmp_path, 1)
+    draw = la.posterior.sample(1, torch.Generator().manual_seed(0))[0][0]
+    torch.testing.assert_close(adapter_weights(folder, la.sites[0].name, "A"), draw)
+
+
+def two_active():
+    model = tiny.tiny_llama(targets=("q_proj",))
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def injected():
+    base = tiny.tiny_llama().unload()
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), base)
+
+
+def mixed():
+    base = tiny.tiny_llama().unload()
+    return peft.PeftMixedModel(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (two_active, r"adapters \['default', 'other'\] active"),
+        (injected, "needs a peft.PeftModel.*LlamaForCausalLM"),
+        (mixed, "needs a peft.PeftModel.*PeftMixedModel"),
+    ],
+)
+def test_what_peft_cannot_write_as_one_adapter(make, match, tmp_path):
+    la = LaplaceLoRA(make(), **ANSWERS).fit([tiny.batch(4)], progress=False)
+    with pytest.raises(UnsupportedAdapterError, match=match):
+        la.sample_adapters(tmp_path / "samples", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_peft_does_not_write(tmp_path, monkeypatch):
+    la = LaplaceLoRA(tiny.tiny_llama(), **ANSWERS).fit([tiny.batch(4)], progress=False)
+    save, missing = la.model.save_pretrained, la.sites[-1].weight_name("B")
+
+    def partly(folder, state_dict, **kwargs):
+        return save(folder, state_dict={k: v for k, v in state_dict.items() if k != missing}, **kwargs)
+
+    monkeypatch.setattr(la.model, "save_pretrained", partly)
+    with pytest.raises(UnsupportedAdapterError, match=r"did not write '[\w.]+v_proj.lora_B.weight'"):
+        la.sample_adapters(tmp_path, 1)
+
+
+def test_samples_of_an_earlier_call_are_not_left_among_new_ones(tmp_path):
+    la = LaplaceLoRA(tiny.tiny_llama(), **ANSWERS).fit([tiny.batch(4)], progress=False)
+    la.sample_adapters(tmp_path, 3)
+    before = (tmp_path / "sample-000" / "adapter_model.safetensors").read_bytes()
+    la.prior_precision = 10.0
+    with pytest.raises(ValueError, match="holds sample-002 of an earlier call"):
+        la.sample_adapters(tmp_path, 2)
+    assert (tmp_path / "sample-000" / "adapter_model.safetensors").read_bytes() == before
+    assert len(la.sample_adapters(tmp_path, 4)) == 4
+    assert (tmp_path / "sample-000" / "adapter_model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None])
+@pytest.mark.parametrize("structure", ["dual", "kfac"])
+def test_numbers_of_samples_that_are_none(n, structure, tmp_path):
+    la = LaplaceLoRA(tiny.tiny_llama(), structure=structure, **ANSWERS).fit([tiny.batch(4)], progress=False)
+    with pytest.raises(ValueError, match="n must be"):
+        la.sample_adapters(tmp_path, n)
+
+
+@pytest.mark.parametrize("path", ["typo/path", "owner/name", "."])
+def test_prior_mean_from_a_folder_that_is_none(path, tmp_path, monkeypatch):
+    """It is not looked up anywhere else."""
+    monkeypatch.chdir(tmp_path)
+    for source in (path, tmp_path / path):
+        with pytest.raises(ValueError, match=r"prior_mean: .* has no adapter_model.safetensors"):
+            LaplaceLoRA(tiny.tiny_llama(), prior_mean=source, **ANSWERS)

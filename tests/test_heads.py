@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from laplace_lora_fast import LaplaceLoRA
 from laplace_lora_fast.errors import DeferredChecks
@@ -46,7 +47,7 @@ def test_masks(name, dtype):
     inputs = inputs_of(tiny.tiny_llama(), batch, answer_token_ids=tiny.ANSWERS)
     assert torch.equal(inputs.mask, mask.bool())
     assert inputs.last.tolist() == LAST[name]
-    assert inputs.model["position_ids"].tolist() == POSITIONS[name]
+    assert inputs.positions.tolist() == POSITIONS[name]
     assert torch.equal(inputs.model["attention_mask"], batch["attention_mask"])
     assert (inputs.batch_size, inputs.length, inputs.labels) == (3, 4, None)
 
@@ -57,20 +58,26 @@ def test_batches_without_padding_carry_no_mask(mask):
     inputs = inputs_of(tiny.tiny_llama(), batch, answer_token_ids=tiny.ANSWERS)
     assert inputs.mask is None
     assert inputs.last.tolist() == [2, 2]
+    assert inputs.positions is None
 
 
 def test_what_the_model_is_given():
     batch = {**tiny.batch(3), "extra": "kept"}
     before = dict(batch)
-    inputs = inputs_of(tiny.tiny_llama(), batch, answer_token_ids=tiny.ANSWERS)
+    model = tiny.tiny_llama()
+    head = Head(model, answer_token_ids=tiny.ANSWERS)
+    inputs = head.placed(model, head.inputs(batch, CPU, DeferredChecks()))
     assert inputs.model.keys() == {"input_ids", "attention_mask", "position_ids", "extra", "use_cache"}
+    assert torch.equal(inputs.model["position_ids"], (batch["attention_mask"].cumsum(1) - 1).clamp(min=0))
     assert inputs.model["use_cache"] is False
     assert torch.equal(inputs.labels, batch["labels"])
     assert batch == before
     mine = torch.arange(7).expand(3, 7) + 2
     given = {**tiny.batch(3), "position_ids": mine}
-    assert inputs_of(tiny.tiny_llama(), given, answer_token_ids=tiny.ANSWERS).model["position_ids"] is mine
-    assert "position_ids" not in inputs_of(tiny.tiny_llama_classifier(2), tiny.batch(3)).model
+    assert head.placed(model, head.inputs(given, CPU, DeferredChecks())).model["position_ids"] is mine
+    for other in ({"images": torch.zeros(3, 2)}, {"position_ids": mine}):
+        assert head.inputs({**batch, **other}, CPU, DeferredChecks()).positions is None
+    assert inputs_of(tiny.tiny_llama_classifier(2), tiny.batch(3)).positions is None
 
 
 def expected_logits(model, batch, ids):
@@ -82,8 +89,41 @@ def expected_logits(model, batch, ids):
     return torch.stack(rows)
 
 
+def tiny_causal_roberta():
+    """Its positions start behind the pad token's id, and it finds the pads in the tokens."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=0,
+        is_decoder=True,
+    )
+    return tiny.adapt(transformers.RobertaForCausalLM(config), targets=("query", "value"))
+
+
+def tiny_causal_bert():
+    """Absolute positions that know nothing of pads."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        is_decoder=True,
+    )
+    return tiny.adapt(transformers.BertLMHeadModel(config), targets=("query", "value"))
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("build", [tiny.tiny_llama, tiny.tiny_gpt2])
+@pytest.mark.parametrize("build", [tiny.tiny_llama, tiny.tiny_gpt2, tiny_causal_roberta, tiny_causal_bert])
 def test_answers_are_read_at_the_last_real_position_in_their_order(build, padding):
     model, batch = build(), tiny.batch(4, padding=padding)
     for ids in (tiny.ANSWERS, tiny.ANSWERS[::-1], (40, 3)):
@@ -121,7 +161,8 @@ def test_language_model_head_runs_on_one_position_inside_and_on_all_outside():
     la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS).fit([batch], progress=False)
     la.predict(batch)
     la.predict(batch, link_approx="map")
-    assert seen == [(3, 1, tiny.VOCAB)] * 3
+    alone = [(1, 7, tiny.VOCAB)] * 2  # finds out, once, where positions start
+    assert seen == alone + [(3, 1, tiny.VOCAB)] * 3
     seen.clear()
     model(**{k: v for k, v in batch.items() if k != "labels"})
     assert seen == [(3, 7, tiny.VOCAB)]

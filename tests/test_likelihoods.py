@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.likelihoods import (
     Categorical,
     Fisher,
@@ -149,3 +150,31 @@ def test_singular_covariance_is_no_trouble_for_monte_carlo() -> None:
     cov = torch.ones(1, 3, 3, dtype=torch.float64)  # rank one
     probs = probabilities(Link.MC, mean, cov, 2000, generator())
     torch.testing.assert_close(probs[0, 1:], probs[0, 1].expand(3))
+
+
+@pytest.mark.parametrize("link", list(Link))
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_confident_logits_stay_probabilities(link: Link, classes: int, dtype: torch.dtype) -> None:
+    """The bridge's concentrations overflow from a margin of 88 on, in single precision."""
+    mean, cov = gaussian(classes, 0.5)
+    for scale in (1e2, 1e3, 1e4):
+        probs = probabilities(link, (scale * mean).to(dtype), cov.to(dtype), 100, generator())
+        assert probs.isfinite().all()
+        torch.testing.assert_close(probs.sum(1), torch.ones(4, dtype=dtype))
+        best = torch.nn.functional.pad(mean, (1, 0)).argmax(1)
+        if link is not Link.BRIDGE:  # which divides by the variance of each class
+            assert torch.equal(probs.argmax(1), best)
+
+
+def test_targets_are_copies() -> None:
+    """A loader may fill the same memory with the next batch."""
+    logits = torch.zeros(3, 1, dtype=torch.float64)
+    labels = torch.randn(3, dtype=torch.float64)
+    targets, expected = Gaussian().targets(labels, logits, DeferredChecks()), labels.clone()
+    classes = torch.tensor([0, 1, 1])
+    indices = Categorical().targets(classes, torch.zeros(3, 2), DeferredChecks())
+    labels.zero_()
+    classes.zero_()
+    assert torch.equal(targets[:, 0], expected)
+    assert indices.tolist() == [0, 1, 1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import InvalidBatchError, LaplaceLoRA
 from tests import oracle, tiny
 from tests.oracle import assert_close
 
@@ -185,3 +186,109 @@ def test_summary_names_layers_and_totals() -> None:
     weights = sum(mean.numel() for mean in la.posterior.curvature.means)
     assert all(f"{site.name}.{side}" in text for site in la.sites for side in "AB")
     assert f"{gamma:.1f} of {weights} parameters" in text
+
+
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "map"])
+def test_a_list_of_priors_is_an_axis_of_every_prediction(link: str) -> None:
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="kfac").fit([tiny.batch(5)], progress=False)
+    tried = [0.5, 2.0]
+    many = la.predict(TEST, link_approx=link, prior_precision=tried)
+    for probs, value in zip(many, tried, strict=True):
+        assert_close(probs, la.predict(TEST, link_approx=link, prior_precision=value), 1e-10)
+    many, _ = la.predict_loader([TEST], link_approx=link, prior_precision=tried, progress=False)
+    assert many.shape == (2, len(TEST["input_ids"]), 3)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "refit"])
+def test_a_list_of_priors_is_an_axis_of_a_regression(structure: str) -> None:
+    options = {"mean": "refit"} if structure == "refit" else {"structure": structure}
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(1), "regression", **options)
+    la.fit([tiny.batch(5, classes=0)], progress=False)
+    mean, variance = la.predict(TEST, prior_precision=[0.5, 2.0])
+    assert mean.shape == variance.shape == (2, len(TEST["input_ids"]), 1)
+    for index, value in enumerate((0.5, 2.0)):
+        expected = la.predict(TEST, prior_precision=value)
+        assert_close(mean[index], expected[0], 1e-8)
+        assert_close(variance[index], expected[1], 1e-8)
+
+
+def test_labels_that_nothing_uses_are_ignored() -> None:
+    """Test sets often have -1 there."""
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="kfac").fit([tiny.batch(5)], progress=False)
+    for name in ("labels", "label"):
+        batch = TEST | {name: torch.full((len(TEST["input_ids"]),), -1)}
+        for link in ("probit", "map"):
+            assert torch.equal(la.predict(batch, link_approx=link), la.predict(TEST, link_approx=link))
+        assert torch.equal(la.logit_distribution(batch)[1], la.logit_distribution(TEST)[1])
+    with pytest.raises(InvalidBatchError, match="leave them out where there are none"):
+        la.predict_loader([batch], progress=False)
+    assert la.predict_loader([TEST], progress=False)[1] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"mean": "refit"}], ids=str)
+def test_a_loader_that_fills_the_same_memory_again(options: dict[str, str]) -> None:
+    batches = [tiny.batch(4, classes=0, padding=None, seed=seed) for seed in range(3)]
+
+    def reusing() -> Iterator[tiny.Batch]:
+        memory = {name: value.clone() for name, value in batches[0].items()}
+        for batch in batches:
+            for name, value in batch.items():
+                memory[name].copy_(value)
+            yield memory
+
+    model = tiny.tiny_llama_classifier(1)
+    la = LaplaceLoRA(model, "regression", structure="dual", **options).fit(batches, progress=False)
+    other = LaplaceLoRA(model, "regression", structure="dual", **options).fit(reusing(), progress=False)
+    assert torch.equal(other.predict(TEST)[0], la.predict(TEST)[0])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert torch.equal(la.predict_loader(reusing(), progress=False)[1][:, 0], labels)
+
+
+class Wide(torch.nn.Module):
+    """Large inputs, few examples: a Jacobian lies in the basis of its factor, almost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.02 * self.head(self.layer(x))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_single_precision_leaves_the_variance_its_digits_under_weak_priors(structure: str) -> None:
+    """What is in the basis does not leave rounding outside of it, for a weak prior to divide."""
+    x = 100 * torch.randn(20, 256, dtype=torch.float64)
+    found: dict[tuple[torch.dtype, float], tuple[Tensor, Tensor]] = {}
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = tiny.adapt(Wide(), targets=("layer",)).to(dtype)
+        la = LaplaceLoRA(model, structure=structure).fit([{"x": x.to(dtype)}], progress=False)
+        grid = [1e-6, 1e-4, 1e-2, 1.0]
+        covs = la.logit_distribution({"x": x.to(dtype)}, prior_precision=grid)[1]
+        probs = la.predict({"x": x.to(dtype)}, prior_precision=grid)
+        found |= {(dtype, lam): (covs[i], probs[i]) for i, lam in enumerate(grid)}
+        one = la.logit_distribution({"x": x.to(dtype)}, prior_precision=1e-4)[1]
+        assert_close(covs[1], one, 1e-4 if dtype == torch.float32 else 1e-9)
+    for lam in grid:
+        exact, single = (found[dtype, lam] for dtype in (torch.float64, torch.float32))
+        assert torch.linalg.eigvalsh(single[0].double()).min() > 0
+        assert_close(single[0].double(), exact[0], 5e-3)  # the factors' own rounding
+        assert (single[1].double() - exact[1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["B", "A"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_careful_block_is_the_same_block(k: int, name: str) -> None:
+    la = fitted(tiny.tiny_llama(), rank=3)
+    index = la.posterior.curvature.names.index((f"{LAYERS}0.self_attn.q_proj", name))
+    block = la.posterior.curvature.blocks[index]
+    r, d = block.mean.shape
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    small, large, priors = draw(2, k, 5, r), draw(2, 1, 5, d), torch.tensor([0.1, 2.0], dtype=torch.float64)
+    expected = block.variances(small, large, priors)
+    assert_close(block.careful().variances(small, large, priors), expected, 1e-12)
+    unit = torch.eye(r, dtype=torch.float64).expand(2, 1, -1, -1)
+    jacobians = small.mT @ large
+    assert_close(block.careful().variances(unit, jacobians, priors), expected, 1e-12)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from laplace_lora_fast import LaplaceLoRA, LaplaceWarning, NumericalError
+from laplace_lora_fast import LaplaceLoRA, LaplaceWarning, NumericalError, validation
 from laplace_lora_fast.evidence import increasing_root
+from laplace_lora_fast.likelihoods import probabilities
 from tests import oracle, tiny
 
 TRAIN, VAL = tiny.batch(9, length=6, seed=1), tiny.batch(7, length=6, seed=5)
@@ -205,3 +209,51 @@ def test_increasing_root(root: float) -> None:
 def test_a_function_without_a_root_is_refused() -> None:
     with pytest.raises(NumericalError, match="no maximum"):
         increasing_root(lambda x: (-1.0, 0.0), 0.0)
+
+
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge"])
+def test_validation_of_confident_single_precision_logits(link: str) -> None:
+    la = LaplaceLoRA(
+        tiny.tiny_llama(torch.float32),
+        output_fn=lambda out, _: 200 * out.logits[:, -1, :3],
+        structure="kfac",
+        prior_precision=10.0,
+    )
+    la.fit([TRAIN], progress=False)
+    grid = [1e2, 1e4, 1e6, 1e8]
+    val = VAL | {"labels": la.predict(VAL, link_approx="map").argmax(1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LaplaceWarning)  # of the edge of the grid
+        best = la.optimize_prior_precision(
+            "val_nll", val_loader=[val], link_approx=link, grid=grid, progress=False
+        )
+    nll = {}
+    for value in grid:
+        probs = la.predict(val, link_approx=link, prior_precision=value).double()
+        nll[value] = float(-probs.gather(1, val["labels"][:, None]).log().mean())
+    assert best == min(nll, key=nll.__getitem__)
+
+
+def test_a_likelihood_that_is_not_a_number_is_no_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    la = fitted()
+
+    def broken(*args: object) -> torch.Tensor:
+        probs = probabilities(*args)
+        probs[1] = torch.nan
+        return probs
+
+    monkeypatch.setattr(validation, "probabilities", broken)
+    with pytest.raises(NumericalError, match=r"at prior precision \[1.0\] is not a number"):
+        la.optimize_prior_precision("val_nll", val_loader=[VAL], grid=[0.1, 1.0, 10.0], progress=False)
+    monkeypatch.setattr(validation, "probabilities", lambda *args: 0 * probabilities(*args))
+    with pytest.raises(NumericalError, match="infinite at every value"):
+        la.optimize_prior_precision("val_nll", val_loader=[VAL], grid=[0.1, 1.0, 10.0], progress=False)
+    assert la.prior_precision == 1.0
+
+
+@pytest.mark.parametrize("make", [torch.tensor, iter, tuple])
+def test_a_grid_of_any_kind(make: Callable[[list[float]], Any]) -> None:
+    la, values = fitted(), [1e-3, 1.0, 1e3]
+    best = la.optimize_prior_precision("val_nll", val_loader=[VAL], grid=values, progress=False)
+    found = la.optimize_prior_precision("val_nll", val_loader=[VAL], grid=make(values), progress=False)
+    assert found == pytest.approx(best)

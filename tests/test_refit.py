@@ -302,11 +302,26 @@ def test_round_trip(tmp_path: object) -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny.tiny_llama_classifier(3)
-    before = {site.name: dict(site.module.scaling) for site in LaplaceLoRA(model).sites}
+    before = [len(module._forward_hooks) for module in model.modules()]
     refitted(3, model).predict(TEST)
     with pytest.raises(InvalidBatchError):
         refitted(3, model).predict({"input_ids": torch.zeros(0, 5, dtype=torch.long)})
-    assert {site.name: dict(site.module.scaling) for site in LaplaceLoRA(model).sites} == before
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+def test_biases_of_lora_b_stay() -> None:
+    """They are not in the posterior, so that the prior mean has them."""
+    model = tiny.tiny_llama_classifier(3, lora_bias=True)
+    la = refitted(3, model, prior_precision=1e12)
+    mean, _ = la.logit_distribution(TEST)
+    without = logits_without_adapter(model, TEST)
+    with torch.no_grad():
+        for site in la.sites:
+            for weight in site.weights:
+                weight.zero_()
+    expected = torch.stack([oracle.class_logits(model, single) for single in oracle.examples(TEST)])
+    assert_close(mean, expected.detach(), 1e-6)
+    assert (expected - without).abs().max() > 0.1
 
 
 def test_layers_left_out_keep_their_adapter() -> None:
@@ -353,3 +368,24 @@ def test_what_does_not_go_together_is_refused() -> None:
     plain = LaplaceLoRA(model, structure="dual").fit([train(3)], progress=False)
     with pytest.raises(ValueError, match="mean='refit'"):
         plain.optimize_prior_precision("loo")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_whose_start_was_taken_out_of_the_base_model(init):
+    """Without such an adapter the model is a residual, not the pre-trained model."""
+    model = tiny.tiny_llama_classifier(3, torch.float32, init_lora_weights=init)
+    with pytest.raises(ValueError, match=rf"mean='refit' .*init_lora_weights='{init}'.*mean='map'"):
+        LaplaceLoRA(model, mean="refit")
+    LaplaceLoRA(model, mean="map").fit([train(3)], progress=False)
+    plain = tiny.tiny_llama_classifier(3)
+    la = LaplaceLoRA(plain, mean="refit").fit([train(3)], progress=False)
+    plain.peft_config["default"].init_lora_weights = init
+    with pytest.raises(ValueError, match="mean='refit'"):
+        la.fit([train(3)], progress=False)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_starts_that_leave_the_base_model_as_it_was(init):
+    LaplaceLoRA(tiny.tiny_llama_classifier(3, init_lora_weights=init), mean="refit").fit(
+        [train(3)], progress=False
+    )

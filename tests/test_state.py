@@ -258,6 +258,12 @@ REWRITES = {
     "header is another JSON": ({"metadata": lambda m: m | {"header": "[]"}}, "header"),
     "no settings": ({"header": without("settings")}, "settings"),
     "no groups": ({"header": without("groups")}, "groups"),
+    "no scalings": ({"header": without("scalings")}, "scalings"),
+    "no frozen weights": ({"header": without("frozen")}, "frozen"),
+    "the format before this one": (
+        {"metadata": lambda m: m | {"format": "laplace-lora-fast/2"}},
+        "format 'laplace-lora-fast/2'",
+    ),
     "unknown setting": ({"header": lambda h: h | {"settings": h["settings"] | {"new": 1}}}, "new"),
     "setting of a wrong kind": (
         {"header": lambda h: h | {"settings": h["settings"] | {"kfac": "none"}}},

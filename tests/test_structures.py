@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from laplace_lora_fast import InvalidBatchError, LaplaceLoRA, NumericalError, UnsupportedAdapterError
 from laplace_lora_fast.dual import RowAccumulator
@@ -305,6 +309,84 @@ def test_auto_chooses_the_dual_for_small_data_and_says_why() -> None:
     assert endless.posterior.curvature.structure == "kfac"
     assert endless._fitted().n_examples == 7  # the batch looked at is not lost
     assert "no length" in endless.summary()
+
+
+class Stream(IterableDataset):
+    """Hands out one stream, however often it is asked."""
+
+    def __init__(self, items: list[tiny.Batch]) -> None:
+        self._items = iter(items)
+
+    def __iter__(self) -> Iterator[tiny.Batch]:
+        return self._items
+
+
+@pytest.mark.parametrize("structure", ["auto", "kfac", "dual"])
+def test_no_batch_of_a_stream_is_lost(structure: str) -> None:
+    """Nor of a DataLoader over one, which has no length."""
+    for stream in (Stream(tiny.split(TRAIN, 3)), DataLoader(Stream(tiny.split(TRAIN, 1)), batch_size=None)):
+        la = LaplaceLoRA(model_of(3), structure=structure).fit(stream, progress=False)
+        assert la.snapshot()[0].n_examples == len(TRAIN["labels"])
+        if structure == "auto":
+            assert "no length" in la.summary()
+
+
+def test_a_pass_starts_its_loader_once() -> None:
+    """Workers of a DataLoader, and draws of its order, would be doubled."""
+    starts = []
+
+    class Loader(list):
+        def __iter__(self) -> Iterator[tiny.Batch]:
+            starts.append(True)
+            return super().__iter__()
+
+    loader = Loader(tiny.split(TRAIN, 3))
+    la = LaplaceLoRA(model_of(3), structure="auto").fit(loader, progress=False)
+    assert len(starts) == 1
+    la.predict_loader(loader, progress=False)
+    assert len(starts) == 2
+
+
+def test_ekfac_of_a_stream_is_refused() -> None:
+    la = LaplaceLoRA(model_of(3), structure="ekfac")
+    with pytest.raises(InvalidBatchError, match="no batch"):
+        la.fit(Stream(tiny.split(TRAIN, 3)), progress=False)
+    batches, passes = tiny.split(TRAIN, 3), []
+
+    class Shrinking(list):
+        def __iter__(self) -> Iterator[tiny.Batch]:
+            passes.append(True)
+            return iter(batches[: 5 - len(passes)])
+
+    with pytest.raises(InvalidBatchError, match="7 examples in a first pass and 6 in a second"):
+        la.fit(Shrinking(batches), progress=False)
+
+
+NO_FACTORS = {
+    "dual": {"structure": "dual"},
+    "diag": {"structure": "diag"},
+    "refit": {"mean": "refit", "structure": "auto"},
+}
+
+
+@pytest.mark.parametrize("name", NO_FACTORS)
+def test_options_of_kfac_are_refused_where_there_is_none(name: str) -> None:
+    for option in ({"kfac": "expand"}, {"rank": 3}, {"factor": "sketch"}):
+        with pytest.raises(ValueError, match=rf"has no Kronecker factors: leave out {next(iter(option))}"):
+            LaplaceLoRA(model_of(3), **NO_FACTORS[name], **option)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor, float])
+def test_whole_numbers_of_any_type_can_be_saved(number: Callable[[int], object], tmp_path: Path) -> None:
+    options = {"rank": 3, "sketch_size": 8, "mc_samples": 2, "seed": 5, "memory_budget": 10**9}
+    given = {name: number(value) for name, value in options.items()}
+    la = LaplaceLoRA(model_of(3), structure="kfac", fisher="mc", **given).fit([TRAIN], progress=False)
+    la.save(tmp_path)
+    again = LaplaceLoRA.load(tmp_path, model_of(3)).options
+    assert {name: getattr(again, name) for name in options} == options
+    for name in options:
+        with pytest.raises(ValueError, match=rf"{name} must be an integer"):
+            LaplaceLoRA(model_of(3), structure="kfac", **{name: 2.5})
 
 
 def test_layers_select_sites() -> None:

@@ -1,7 +1,8 @@
 """No batch waits for the device: fit and predict with the model on the meta device, which stands for a GPU.
 
 Meta tensors have no values, so whatever reads one fails; `NoWaiting` refuses the rest of what makes the host wait for a
-GPU. Batches stay on the CPU, as a loader gives them. The first batch may wait: answers move, sketches start.
+GPU. Batches stay on the CPU, as a loader gives them. The first batch may wait: answers move, sketches start, a model is
+asked where its positions start.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from laplace_lora_fast import LaplaceLoRA, factors
 from laplace_lora_fast.dual import RowAccumulator
+from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fit import Objective
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
 from laplace_lora_fast.likelihoods import Fisher, contrast_cotangents
@@ -127,6 +129,15 @@ def decoder() -> nn.Module:
     return tiny.tiny_llama(torch.float32, ("q_proj", "v_proj", "lm_head"), config=EAGER | {"hidden_size": 64})
 
 
+def with_answers(model: nn.Module) -> LaplaceLoRA:
+    """On the GPU, behind a first batch on the CPU, which finds out where the model's positions start."""
+    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS)
+    inputs = la._head.inputs(data()[0], torch.device("cpu"), DeferredChecks())
+    la._head.placed(la.model, inputs)
+    la.sites = find_sites(la.model.to(GPU), la._head)
+    return la
+
+
 def objective(la: LaplaceLoRA, fisher: Fisher = Fisher.EXACT) -> Objective:
     return Objective(la.model, la._head, la.sites, la.likelihood, fisher, 2, 0)
 
@@ -139,8 +150,8 @@ def data(padded: bool = True) -> list[tiny.Batch]:
 
 def on_gpu(la: LaplaceLoRA) -> LinearisedModel:
     """A fitted model, moved with everything its predictions need."""
-    linearised = la._linearised()
-    curvature = linearised.curvature
+    with la._linearised() as linearised:
+        curvature = linearised.curvature
     names, tensors = curvature.names, curvature.tensors()
     moved = type(curvature).from_tensors(curvature.structure, names, tensors, [GPU] * len(names))
     la.sites = find_sites(la.model.to(GPU), la._head)
@@ -153,7 +164,7 @@ def on_gpu(la: LaplaceLoRA) -> LinearisedModel:
 @pytest.mark.parametrize("kfac", ["expand", "reduce"])
 def test_kfac_fit(kfac: str, kind: str, tokens: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factors, "tokens_worth_an_update", lambda device: tokens)
-    la = LaplaceLoRA(decoder().to(GPU), answer_token_ids=tiny.ANSWERS)
+    la = with_answers(decoder())
     kfac_factors = KfacAccumulator(la.sites, Kfac(kfac), FactorPlan(FactorKind(kind), sketch_size=8), None)
     with pytest.raises(EndOfData):
         objective(la).accumulate(watched(data(padded)), kfac_factors, "fit", False)
@@ -190,7 +201,8 @@ def test_predict(structure: str, classes: int) -> None:
     """Under several priors, some of them equal."""
     model = tiny.tiny_llama_classifier(classes, torch.float32, config=EAGER)
     batches = tiny.split(tiny.batch(9, 5, classes=classes), 3)
-    la = LaplaceLoRA(model, structure=structure, rank=4).fit(batches, progress=False)
+    low_rank = {"rank": 4} if "kfac" in structure else {}
+    la = LaplaceLoRA(model, structure=structure, **low_rank).fit(batches, progress=False)
     priors = torch.stack([la._resolve(value) for value in (1.0, {"A": 1.0, "B": 3.0}, 3.0)], 1)
     with pytest.raises(EndOfData):
         distribution(on_gpu(la), priors, watched(batches), contrast_cotangents(classes), "predict", False)

@@ -327,7 +327,7 @@ def test_model_is_left_as_it_was_after_an_error(where):
 
 
 def groups_by_name(model, **head):
-    _, _, sites = tapped_gradients(model, tiny.batch(2), **head)
+    _, _, sites = tapped_gradients(model, tiny.batch(2, padding="right"), **head)
     recorder, wrapped = Recorder(), Head(model, **head)
     with Tap(model, wrapped, sites, recorder) as tap:
         tap.forward(wrapped.inputs(tiny.batch(2), torch.device("cpu"), DeferredChecks()))
@@ -506,3 +506,55 @@ def test_in_place_change_of_a_layer_output_behind_the_layer():
     model = tiny.adapt(InPlace(), targets=("first", "second"), r=2)
     batch = {"x": torch.randn(3, 4, dtype=torch.float64)}
     assert_same_gradients(model, batch, output_fn=lambda out, _: out)
+
+
+def test_hooks_of_the_user_that_change_a_layers_output():
+    """The tap sees the layer's own output, not what such a hook makes of it."""
+    model = tiny.tiny_llama()
+    layer = model.get_base_model().model.layers[0].self_attn.v_proj
+    handles = [layer.register_forward_hook(lambda module, args, output: 3 * output)]
+    assert_same_gradients(model, tiny.batch(3), **ANSWERS)
+    handles.append(layer.register_forward_hook(lambda module, args, output: output.mul_(2)))
+    assert_same_gradients(model, tiny.batch(3), **ANSWERS)
+    handles.append(layer.register_forward_pre_hook(lambda module, args: (args[0] / 2,)))
+    assert_same_gradients(model, tiny.batch(3), **ANSWERS)
+    for handle in handles:
+        handle.remove()
+
+
+class Encoder(nn.Module):
+    """A fused nn.TransformerEncoderLayer in evaluation mode would compute with the base weights alone."""
+
+    def __init__(self, fail=False):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head, self.fail = nn.Linear(8, 3), fail
+
+    def forward(self, x):
+        if self.fail:
+            raise RuntimeError("own failure")
+        return self.head(self.encoder(x).mean(1))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_fused_encoder_layers(enabled):
+    torch.manual_seed(0)
+    model, batch = (
+        tiny.adapt(Encoder(), targets=("linear1", "linear2")).eval(),
+        {"x": torch.randn(4, 5, 8).double()},
+    )
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        expected = model(**batch).detach()
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        la = LaplaceLoRA(model).fit([batch], progress=False)
+        mean, _ = la.logit_distribution(batch)
+        torch.testing.assert_close(mean, expected)
+        torch.testing.assert_close(la.predict(batch, link_approx="map"), mean.softmax(-1))
+        model.get_base_model().fail = True
+        with pytest.raises(RuntimeError, match="own failure"):
+            la.predict(batch)
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

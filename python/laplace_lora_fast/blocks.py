@@ -5,6 +5,7 @@ In a block's eigenbasis H is diagonal, and everything a Laplace posterior is ask
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,9 @@ from laplace_lora_fast.evidence import evidence_root
 from laplace_lora_fast.factors import Spectrum
 from laplace_lora_fast.jacobians import BlockPredictor, jacobian
 from laplace_lora_fast.taps import Site
+
+_MOST_ROUNDING = 1e-3  # of a variance
+_MOST_ELEMENTS = 2**24  # of Jacobians formed at a time
 
 
 class Block(ABC):
@@ -135,6 +139,16 @@ class KronBlock(Block):
             cov = cov + torch.einsum("nrcd,rg->gncd", row_grams, tail.to(row_grams))
         return cov
 
+    def extremes(self) -> Tensor:
+        """The largest eigenvalue and the least one beyond the basis, [2] fp64."""
+        complete = self.large.rank == self.large.dim
+        least = torch.full_like(self.tail[0], math.inf) if complete else self.tail.min()
+        return torch.stack([torch.cat([self.core.flatten(), self.tail]).max(), least])
+
+    def careful(self) -> CarefulKronBlock:
+        """The same block, for priors that its eigenvalues exceed by too much."""
+        return CarefulKronBlock(*(getattr(self, field.name) for field in fields(self)))
+
     def apply_power(self, weights: Tensor, power: float, prior_precision: float) -> Tensor:
         core, tail = (self.core + prior_precision) ** power, (self.tail + prior_precision) ** power
         parts = (weights, self.large.vectors, self.small_vectors, core, tail)
@@ -154,6 +168,47 @@ class KronBlock(Block):
 
     def describe(self) -> tuple[int, float]:
         return self.large.rank, self.large.captured
+
+
+class CarefulKronBlock(KronBlock):
+    """A block whose Jacobians are split into their part in the basis and the residual, which is then squared.
+
+    D - P P^T is a small difference of large numbers where a Jacobian lies in the basis almost, and what is left of it,
+    rounding, is divided by the tail: beside eigenvalues of 1 / eps times the tail's that would be all of the variance.
+    """
+
+    def statistics(self, small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:
+        """P [N, K, r, k] and the row Grams [N, r, K, K] of the residual Jt - P U^T."""
+        basis = self.large.vectors.to(small.dtype)
+        size = max(1, _MOST_ELEMENTS // (max(small.shape[1], large.shape[1]) * self.mean.numel()))
+        parts = [
+            _split(_jacobians(s, x), basis) for s, x in zip(small.split(size), large.split(size), strict=True)
+        ]
+        projected, residual_grams = zip(*parts, strict=True)
+        return torch.cat(projected), torch.cat(residual_grams)
+
+    def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
+        projected, residual_grams = self.statistics(small, large)
+        weights = (1 / (self.core[..., None] + prior_precisions)).flatten(0, 1)  # [r k, G]
+        tail = 1 / (self.tail[:, None] + prior_precisions)  # [r, G]
+        cov = _weighted_products(projected.flatten(2), weights.to(projected))
+        return cov + torch.einsum("nrcd,rg->gncd", residual_grams, tail.to(residual_grams))
+
+
+def _jacobians(small: Tensor, large: Tensor) -> Tensor:
+    """`jacobian`, where large is often one for all K: one product then, not K."""
+    if large.shape[1] > 1:
+        return jacobian(small, large)
+    n, k, tokens, r = small.shape
+    return (small.mT.reshape(n, k * r, tokens) @ large[:, 0].to(small.dtype)).view(n, k, r, -1)
+
+
+def _split(jacobians: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """P = J U and the row Grams of J - P U^T, for J [N, K, r, d], which is overwritten."""
+    projected = jacobians @ basis
+    jacobians.flatten(0, 2).addmm_(projected.flatten(0, 2), basis.mT, alpha=-1)
+    rows = jacobians.transpose(1, 2).contiguous()  # batched products want it so
+    return projected, rows @ rows.mT
 
 
 @dataclass(frozen=True)
@@ -179,7 +234,7 @@ class DiagBlock(Block):
         return values, torch.ones_like(values)
 
     def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
-        flat = jacobian(small, large).flatten(2)
+        flat = _jacobians(small, large).flatten(2)
         values = self.values.flatten().to(flat)  # the fit may have been in another precision
         covs = [(flat / (values + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
         return torch.stack(covs)
@@ -211,12 +266,32 @@ class BlockCurvature(Curvature):
         blocks: A and B of every LoRA layer.
     """
 
-    def __init__(self, structure: str, names: Sequence[BlockName], blocks: Sequence[Block]) -> None:
+    def __init__(
+        self,
+        structure: str,
+        names: Sequence[BlockName],
+        blocks: Sequence[Block],
+        extremes: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         self.structure, self.names, self.blocks = structure, list(names), list(blocks)
         self.means = [block.mean for block in blocks]
+        self._extremes = extremes
+
+    @property
+    def extremes(self) -> Sequence[Sequence[float]]:
+        """`KronBlock.extremes` of every block; read off the device once."""
+        if self._extremes is None:
+            pairs = [block.extremes() for block in self.blocks if isinstance(block, KronBlock)]
+            self._extremes = (
+                torch.stack([pair.to(pairs[0].device) for pair in pairs]).tolist() if pairs else []
+            )
+        return self._extremes
 
     def scaled(self, factor: float | Tensor) -> BlockCurvature:
-        return BlockCurvature(self.structure, self.names, [block.scaled(factor) for block in self.blocks])
+        blocks = [block.scaled(factor) for block in self.blocks]
+        known = self._extremes is not None and not isinstance(factor, Tensor)
+        extremes = [[factor * value for value in pair] for pair in self.extremes] if known else None
+        return BlockCurvature(self.structure, self.names, blocks, extremes)  # type: ignore[arg-type]
 
     def whitened_spectrum(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [block.eigenvalues() for block in self.blocks]
@@ -241,7 +316,15 @@ class BlockCurvature(Curvature):
         return best
 
     def predictor(self, sites: Sequence[Site], prior_precisions: Tensor, n_cotangents: int) -> BlockPredictor:
-        return BlockPredictor(sites, self.blocks, prior_precisions, n_cotangents)
+        blocks = list(self.blocks)
+        least = prior_precisions.amin(1).tolist()
+        for index, (largest, tail) in enumerate(self.extremes):
+            block, lam = blocks[index], least[index]
+            eps = torch.finfo(lk.accumulation_dtype(block.mean.dtype)).eps
+            if eps * (largest + lam) > _MOST_ROUNDING * (tail + lam):
+                assert isinstance(block, KronBlock)
+                blocks[index] = block.careful()
+        return BlockPredictor(sites, blocks, prior_precisions, n_cotangents)
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         samples = []
@@ -288,6 +371,7 @@ class BlockCurvature(Curvature):
     ) -> BlockCurvature:
         spectra: dict[int, Spectrum] = {}
         blocks: list[Block] = []
+        extremes = []
         for index, device in enumerate(devices):
             place = tensors.get(f"block.{index}.spectrum")
             if place is None:
@@ -304,5 +388,8 @@ class BlockCurvature(Curvature):
                 for f in fields(KronBlock)
                 if f.name != "large"
             }
-            blocks.append(KronBlock(large=spectra[key], **own))
-        return cls(structure, names, blocks)
+            block = KronBlock(large=spectra[key], **own)
+            blocks.append(block)
+            core, tail = (tensors[f"block.{index}.{part}"] for part in ("core", "tail"))  # not on a GPU yet
+            extremes.append(replace(block, core=core, tail=tail).extremes().tolist())
+        return cls(structure, names, blocks, extremes)

@@ -40,26 +40,30 @@ class LaplaceWarning(UserWarning):
 class DeferredChecks:
     """Conditions on batches that live on a device: read together later, so that no batch waits for the device.
 
-    A condition on the CPU costs nothing to read and raises at once.
+    A condition on the CPU costs nothing to read and raises at once. Those of one message become one.
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, str]] = []
+        self._pending: dict[tuple[type[LaplaceError], str], Tensor] = {}
 
-    def require(self, ok: Tensor, message: str) -> None:
-        """Raises InvalidBatchError with `message`, now or in `settle`, unless the boolean scalar `ok` is true."""
+    def require(self, ok: Tensor, message: str, error: type[LaplaceError] = InvalidBatchError) -> None:
+        """Raises `error` with `message`, now or in `settle`, unless the boolean scalar `ok` is true."""
         if ok.device.type != "cpu":
-            self._pending.append((ok, message))
+            self._pend(ok, message, error)
         elif not ok:
-            raise InvalidBatchError(message)
+            raise error(message)
 
     def settle(self) -> None:
         """Reads all pending conditions.
 
         Raises:
-            InvalidBatchError: the message of the first that does not hold.
+            LaplaceError: the first that does not hold.
         """
-        pending, self._pending = self._pending, []
-        for ok, message in pending:
+        pending, self._pending = self._pending, {}
+        for (error, message), ok in pending.items():
             if not ok:
-                raise InvalidBatchError(message)
+                raise error(message)
+
+    def _pend(self, ok: Tensor, message: str, error: type[LaplaceError] = InvalidBatchError) -> None:
+        earlier = self._pending.get((error, message))
+        self._pending[error, message] = ok if earlier is None else earlier & ok

@@ -304,7 +304,7 @@ class SketchFactor(Factor):
         root = (sketch @ basis) / weights.clamp_min(shift).sqrt()  # C ~ root root^T
         vectors, sigma, _ = torch.linalg.svd(root, full_matrices=False)
         values = (sigma.square() - shift).clamp_min(0)
-        rank = max(1, self._size // 4) if rank is None else min(rank, self._size)
+        rank = max(1, self._size // 4) if rank is None else rank
         return _truncated(values, vectors, self._trace, rank, self.dtype)
 
     def _start(self, rows: Tensor, mask: Tensor | None) -> Tensor:

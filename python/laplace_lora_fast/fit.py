@@ -177,6 +177,7 @@ class Objective:
                     accumulator.start(tap.groups)
                     n_outputs = logits.shape[1]
                 check_outputs(logits, n_outputs)
+                tap.check_rows(logits)
                 outputs = logits.detach().to(lk.accumulation_dtype(logits.dtype))
                 self.likelihood.check(outputs)
                 checks.require(outputs.isfinite().all(), f"batch {index} gives logits that are not finite")
@@ -190,16 +191,14 @@ class Objective:
                     tap.backward(logits, cotangents[:, :, k], last=k == cotangents.shape[2] - 1)
                     accumulator.finish_pass(inputs.batch_size)
                 accumulator.finish_batch()
-                if index == 0:
-                    self._refuse_gradients_of_pads(tap, checks)
                 n_examples += inputs.batch_size
                 if targets is None or log_likelihood is None:
                     log_likelihood = None
                 else:
                     log_likelihood = log_likelihood + self.likelihood.log_likelihood(outputs, targets)
+            checks.settle()
         if n_examples == 0:
             raise InvalidBatchError("train_loader yielded no batch")
-        checks.settle()
         assert tap.groups is not None
         reached = [index in tap.reached for index in range(len(self.sites))]
         return Pass(tap.groups, reached, n_examples, n_outputs, log_likelihood)
@@ -212,15 +211,6 @@ class Objective:
         self.ranks.require_same(norms, "the adapter's weights: give them all the same model")
         structure = [seen.n_outputs, *seen.groups]
         self.ranks.require_same(structure, "the number of outputs or which layers share an input")
-
-    def _refuse_gradients_of_pads(self, tap: Tap, checks: DeferredChecks) -> None:
-        """What is masked must not matter: BERT, say, pools the first position, a pad if padding is on the left."""
-        for index, leak in tap.from_pads.items():
-            checks.require(
-                ~leak,
-                f"the logits depend on padded positions of layer {self.sites[index].name!r}: pad on the other side, or "
-                "use batches without padding",
-            )
 
     def _warn_of_idle_sites(self, idle: Sequence[Site]) -> None:
         if idle:

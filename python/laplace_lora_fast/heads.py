@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 OutputFn = Callable[[Any, Mapping[str, Any]], Tensor]
 
 _NOT_FOR_THE_MODEL = ("labels", "label")
+_TEXT = {"input_ids", "inputs_embeds", "token_type_ids", "attention_mask"}
+_PROBED = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Inputs:
         length: T, or None for inputs that are not token sequences.
         labels: what the batch holds under "labels", or None.
         last: [N] position of each example's last real token, or None for inputs that are not token sequences.
+        positions: [N, T] number of real tokens before each one, where the model may have to be told them.
     """
 
     model: dict[str, Any]
@@ -38,6 +41,7 @@ class Inputs:
     length: int | None
     labels: Tensor | None
     last: Tensor | None
+    positions: Tensor | None = None
 
 
 class Head:
@@ -48,6 +52,9 @@ class Head:
         answer_token_ids: for causal language models, the tokens whose logits at the last real position are the
             classes, in this order.
         output_fn: (model output, batch) -> logits [N, C], instead.
+
+    Attributes:
+        rows_checked: whether a tap has found that each layer's rows are the examples.
 
     Raises:
         ValueError: both or an unusable `answer_token_ids` were given.
@@ -64,9 +71,11 @@ class Head:
         self.output_fn = output_fn
         self.answer_token_ids = None
         self.output_layer: nn.Module | None = None
+        self.rows_checked = False
         self._last: Tensor | None = None
         parameters = inspect.signature(_innermost(model).forward).parameters
         self._accepts = {name for name in ("use_cache", "position_ids") if name in parameters}
+        self._counts_from_zero: bool | None = None
         if answer_token_ids is not None:
             self.answer_token_ids = _checked_answers(model, answer_token_ids)
             self.output_layer = model.get_output_embeddings()  # type: ignore[operator]
@@ -105,9 +114,10 @@ class Head:
         }
         if "use_cache" in self._accepts:
             model["use_cache"] = False
-        if self.answer_token_ids is not None and mask is not None and "position_ids" in self._accepts:
-            assert positions is not None  # left padding shifts no position, as in generation
-            model.setdefault("position_ids", to_device((positions - 1).clamp(min=0), device))
+        if mask is not None and positions is not None and self._may_place(model):
+            positions = to_device((positions - 1).clamp(min=0), device)
+        else:
+            positions = None
         labels = batch.get("labels", batch.get("label"))
         return Inputs(
             model=model,
@@ -116,7 +126,22 @@ class Head:
             length=length,
             labels=None if labels is None else torch.as_tensor(labels),
             last=None if last is None else to_device(last, device),
+            positions=positions,
         )
+
+    def placed(self, model: nn.Module, inputs: Inputs) -> Inputs:
+        """The inputs with `position_ids`, so that left padding shifts no position, as in generation.
+
+        Only for a model that counts positions 0, 1, .. itself, which is found out at the first batch with a mask.
+        Others, as RoBERTa, count from elsewhere, and know where the pads are.
+        """
+        if inputs.positions is None:
+            return inputs
+        if self._counts_from_zero is None:
+            self._counts_from_zero = _counts_from_zero(model, inputs.model)  # waits once
+        if not self._counts_from_zero:
+            return inputs
+        return replace(inputs, model=inputs.model | {"position_ids": inputs.positions}, positions=None)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -156,6 +181,17 @@ class Head:
             )
         return logits
 
+    def _may_place(self, batch: Mapping[str, Any]) -> bool:
+        """Whether places may be found for a batch's tokens: of text alone, images take places of their own.
+
+        A classifier is called as its user calls it: its logits are the model's own, whatever padding does to them.
+        """
+        return (
+            self.answer_token_ids is not None
+            and "position_ids" in self._accepts
+            and all(key in _TEXT for key, value in batch.items() if isinstance(value, Tensor))
+        )
+
     def _gather_last(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._last is None:
             return None
@@ -170,6 +206,15 @@ def check_outputs(logits: Tensor, n_outputs: int) -> None:
         raise InvalidBatchError(
             f"a batch gives {logits.shape[1]} logits per example, earlier ones gave {n_outputs}"
         )
+
+
+@torch.no_grad()
+def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether an unpadded sequence has the same logits with positions 0, 1, .. as with none given."""
+    row = {key: value[:1, :_PROBED] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    row["attention_mask"] = torch.ones_like(row["attention_mask"])
+    positions = torch.arange(row["attention_mask"].shape[1], device=row["attention_mask"].device)[None]
+    return torch.equal(model(**row).logits, model(**row, position_ids=positions).logits)
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -204,7 +249,8 @@ def _batch_shape(batch: Mapping[str, Any]) -> tuple[int, int | None]:
 
 
 def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks) -> Tensor:
-    mask = torch.as_tensor(mask)
+    if not isinstance(mask, Tensor):
+        raise InvalidBatchError(f"attention_mask must be a tensor [N, T], got {type(mask).__name__}")
     if mask.dim() != 2 or mask.shape[0] != n or (length is not None and mask.shape[1] != length):
         raise InvalidBatchError(f"attention_mask has shape {tuple(mask.shape)}, expected {(n, length)}")
     real: Tensor = mask.bool()
@@ -222,10 +268,25 @@ def _checked_answers(model: nn.Module, ids: Sequence[int]) -> Tensor:
         raise ValueError(f"answer_token_ids must be at least two integers, got {ids!r}")
     if len(set(answers.tolist())) < len(answers):
         raise ValueError(f"answer_token_ids repeats a token: {answers.tolist()}")
-    get = getattr(model, "get_output_embeddings", None)
-    if get is None or get() is None:
-        raise ValueError("answer_token_ids needs a causal language model")
+    _require_causal(model)
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if size is not None and not (int(answers.min()) >= 0 and int(answers.max()) < size):
         raise ValueError(f"answer_token_ids must lie in [0, {size}), got {answers.tolist()}")
     return answers
+
+
+def _require_causal(model: nn.Module) -> None:
+    """Only there does the last real position of `input_ids` predict the answer."""
+    get, kind = getattr(model, "get_output_embeddings", None), type(_innermost(model))
+    if get is None or get() is None:
+        raise ValueError("answer_token_ids needs a causal language model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        what = "answers at positions of its decoder"
+    elif any("ForMaskedLM" in base.__name__ for base in kind.__mro__):
+        what = "answers at masked positions"
+    else:
+        return
+    raise ValueError(
+        f"answer_token_ids needs a causal language model, {kind.__name__} {what}: pass output_fn, which reads the "
+        "classes off the model's output"
+    )

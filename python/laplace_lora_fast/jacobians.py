@@ -82,6 +82,7 @@ class JacobianObserver(ABC):
         try:
             logits = tap.forward(inputs)
             check_outputs(logits, outputs)
+            tap.check_rows(logits)
             assert tap.groups is not None
             self.groups = tap.groups
             for k, direction in enumerate(cotangents.to(logits).mT):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from laplace_lora_fast import adapters, prior, state
-from laplace_lora_fast.curvature import BlockName
+from laplace_lora_fast import adapters, identity, prior, state
+from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.distributed import Ranks
 from laplace_lora_fast.errors import (
     LaplaceError,
     NotFittedError,
+    NumericalError,
     StateError,
     UnsupportedAdapterError,
 )
 from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.heads import Head, OutputFn
+from laplace_lora_fast.identity import FrozenWeights, unwrapped
 from laplace_lora_fast.likelihoods import (
     Categorical,
     Fisher,
@@ -37,13 +41,15 @@ from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
 from laplace_lora_fast.prior import PriorPrecision, PriorStructure
 from laplace_lora_fast.refit import RefittedCurvature
-from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure
+from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure, positive_integer
 from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
 from laplace_lora_fast.taps import Layers, Site, find_sites, parameters_left_alone, read_adapter
 from laplace_lora_fast.validation import DEFAULT_GRID, minimise_loo_nll, minimise_nll
 
 Batch = Mapping[str, Any]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
+
+_LABELS = ("labels", "label")
 
 
 class LaplaceLoRA:
@@ -82,7 +88,7 @@ class LaplaceLoRA:
         mc_samples: labels drawn per example for fisher="mc".
         factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
         rank: leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
-            quarter of `sketch_size` of a sketched one.
+            quarter of `sketch_size` of a sketched one. Like `kfac` and `factor`, of "kfac" and "ekfac" only.
         memory_budget: bytes of dense factors (and of the rows that wait for them) for factor="auto", of rows kept on
             the device for structure="dual".
         sketch_size: columns of a sketched factor.
@@ -99,7 +105,7 @@ class LaplaceLoRA:
 
     Raises:
         UnsupportedAdapterError: no LoRA layer, or one this does not cover; names the layer.
-        ValueError: an argument is not one of its choices.
+        ValueError: an argument is not one of its choices, or does not go with another.
     """
 
     def __init__(
@@ -141,20 +147,23 @@ class LaplaceLoRA:
             seed=seed,
         )
         self.sigma_noise = sigma_noise
-        self._head = Head(model, answer_token_ids, output_fn)
+        self._peft_model = unwrapped(model)
+        self._head = Head(self._peft_model, answer_token_ids, output_fn)
         self._layers = layers
-        self.sites = find_sites(model, self._head, layers)
+        self.sites = find_sites(self._peft_model, self._head, layers)
+        if mean == "refit":
+            adapters.refuse_residual_base(self._peft_model, self.sites)
         self.prior_precision = prior_precision
         self._prior_mean: list[Tensor] | None = None
         if prior_mean is not None:
-            pairs = read_adapter(prior_mean, self.sites)
+            pairs = read_adapter(adapters.source(prior_mean), self.sites)
             self._prior_mean = [weight for a, b in pairs for weight in (a, b.mT)]
             if mean == "refit" and any(bool(b.any()) for _, b in pairs):
                 raise ValueError(
                     "mean='refit' starts from the model without its adapter: prior_mean must have lora_B = 0"
                 )
         self._fit: Fit | None = None
-        self._versions: list[tuple[int, int]] = []
+        self._frozen = FrozenWeights({})
 
     @property
     def prior_precision(self) -> PriorPrecision:
@@ -163,7 +172,7 @@ class LaplaceLoRA:
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
-        prior.resolve(value, _block_names(self.sites))
+        self._resolve(value)
         if isinstance(value, Mapping):
             self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
         else:
@@ -189,12 +198,16 @@ class LaplaceLoRA:
     @property
     def parameters_left_alone(self) -> list[str]:
         """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
-        return parameters_left_alone(self.model, self.sites)
+        return parameters_left_alone(self._peft_model, self.sites)
 
     def fit(
         self, train_loader: Iterable[Batch], *, group: ProcessGroup | None = None, progress: bool = True
     ) -> LaplaceLoRA:
         """Fits the posterior: one pass over the training data, rank-of-Hessian backward passes a batch.
+
+        The posterior belongs to the model as it is now, and later uses refuse another one. Every use compares the
+        adapter's weights and scalings. Frozen weights are compared when `save` is called, on loading, and where a
+        write was counted: fused optimisers, which count none, train LoRA weights with them.
 
         Args:
             train_loader: batches as transformers makes them: dicts with `input_ids`, `attention_mask`, `labels`.
@@ -229,13 +242,14 @@ class LaplaceLoRA:
             options.seed,
             ranks,
         )
-        self._fit = fit_structure(objective, train_loader, options, progress)
-        self.sites, self._versions = sites, _versions(sites)
+        fit = fit_structure(objective, train_loader, options, progress)
+        self._fit, self.sites = fit, sites
+        self._frozen = FrozenWeights.of(self._peft_model, sites)
         return self
 
     def _current_sites(self) -> list[Site]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
-        sites = find_sites(self.model, self._head, self._layers)
+        sites = find_sites(self._peft_model, self._head, self._layers)
         weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
         if weights != former:
             if self._prior_mean is not None:
@@ -244,6 +258,8 @@ class LaplaceLoRA:
                     "make a new LaplaceLoRA"
                 )
             prior.resolve(self.prior_precision, _block_names(sites))
+        if self.options.mean == "refit":
+            adapters.refuse_residual_base(self._peft_model, sites)
         return sites
 
     @property
@@ -253,10 +269,7 @@ class LaplaceLoRA:
     @property
     def posterior(self) -> Posterior:
         """The Gaussian over the LoRA weights at the current prior precision and noise."""
-        curvature = self._fitted().curvature
-        if self._is_regression and self.sigma_noise != 1:
-            curvature = curvature.scaled(1 / self.sigma_noise**2)
-        return Posterior(curvature, self._resolve(None))
+        return Posterior(self._at_noise(self._fitted().curvature), self._resolve(None))
 
     @property
     def factors(self) -> dict[str, LayerFactors]:
@@ -334,18 +347,19 @@ class LaplaceLoRA:
         elif val_loader is None:
             raise ValueError("method='val_nll' needs val_loader")
         else:
-            best = minimise_nll(
-                self._linearised(),
-                keys,
-                val_loader,
-                self._predictive_cotangents(),
-                grid,
-                link,
-                n_samples,
-                self.sigma_noise,
-                self.options.seed,
-                progress,
-            )
+            with self._linearised() as linearised:
+                best = minimise_nll(
+                    linearised,
+                    keys,
+                    val_loader,
+                    self._predictive_cotangents(),
+                    grid,
+                    link,
+                    n_samples,
+                    self.sigma_noise,
+                    self.options.seed,
+                    progress,
+                )
         self.prior_precision = best[""] if structure is PriorStructure.SCALAR else best
         return self.prior_precision
 
@@ -355,15 +369,15 @@ class LaplaceLoRA:
         """Mean [N, C] and covariance [N, C, C] of the linearised model's outputs; C backward passes.
 
         Args:
-            batch: as for `fit`; labels are not needed.
+            batch: as for `fit`; labels are ignored.
             prior_precision: another one than the current, or a list of G: the covariance is then [G, N, C, C], and the
                 mean of a refitted model [G, N, C].
 
         Returns:
             fp32 (fp64 for an fp64 model).
         """
-        classes = self._fitted().n_outputs
-        mean, cov, _ = self._distribution([batch], torch.eye(classes), prior_precision, False)
+        classes = self._any_fit().n_outputs
+        mean, cov, _ = self._distribution(_unlabelled(batch), torch.eye(classes), prior_precision, False)
         return mean, cov
 
     def predict(
@@ -377,7 +391,7 @@ class LaplaceLoRA:
         """Predictive distribution of one batch.
 
         Args:
-            batch: as for `fit`; labels are not needed.
+            batch: as for `fit`; labels are ignored.
             link_approx: classification: "probit" (pairwise, invariant to shifts of the logits), "mc" (seeded
                 Monte-Carlo softmax), "bridge" (Laplace bridge) or "map" (the plain model). All but "map" take C - 1
                 backward passes.
@@ -387,7 +401,7 @@ class LaplaceLoRA:
         Returns:
             Classification: probabilities [N, C]. Regression: mean [N, C] and variance [N, C] with the noise in it.
         """
-        result, _ = self._predict([batch], link_approx, n_samples, prior_precision, False)
+        result, _ = self._predict(_unlabelled(batch), link_approx, n_samples, prior_precision, False)
         return result
 
     def predict_loader(
@@ -403,19 +417,27 @@ class LaplaceLoRA:
 
         Returns:
             What `predict` returns, for all examples in the loader's order, and their labels (None if not all
-            batches have labels).
+            batches have labels). Labels that are there have to be valid: leave out the -1 of an unlabelled test set.
         """
         return self._predict(loader, link_approx, n_samples, prior_precision, progress)
 
     def sample_adapters(self, folder: str | PathLike[str], n: int) -> list[Path]:
         """Draws n adapters from the posterior and writes them as ordinary PEFT adapter folders.
 
+        Args:
+            folder: of the new folders; one with more samples than n is refused.
+            n: how many, at least 1.
+
         Returns:
             The folders, loadable by `peft.PeftModel.from_pretrained`.
+
+        Raises:
+            UnsupportedAdapterError: the model is no PeftModel, or has several adapters active.
+            ValueError: `n` is no positive integer, or `folder` holds other samples.
         """
-        self._fitted()
-        generator = torch.Generator().manual_seed(self.options.seed)
-        return adapters.save_samples(self.model, self.sites, self.posterior.sample(n, generator), folder)
+        n = positive_integer("n", n)
+        samples = self.posterior.sample(n, torch.Generator().manual_seed(self.options.seed))
+        return adapters.save_samples(self._peft_model, self.sites, samples, folder)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
@@ -428,7 +450,10 @@ class LaplaceLoRA:
             "sigma_noise": self.sigma_noise,
             **self.options.as_dict(),
         }
-        state.save(folder, *self.snapshot(), settings)
+        fit, prior_mean = self.snapshot()
+        self._require_frozen()
+        scalings = [site.scaling for site in self.sites]
+        state.save(folder, fit, prior_mean, settings, scalings, self._frozen)
 
     @classmethod
     def load(
@@ -442,7 +467,8 @@ class LaplaceLoRA:
             output_fn: the one it was fitted with, if any.
 
         Raises:
-            StateError: the file is missing, truncated, of another format, or of another adapter; says which.
+            StateError: the file is missing, truncated or of another format; or the model has other LoRA layers,
+                weights or scalings, or other base weights or trained modules around them; says which.
             ValueError: `output_fn` is given and the fit had none, or the other way round.
         """
         saved = state.load(folder)
@@ -457,7 +483,10 @@ class LaplaceLoRA:
             raise
         except (TypeError, ValueError) as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
-        la.restore(*saved.rebuild(la.sites))
+        fit, prior_mean = saved.rebuild(la.sites)
+        state.check(fit.curvature, la.sites)
+        la._fit, la._prior_mean = fit, prior_mean
+        la._frozen = saved.frozen_weights(la._peft_model, la.sites)
         return la
 
     def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
@@ -471,35 +500,77 @@ class LaplaceLoRA:
             StateError: the fit is of another adapter, or damaged; names the layer.
         """
         state.check(fit.curvature, self.sites)
-        self._fit, self._prior_mean, self._versions = fit, prior_mean, _versions(self.sites)
+        self._fit, self._prior_mean = fit, prior_mean
+        self._frozen = FrozenWeights.of(self._peft_model, self.sites)
 
     def summary(self) -> str:
         """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
         reason = self._fitted().reason
         return summarise(self.posterior, self.prior_precision, self.parameters_left_alone, reason)
 
-    def _fitted(self) -> Fit:
-        """The fit, if it still belongs to the adapter's weights."""
+    def _any_fit(self) -> Fit:
+        """The fit, even if the model has changed since."""
         if self._fit is None:
             raise NotFittedError("call fit(train_loader) or load(...) first")
-        versions = _versions(self.sites)
-        if versions != self._versions:
-            state.check_weights(
-                self._fit.curvature, self.sites, NotFittedError, "changed since fit: fit again"
-            )
-            self._versions = versions
         return self._fit
+
+    def _fitted(self) -> Fit:
+        """The fit, if it belongs to the model as it is now; waits for the device."""
+        with self._unchanged() as fit:
+            return fit
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[Fit]:
+        """The fit, for use inside. Raises NotFittedError if the model has changed: at once, or on leaving for a GPU.
+
+        A GPU compares the weights on entering and is asked on leaving: no batch in between waits for it.
+        """
+        fit, sites = self._any_fit(), self.sites
+        identity.require_layers(self._peft_model, sites, NotFittedError)
+        if self._frozen.written_to():
+            self._require_frozen()
+        identity.require_shapes(fit.curvature, sites, NotFittedError)
+        unchanged = identity.unchanged_weights(fit.curvature, sites)
+        settings = fit.curvature, unchanged, NotFittedError, "changed since fit: fit again"
+        if unchanged.device.type == "cpu":
+            identity.require_weights(*settings)
+        yield fit
+        if unchanged.device.type != "cpu":
+            identity.require_weights(*settings)
+
+    def _require_frozen(self) -> None:
+        """Raises unless the weights around the adapter are those of the fit; reads them all."""
+        for site in self.sites:
+            site.check()  # a merged adapter has a message of its own
+        now = self._frozen.now(self._peft_model)
+        self._frozen.require_same(now, NotFittedError, "changed since fit: fit again", rounding=True)
+        self._frozen = replace(now, fingerprints=self._frozen.fingerprints)
+
+    def _at_noise(self, curvature: Curvature) -> Curvature:
+        if self._is_regression and self.sigma_noise != 1:
+            return curvature.scaled(1 / self.sigma_noise**2)
+        return curvature
 
     def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
         """The prior precision of each block; None for the current one."""
         value = self.prior_precision if prior_precision is None else prior_precision
-        return prior.resolve(value, _block_names(self.sites))
+        precisions = prior.resolve(value, _block_names(self.sites))
+        prior.require_representable(float(precisions.min()), self.sites[0].A.dtype)
+        return precisions
+
+    def _priors(self, prior_precision: PriorPrecisions | None) -> tuple[Tensor, bool]:
+        """One prior precision or a list of G: [n_blocks, G], and whether it is a list."""
+        several = isinstance(prior_precision, Sequence) and not isinstance(prior_precision, str)
+        tried = prior_precision if several else [prior_precision]
+        if not tried:
+            raise ValueError("prior_precision is an empty list")
+        return torch.stack([self._resolve(value) for value in tried], 1), several  # type: ignore[union-attr, arg-type]
 
     def _evidence(self) -> Evidence:
         return Evidence(self._fitted(), self._prior_mean, self._is_regression)
 
     def _predictive_cotangents(self) -> Tensor:
-        outputs = self._fitted().n_outputs
+        outputs = self._any_fit().n_outputs
         return (
             contrast_cotangents(outputs) if self.likelihood.name == "classification" else torch.eye(outputs)
         )
@@ -513,14 +584,18 @@ class LaplaceLoRA:
         progress: bool,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
         link = Link(check_choice("link_approx", link_approx, [m.value for m in Link]))
-        if link is Link.MAP and self.likelihood.name == "classification":
-            logits, labels = map_logits(self._linearised(), loader, progress)
-            return logits.softmax(-1), labels
+        if link is Link.MAP and not self._is_regression:
+            with self._linearised() as linearised:
+                precisions, several = self._priors(prior_precision)
+                logits, labels = map_logits(linearised, loader, progress)
+            probs = logits.softmax(-1)
+            return probs.repeat(precisions.shape[1], 1, 1) if several else probs, labels
         mean, cov, labels = self._distribution(
             loader, self._predictive_cotangents(), prior_precision, progress
         )
         if self._is_regression:
-            return (mean, cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2), labels
+            variance = cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2
+            return (mean.expand_as(variance), variance), labels
         generator = torch.Generator().manual_seed(self.options.seed)
         return probabilities(link, mean, cov, n_samples, generator), labels
 
@@ -532,23 +607,32 @@ class LaplaceLoRA:
         progress: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
-        several = isinstance(prior_precision, Sequence)
-        tried = prior_precision if isinstance(prior_precision, Sequence) else [prior_precision]
-        if not tried:
-            raise ValueError("prior_precision is an empty list")
-        precisions = torch.stack([self._resolve(value) for value in tried], 1)
-        mean, cov, labels = distribution(
-            self._linearised(), precisions, loader, cotangents, "predict", progress
-        )
+        with self._linearised() as linearised:
+            precisions, several = self._priors(prior_precision)
+            mean, cov, labels = distribution(linearised, precisions, loader, cotangents, "predict", progress)
+        if not cov.isfinite().all():
+            raise NumericalError(
+                f"the predictive covariance is not finite in {cov.dtype}: use a larger prior_precision"
+            )
         if several:
             return mean, cov, labels
         return mean[0] if mean.dim() == 3 else mean, cov[0], labels
 
-    def _linearised(self) -> LinearisedModel:
-        fit, curvature = self._fitted(), self.posterior.curvature
-        return LinearisedModel(
-            self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
-        )
+    @contextmanager
+    def _linearised(self) -> Iterator[LinearisedModel]:
+        """The linearised model, for a pass over data inside; raises as `_unchanged` does."""
+        with self._unchanged() as fit:
+            curvature = self._at_noise(fit.curvature)
+            yield LinearisedModel(
+                self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
+            )
+
+
+def _unlabelled(batch: Batch) -> list[Batch]:
+    """A loader of one batch, without labels that nothing would use: test sets often have -1 there."""
+    if not isinstance(batch, Mapping):
+        return [batch]
+    return [{key: value for key, value in batch.items() if key not in _LABELS}]
 
 
 def _likelihood(name: str) -> Likelihood:
@@ -558,9 +642,3 @@ def _likelihood(name: str) -> Likelihood:
 
 def _block_names(sites: Sequence[Site]) -> list[BlockName]:
     return [(site.name, side) for site in sites for side in "AB"]
-
-
-def _versions(sites: Sequence[Site]) -> list[tuple[int, int]]:
-    """Changes whenever a LoRA weight is written to or moved; costs no look at the weights."""
-    weights = (getattr(site.module, f"lora_{side}")[site.adapter].weight for site in sites for side in "AB")
-    return [(weight.data_ptr(), weight._version) for weight in weights]

@@ -42,7 +42,7 @@ class Likelihood(Protocol):
         """Raises InvalidBatchError where C does not fit the likelihood."""
 
     def targets(self, labels: Tensor | None, logits: Tensor, checks: DeferredChecks) -> Tensor | None:
-        """Labels in the form the other methods take; raises InvalidBatchError where they do not fit."""
+        """Labels in the form the other methods take, a copy; raises InvalidBatchError where they do not fit."""
 
     def log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum over the batch of log p(y | f), fp64 scalar, without terms in the noise scale."""
@@ -107,7 +107,8 @@ class Categorical:
             raise InvalidBatchError(
                 f"'labels' must hold {n} class indices, got shape {tuple(labels.shape)} of {labels.dtype}"
             )
-        checks.require(((labels >= 0) & (labels < classes)).all(), f"'labels' must lie in [0, {classes})")
+        valid = ((labels >= 0) & (labels < classes)).all()
+        checks.require(valid, f"'labels' must lie in [0, {classes}): leave them out where there are none")
         targets = to_device(labels.long(), logits.device)
         return targets.clamp(0, classes - 1)  # in range even while a check is pending
 
@@ -162,7 +163,7 @@ class Gaussian:
                 f"'labels' have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}"
             )
         checks.require(targets.isfinite().all(), "'labels' hold a value that is not finite")
-        return to_device(targets, logits.device)
+        return to_device(targets, logits.device).clone()  # a loader may fill the same memory again
 
     def log_likelihood(self, logits: Tensor, targets: Tensor) -> Tensor:
         return -0.5 * (logits.double() - targets.double()).square().sum()
@@ -241,8 +242,9 @@ def _laplace_bridge(mean: Tensor, cov: Tensor) -> Tensor:
         torch.finfo(cov.dtype).tiny
     )  # scale cancels below
     log_ratio = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2 * math.log(classes)
-    alpha = (1 - 2 / classes + log_ratio.exp()) / variance.clamp_min(eps)
-    return alpha / alpha.sum(-1, keepdim=True)
+    constant = torch.full_like(log_ratio, 1 - 2 / classes).log()
+    log_alpha = torch.logaddexp(constant, log_ratio) - variance.clamp_min(eps).log()  # alpha may overflow
+    return log_alpha.softmax(-1)
 
 
 def _monte_carlo(mean: Tensor, cov: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:

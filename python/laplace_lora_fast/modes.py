@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from laplace_lora_fast.devices import device_of
+from laplace_lora_fast.errors import UnsupportedAdapterError
 
 
 def checkpointing_layers(model: nn.Module) -> list[nn.Module]:
@@ -33,6 +34,21 @@ def autocast_of_caller(model: nn.Module) -> torch.autocast:
     """The autocast in force now, on the model's device, to be entered again later."""
     kind = device_of(model).type
     return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a parameter elsewhere, and fetches it for the forward pass only."""
+    hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
+    return hooked and any(parameter.is_meta for parameter in module.parameters())
+
+
+def refuse_inference_tensors(model: nn.Module) -> None:
+    """Raises UnsupportedAdapterError for parameters that autograd cannot use."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UnsupportedAdapterError(
+                f"parameter {name!r} was made in torch.inference_mode: load the model outside of it"
+            )
 
 
 def _has_own_dropout(module: nn.Module) -> bool:
@@ -70,3 +86,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """No fused nn.TransformerEncoderLayer: in evaluation mode it computes with the base weights, past their LoRA."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)

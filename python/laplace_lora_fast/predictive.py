@@ -82,7 +82,7 @@ def distribution(
             if not several_priors:
                 gaussians.append(predictor.gaussians(seen))
                 seen.clear()
-    checks.settle()
+        checks.settle()
     if several_priors:
         gaussians.append(predictor.gaussians(seen))
     means, covs = zip(*gaussians, strict=True)
@@ -102,7 +102,7 @@ def map_logits(
             logits = logits.to(lk.accumulation_dtype(logits.dtype))
             targets.append(_checked_targets(linearised.likelihood, logits, inputs, checks))
             all_logits.append(logits)
-    checks.settle()
+        checks.settle()
     return torch.cat(all_logits), _joined(targets)
 
 

@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+import laplace_kernels as lk
 from laplace_lora_fast.curvature import BlockName
 
 PriorPrecision = float | Mapping[str, float]
@@ -48,6 +49,8 @@ def resolve(prior_precision: PriorPrecision, names: Sequence[BlockName]) -> Tens
     else:
         given = [prior_precision] * len(names)
     try:
+        if any(isinstance(value, str) for value in given):
+            raise TypeError("a string")
         values = [float(value) for value in given]
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -57,3 +60,12 @@ def resolve(prior_precision: PriorPrecision, names: Sequence[BlockName]) -> Tens
     if bad:
         raise ValueError(f"prior_precision must be positive and finite, got {bad[0]}")
     return torch.tensor(values, dtype=torch.float64)
+
+
+def require_representable(prior_precision: float, dtype: torch.dtype) -> None:
+    """Raises ValueError for a prior precision, positive, whose variance overflows where predictions are computed."""
+    smallest = torch.finfo(lk.accumulation_dtype(dtype)).tiny
+    if prior_precision < smallest:
+        raise ValueError(
+            f"prior_precision must be at least {smallest:.3g} for a model in {dtype}, got {prior_precision:g}"
+        )

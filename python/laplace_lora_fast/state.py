@@ -10,26 +10,32 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from laplace_lora_fast import identity
 from laplace_lora_fast.blocks import BlockCurvature
 from laplace_lora_fast.curvature import BlockName, Curvature
 from laplace_lora_fast.dual import DualCurvature
-from laplace_lora_fast.errors import LaplaceError, StateError
+from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fit import Fit
+from laplace_lora_fast.identity import FrozenWeights
 from laplace_lora_fast.refit import RefittedCurvature
 from laplace_lora_fast.taps import Site
 
 FILE_NAME = "posterior.safetensors"
-FORMAT = "laplace-lora-fast/2"
+FORMAT = "laplace-lora-fast/3"
 _OF_THE_FIT = ("groups", "n_examples", "n_outputs", "log_likelihood", "reason")
 
 
 def save(
-    folder: str | PathLike[str], fit: Fit, prior_mean: Sequence[Tensor] | None, settings: dict[str, Any]
+    folder: str | PathLike[str],
+    fit: Fit,
+    prior_mean: Sequence[Tensor] | None,
+    settings: dict[str, Any],
+    scalings: Sequence[float],
+    frozen: FrozenWeights,
 ) -> None:
     """Writes `folder`/posterior.safetensors, whole or not at all.
 
@@ -38,6 +44,8 @@ def save(
         fit: the fit.
         prior_mean: of each block, or None for zero.
         settings: JSON-serialisable.
+        scalings: of each LoRA layer.
+        frozen: the weights around the adapter.
     """
     tensors = fit.curvature.tensors()
     if prior_mean is not None:
@@ -46,6 +54,8 @@ def save(
         "settings": settings,
         "structure": fit.curvature.structure,
         "names": fit.curvature.names,
+        "scalings": scalings,
+        "frozen": frozen.fingerprints,
         **{key: getattr(fit, key) for key in _OF_THE_FIT},
     }
     path = Path(folder) / FILE_NAME
@@ -90,6 +100,27 @@ class Saved:
         rest = {key: self.header[key] for key in _OF_THE_FIT}
         return Fit(curvature, **rest), prior_mean
 
+    def frozen_weights(self, model: nn.Module, sites: Sequence[Site]) -> FrozenWeights:
+        """The weights around the adapter, which with its scalings have to be those of the fit.
+
+        Raises:
+            StateError: they are not; names the first that differs.
+        """
+        for site, scaling in zip(sites, self.header["scalings"], strict=True):
+            if site.scaling != scaling:
+                raise StateError(
+                    f"layer {site.name!r} has scaling {site.scaling:g}, the posterior was fitted with {scaling:g}: "
+                    "check lora_alpha"
+                )
+        saved = FrozenWeights(self.header["frozen"])
+        now = saved.now(model)
+        saved.require_same(
+            now,
+            StateError,
+            "is not the one the posterior was fitted with: load the same base model and trained modules",
+        )
+        return now
+
 
 def load(folder: str | PathLike[str]) -> Saved:
     """Reads what `save` wrote, on the CPU.
@@ -114,7 +145,7 @@ def load(folder: str | PathLike[str]) -> Saved:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
     except json.JSONDecodeError as error:
         raise StateError(f"{path} has a damaged header: {error}") from error
-    missing = {"settings", "structure", "names", *_OF_THE_FIT} - set(header)
+    missing = {"settings", "structure", "names", "scalings", "frozen", *_OF_THE_FIT} - set(header)
     if missing:
         raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
     return Saved(path, header, tensors)
@@ -132,8 +163,12 @@ def check(curvature: Curvature, sites: Sequence[Site]) -> None:
         raise StateError(
             f"the posterior of layer {layer!r} has tensors of wrong shapes or values that are not finite"
         )
-    check_weights(
-        curvature, sites, StateError, "differ from those the posterior was fitted on: load the same adapter"
+    identity.require_shapes(curvature, sites, StateError)
+    identity.require_weights(
+        curvature,
+        identity.unchanged_weights(curvature, sites),
+        StateError,
+        "differ from those the posterior was fitted on: load the same adapter",
     )
 
 
@@ -144,23 +179,3 @@ def _check_names(names: Sequence[BlockName], sites: Sequence[Site]) -> None:
         raise StateError(
             f"the posterior was fitted on other LoRA layers than the model has; differing: {odd}"
         )
-
-
-def check_weights(curvature: Curvature, sites: Sequence[Site], error: type[LaplaceError], what: str) -> None:
-    """Raises `error` unless the adapter's weights are those the curvature belongs to; names the layer."""
-    weights = [weight for site in sites for weight in (site.A, site.B.mT)]
-    for (layer, side), mean, weight in zip(curvature.names, curvature.means, weights, strict=True):
-        if weight.shape != mean.shape:
-            raise error(
-                f"layer {layer!r} has lora_{side} of shape {tuple(weight.shape)}, not {tuple(mean.shape)}"
-            )
-        if not _same(weight, mean):
-            raise error(f"the adapter's weights of layer {layer!r} {what}")
-
-
-def _same(current: Tensor, saved: Tensor) -> bool:
-    """Equal, or equal up to rounding where the two are held in different dtypes."""
-    if current.dtype == saved.dtype:
-        return torch.equal(current, saved.to(current.device))
-    eps = max(torch.finfo(t.dtype).eps for t in (current, saved))
-    return torch.allclose(current.double(), saved.to(current.device).double(), rtol=eps, atol=eps * 1e-3)

@@ -69,6 +69,12 @@ def tokens_and_mask(
             return x, inputs.mask
         if answers_only and x.shape[1] == 1:
             return x, None
+    decoder = inputs.model.get("decoder_input_ids")
+    if isinstance(decoder, Tensor) and x.shape[:-1] == decoder.shape:
+        raise InvalidBatchError(
+            f"layer {layer!r} sees {decoder.shape[1]} tokens of the decoder, attention_mask is of the encoder's "
+            f"{length}: select layers of the encoder only with `layers`"
+        )
     raise InvalidBatchError(
         f"layer {layer!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
         f"{length}: its tokens cannot be matched with the attention mask; exclude the layer in LoraConfig"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import chain
@@ -20,10 +21,12 @@ from laplace_lora_fast.fit import Fit, Objective
 from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.moments import DiagAccumulator, EkfacAccumulator
+from laplace_lora_fast.progress import length
 from laplace_lora_fast.refit import RefitAccumulator
 from laplace_lora_fast.taps import Tap
 
-Loader = Iterable[Mapping[str, Any]]
+Batch = Mapping[str, Any]
+Loader = Iterable[Batch]
 _MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
 
 
@@ -75,18 +78,23 @@ class FitOptions:
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), [choice.value for choice in choices])
         for name in ("mc_samples", "sketch_size", "row_sketch_size", "rank", "memory_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
+        object.__setattr__(self, "seed", integer("seed", self.seed))
+        exact = Mean(self.mean) is Mean.REFIT or self.structure in ("dual", "diag")
+        if exact and self.kfac_options:
+            what = f"mean={self.mean!r}" if Mean(self.mean) is Mean.REFIT else f"structure={self.structure!r}"
+            raise ValueError(f"{what} has no Kronecker factors: leave out {' and '.join(self.kfac_options)}")
         if Mean(self.mean) is Mean.REFIT and not (
             self.structure in ("dual", "auto") and self.fisher == "exact"
         ):
             raise ValueError("mean='refit' needs structure='dual' (or 'auto') and fisher='exact'")
 
     @property
-    def names_kfac(self) -> bool:
-        """Whether the caller set an option that only KFAC has."""
-        return self.kfac is not None or self.factor != "auto" or self.rank is not None
+    def kfac_options(self) -> list[str]:
+        """Those the caller set of the options that only KFAC has."""
+        unset = {"kfac": None, "factor": "auto", "rank": None}
+        return [name for name, value in unset.items() if getattr(self, name) != value]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -102,6 +110,22 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{argument} must be one of {list(choices)}, got {value!r}")
     return value
+
+
+def integer(argument: str, value: Any) -> int:
+    """`value` as a Python int, which is what can be saved. Raises ValueError for anything but a whole number."""
+    try:
+        return int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"{argument} must be an integer, got {value!r}") from error
+
+
+def positive_integer(argument: str, value: Any) -> int:
+    """`integer`, at least 1."""
+    number = integer(argument, value)
+    if number < 1:
+        raise ValueError(f"{argument} must be at least 1, got {number}")
+    return number
 
 
 def fit_structure(objective: Objective, loader: Loader, options: FitOptions, progress: bool) -> Fit:
@@ -139,9 +163,15 @@ def fit_structure(objective: Objective, loader: Loader, options: FitOptions, pro
     fit = objective.accumulate(loader, kfac, "fit", progress)
     if structure is Structure.EKFAC:
         assert isinstance(fit.curvature, BlockCurvature)
-        fit = objective.accumulate(
+        second = objective.accumulate(
             loader, EkfacAccumulator(objective.sites, fit.curvature), "ekfac", progress
         )
+        if second.n_examples != fit.n_examples:
+            raise InvalidBatchError(
+                f"train_loader gave {fit.n_examples} examples in a first pass and {second.n_examples} in a second: "
+                "structure='ekfac' needs the same data twice"
+            )
+        return second
     return fit
 
 
@@ -168,21 +198,38 @@ def _shared_omegas(
     return {index: ranks.from_first(omega) for index, omega in probe.omegas().items()}, loader
 
 
-def _first_batch(loader: Loader) -> tuple[Mapping[str, Any], Loader]:
+class _Resumed:
+    """A loader whose first batch has been looked at: its next pass starts there, later ones start anew.
+
+    A loader that hands out one stream again and again would lose that batch, and a shuffled one would draw another.
+    """
+
+    def __init__(self, loader: Loader, batches: Iterator[Batch]) -> None:
+        self._loader = loader
+        self._batches: Iterator[Batch] | None = batches
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches, self._batches = self._batches, None
+        return iter(self._loader) if batches is None else batches
+
+
+def _first_batch(loader: Loader) -> tuple[Batch, Loader]:
     """The first batch, and a loader that still has it. Raises InvalidBatchError if there is none."""
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
         raise InvalidBatchError("train_loader yielded no batch")
-    return first, chain([first], batches) if batches is loader else loader
+    return first, _Resumed(loader, chain([first], batches))
 
 
 def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[Structure, str, Loader]:
     """Dual where its rows are few and it fits the memory budget; KFAC otherwise, and where its options are named."""
-    if options.names_kfac:
+    if options.kfac_options:
         return Structure.KFAC, "kfac, factor or rank asks for it", loader
     ranks, head = objective.ranks, objective.head
-    length = getattr(loader, "__len__", None)
     with ranks.together():
         first, loader = _first_batch(loader)
         inputs = head.inputs(first, device_of(objective.model), DeferredChecks())
@@ -191,7 +238,8 @@ def _choose(objective: Objective, loader: Loader, options: FitOptions) -> tuple[
         else:
             with Tap(objective.model, head, list(objective.sites), None) as tap:
                 outputs = tap.forward(inputs).shape[1]
-    examples = math.nan if length is None else length() * inputs.batch_size
+    batches = length(loader)
+    examples = math.nan if batches is None else batches * inputs.batch_size
     examples = float(ranks.gather_numbers([examples]).sum())
     if math.isnan(examples):
         return Structure.KFAC, "the loader has no length, so the number of rows is unknown", loader

@@ -10,8 +10,7 @@ follows from the two streams x and g at the layer itself:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -21,19 +20,26 @@ import torch
 from peft.tuners.lora import layer as lora
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
 from laplace_lora_fast.devices import device_of
-from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.heads import Head, Inputs
+from laplace_lora_fast.isolation import Isolation, first_example
 from laplace_lora_fast.modes import (
     autocast_of_caller,
     checkpointing_layers,
     evaluation_mode,
     frozen,
     input_embeddings,
+    is_offloaded,
     reentrant,
+    refuse_inference_tensors,
+    without_fast_path,
 )
+from laplace_lora_fast.selection import Layers as Layers
+from laplace_lora_fast.selection import selected
+from laplace_lora_fast.sharing import SharedInputs
 from laplace_lora_fast.streams import GraphStart, Observer, Tapped, tokens_and_mask
 
 
@@ -57,15 +63,20 @@ class Site:
     rows: Tensor | None = None
 
     @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The parameters of lora_A [r, d_in] and of lora_B, all its rows."""
+        a, b = (self._side(side).weight for side in "AB")
+        return a, b  # type: ignore[return-value]
+
+    @property
     def A(self) -> Tensor:
         """lora_A's weight [r, d_in], detached."""
-        weight: Tensor = self.module.lora_A[self.adapter].weight  # type: ignore[union-attr, index]
-        return weight.detach()
+        return self.weights[0].detach()
 
     @property
     def B(self) -> Tensor:
         """lora_B's weight [d_out, r], detached, restricted to `rows`."""
-        weight: Tensor = self.module.lora_B[self.adapter].weight.detach()  # type: ignore[union-attr, index]
+        weight = self.weights[1].detach()
         return weight if self.rows is None else weight[self.rows.to(weight.device)]
 
     @property
@@ -89,12 +100,17 @@ class Site:
             )
         _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
 
+    def switch_off(self) -> RemovableHandle:
+        """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
+        return self._side("A").register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
+
+    def _side(self, side: str) -> nn.Module:
+        layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")
+        return layers[self.adapter]
+
     def weight_name(self, side: str) -> str:
         """Name of the weight of `side` ("A" or "B") in `model.named_parameters()`."""
         return f"{self.name}.lora_{side}.{self.adapter}.weight"
-
-
-Layers = str | Sequence[str] | Callable[[str], bool] | None
 
 
 def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site]:
@@ -103,12 +119,13 @@ def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site
     Args:
         model: a PEFT model.
         head: says whether the language-model head is restricted to answer tokens.
-        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
+        layers: see `selected`.
 
     Raises:
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
             (DoRA and other variants, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
     """
+    refuse_inference_tensors(model)
     sites = []
     for name, module in model.named_modules():
         if not isinstance(module, lora.LoraLayer):
@@ -123,26 +140,8 @@ def find_sites(model: nn.Module, head: Head, layers: Layers = None) -> list[Site
         raise UnsupportedAdapterError(
             "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
         )
-    return _selected(sites, layers)
-
-
-def _selected(sites: list[Site], layers: Layers) -> list[Site]:
-    if layers is None:
-        return sites
-    if layers == "last":
-        numbered = [re.match(r".*\.\d+\.", site.name) for site in sites]
-        stem = "" if numbered[-1] is None else numbered[-1].group()
-        return [site for site in sites if site.name.startswith(stem)] if stem else [sites[-1]]
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
-    wanted = layers if callable(layers) else set(layers).__contains__
-    chosen = [site for site in sites if wanted(site.name)]
-    unknown = [] if callable(layers) else sorted(set(layers) - {site.name for site in sites})
-    if unknown or not chosen:
-        raise UnsupportedAdapterError(
-            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {sites[0].name!r} is one, for example"
-        )
-    return chosen
+    chosen = selected(model, [site.name for site in sites], layers)
+    return [site for site in sites if site.name in chosen]
 
 
 def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
@@ -157,6 +156,10 @@ def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
 
 def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None:
     kind = type(module).__name__
+    if is_offloaded(module):
+        raise UnsupportedAdapterError(
+            f"layer {name!r} is offloaded: load the model without offloading, which leaves its weights on no device"
+        )
     if module.merged:
         raise UnsupportedAdapterError(
             f"layer {name!r} has its adapter merged: call model.unmerge_adapter() first"
@@ -210,7 +213,7 @@ def read_adapter(
     weights = []
     for site in sites:
         pair = []
-        for side, shape in (("A", site.A.shape), ("B", site.module.lora_B[site.adapter].weight.shape)):  # type: ignore[union-attr, index]
+        for side, shape in zip("AB", (weight.shape for weight in site.weights), strict=True):
             name = site.weight_name(side)
             value = state.get(name, state.get(name.replace(f".{site.adapter}.weight", ".weight")))
             if value is None or value.shape != shape:
@@ -233,14 +236,15 @@ class Tap:
     Gradient checkpointing never counts anything twice: inputs are observed in the forward phase only (the recomputed
     forward runs in the backward phase), gradients in the backward phase only.
 
+    Gradients at pads are refused in every batch: at once on the CPU, elsewhere on exit.
+
     Args:
         model: the model the sites belong to.
         head: turns a batch into logits.
         sites: the layers to tap.
         observer: receives the streams. None: forward passes only, without autograd.
         groups: for each site the index of the site whose input tensor it shares (itself when it does not); None
-            discovers them in the first forward pass, and `from_pads` in the first backward passes. A later pass that
-            contradicts the groups is refused.
+            discovers them in the first forward pass. A later pass that contradicts them is refused.
     """
 
     def __init__(
@@ -252,15 +256,18 @@ class Tap:
         groups: list[int] | None = None,
     ) -> None:
         self.model, self.head, self.sites, self.observer = model, head, sites, observer
-        self.groups, self._discovers = groups, groups is None
+        self._sharing = SharedInputs([site.name for site in sites], groups)
         self.reached: set[int] = set()  # sites that saw a gradient
-        self.from_pads: dict[int, Tensor] = {}  # of a site's first masked gradient: whether pads have one
-        self._forward_phase = False
-        self._seen: dict[int, int] = {}
-        self._leaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # an input's first site
-        self._shown: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what was observed -> its site and version
+        self._checks = DeferredChecks()
+        self._isolation = Isolation(self._checks)
+        self._forward_phase = self._checks_rows = self._rows_checked = False
         self._inputs: Inputs | None = None
         self._stack = ExitStack()
+
+    @property
+    def groups(self) -> list[int] | None:
+        """For each site the index of the site whose input it shares; None before the first forward pass."""
+        return self._sharing.groups
 
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
@@ -268,6 +275,7 @@ class Tap:
             stack.enter_context(evaluation_mode(self.model, checkpointing))
             stack.enter_context(frozen(self.model))
             stack.enter_context(self.head.installed())
+            stack.enter_context(without_fast_path())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
             self._autocast = autocast_of_caller(self.model)
@@ -277,9 +285,9 @@ class Tap:
                 site.check()
                 if self.observer is None:
                     continue
-                handle = site.module.register_forward_hook(
-                    self._forward_hook(self.observer, index), with_kwargs=True
-                )
+                hook = self._forward_hook(self.observer, index)
+                # Before hooks of the user, which may change the output.
+                handle = site.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             if self.observer is not None and reentrant(checkpointing):  # needs an input that requires grad
                 embedding = input_embeddings(self.model)
@@ -287,13 +295,19 @@ class Tap:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._stack.close()
+        if kind is None:
+            self._checks.settle()
+            self.head.rows_checked |= self._rows_checked
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Runs the model and shows the observer every distinct input. Returns logits [N, C] with their graph."""
-        self._inputs, self._seen = inputs, {}
-        self._leaders, self._shown = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        with self._autocast:
+            inputs = self.head.placed(self.model, inputs)
+        self._inputs = inputs
+        self._sharing.start()
+        self._isolation.start_batch()
         self._forward_phase = True
         try:
             with self._autocast:
@@ -302,14 +316,7 @@ class Tap:
             self._forward_phase = False
         if self.observer is None:
             return logits
-        for x, (index, version) in self._shown.items():  # what the observer has kept
-            if x._version != version:
-                raise UnsupportedAdapterError(
-                    f"the input of layer {self.sites[index].name!r} is changed in place after the layer ran: "
-                    "exclude the layer in LoraConfig"
-                )
-        if self.groups is None:
-            self.groups = [self._seen.get(index, index) for index in range(len(self.sites))]
+        self._sharing.finish()
         if not logits.requires_grad:
             raise UnsupportedAdapterError(
                 "the logits do not depend on any LoRA layer of the active adapter (detached outputs, or gradient "
@@ -319,15 +326,25 @@ class Tap:
 
     def prior_logits(self, inputs: Inputs) -> Tensor:
         """Logits [N, C] with the adapter switched off in every tapped LoRA layer: no graph, nothing observed."""
-        layers = [site for site in self.sites if isinstance(site, Site)]
+        with ExitStack() as stack, torch.no_grad(), self._autocast:
+            for site in self.sites:
+                if isinstance(site, Site):
+                    stack.callback(site.switch_off().remove)
+            return self.head.logits(self.model, self.head.placed(self.model, inputs))
+
+    def check_rows(self, logits: Tensor) -> None:
+        """Between `forward` and `backward`: refuses layers whose rows are not the examples, in the model's first batch.
+
+        One backward pass more, from the first example's logits alone, which the observer does not see.
+        """
+        if self.head.rows_checked or self._rows_checked or len(logits) == 1:
+            return
+        self._checks_rows = True
         try:
-            for site in layers:
-                site.module.scaling[site.adapter] = 0.0  # type: ignore[operator, union-attr, index]
-            with torch.no_grad(), self._autocast:
-                return self.head.logits(self.model, inputs)
+            self.backward(logits, first_example(logits), last=False)
         finally:
-            for site in layers:
-                site.module.scaling[site.adapter] = site.scaling  # type: ignore[operator, union-attr, index]
+            self._checks_rows = False
+        self._rows_checked = True
 
     def backward(self, logits: Tensor, cotangent: Tensor, last: bool) -> None:
         """Sends `cotangent` [N, C] back from `logits` and shows the observer every gradient.
@@ -345,12 +362,9 @@ class Tap:
                 x = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     self._observe_input(observer, index, x)
-            if (
-                not torch.is_grad_enabled()
-            ):  # first run of a reentrant checkpoint segment: its rerun has the graph
+            if not torch.is_grad_enabled():  # first run of a reentrant checkpoint: its rerun has the graph
                 return output
-            if not output.requires_grad:
-                output = self._start_graph(output)
+            output = self._start_graph(output)
             output.register_hook(lambda g: self._observe_gradient(observer, index, g))
             return output
 
@@ -363,33 +377,23 @@ class Tap:
         return started
 
     def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
-        site = self.sites[index]
-        if index in self._seen:
-            raise UnsupportedAdapterError(
-                f"layer {site.name!r} ran twice in one forward pass: exclude shared layers"
-            )
-        leader = self._leaders.setdefault(x, index)
-        if self.groups is not None and leader != self.groups[index]:
-            if self.groups[index] != index:
-                raise InvalidBatchError(
-                    f"layer {site.name!r} no longer shares its input with the layers it did before"
-                )
-            leader = index  # shared now, apart in the first batch: it has its own factor
-        self._seen[index] = leader
-        if leader == index:
-            tokens, mask = self._tokens(site, x.detach())
-            self._shown[tokens] = index, tokens._version
+        if self._sharing.leads(index, x):
+            tokens, mask = self._tokens(self.sites[index], x.detach())
+            self._sharing.keep(index, tokens)
+            self._isolation.observe_input(index, tokens, mask)
             observer.observe_input(index, tokens, mask)
 
     def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
         site = self.sites[index]
         g, mask = self._tokens(site, g)
+        if self._checks_rows:
+            self._isolation.require_own_row(g, mask, site.name)
+            return
+        self._isolation.require_off_pads(self._sharing.leaders[index], g, site.name)
         if site.rows is not None:
             g = g.index_select(-1, site.rows.to(g.device))
         self.reached.add(index)
-        if self._discovers and mask is not None and index not in self.from_pads:
-            self.from_pads[index] = ((g.abs().amax(-1) > 0) & ~mask).any()
         observer.observe_gradient(index, g, mask)
 
     def _tokens(self, site: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:

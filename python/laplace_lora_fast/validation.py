@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.errors import InvalidBatchError, LaplaceWarning
+from laplace_lora_fast.errors import InvalidBatchError, LaplaceWarning, NumericalError
 from laplace_lora_fast.likelihoods import Link, probabilities
 from laplace_lora_fast.predictive import LinearisedModel, distribution
+from laplace_lora_fast.prior import require_representable
 from laplace_lora_fast.progress import track
 from laplace_lora_fast.refit import RefittedCurvature
 
@@ -56,9 +57,10 @@ def minimise_nll(
 
     Raises:
         InvalidBatchError: the loader is empty, or without labels.
+        NumericalError: an NLL is not a number, or none is finite.
         ValueError: the grid is not ascending and positive, or there are more than two groups.
     """
-    _check_grid(grid)
+    grid = _checked_grid(grid, linearised.sites[0].A.dtype)
     groups = list(dict.fromkeys(keys))
     if len(groups) > 2:
         raise ValueError(
@@ -78,7 +80,7 @@ def minimise_nll(
             for mu, part in zip(means.split(_CHUNK), cov.split(_CHUNK), strict=True)
         ]
         nll = torch.cat(chunks)
-    best = choices[nll.argmin()].tolist()
+    best = choices.tolist()[_least(nll, choices.tolist())]
     _warn_of_edge(best, grid)
     return dict(zip(groups, best, strict=True))
 
@@ -105,26 +107,44 @@ def minimise_loo_nll(
         LaplaceWarning: the minimum lies on the edge of the grid.
 
     Raises:
-        NumericalError: a refit does not converge.
+        NumericalError: a refit does not converge, or an NLL is not a number.
         ValueError: the grid is not ascending and positive.
     """
-    _check_grid(grid)
+    grid = _checked_grid(grid, curvature.observed.prior_outputs.dtype)
     observed, ones = curvature.observed, torch.ones(len(curvature.names), dtype=torch.float64)
-    nll = {}
+    nll = []
     for value in track(grid, "leave one out", progress):
         mean, cov = curvature.leave_one_out(value * ones)
         if observed.is_classification:
-            nll[value] = _classification_nll(mean, cov[None], observed.targets, link, n_samples, seed)
+            nll.append(_classification_nll(mean, cov[None], observed.targets, link, n_samples, seed))
         else:
-            nll[value] = _regression_nll(mean, cov[None], observed.targets, observed.precision**-0.5)
-    best = min(nll, key=lambda value: float(nll[value]))
+            nll.append(_regression_nll(mean, cov[None], observed.targets, observed.precision**-0.5))
+    best = grid[_least(torch.cat(nll), grid)]
     _warn_of_edge([best], grid)
     return best
 
 
-def _check_grid(grid: Sequence[float]) -> None:
-    if len(grid) < 2 or any(a >= b for a, b in pairwise(grid)) or not (grid[0] > 0 and grid[-1] < math.inf):
+def _checked_grid(grid: Iterable[float], dtype: torch.dtype) -> list[float]:
+    """Python floats. Raises ValueError unless they ascend and predictions in `dtype` can use them."""
+    values = [float(value) for value in grid]
+    if (
+        len(values) < 2
+        or not all(a < b for a, b in pairwise(values))
+        or not 0 < values[0] < values[-1] < math.inf
+    ):
         raise ValueError("grid must hold at least two ascending positive values")
+    require_representable(values[0], dtype)
+    return values
+
+
+def _least(nll: Tensor, tried: Sequence[object]) -> int:
+    """Where the NLL [G] is least. Raises NumericalError if one is NaN, or none is finite."""
+    for index in nll.isnan().nonzero().flatten().tolist():
+        raise NumericalError(f"the negative log-likelihood at prior precision {tried[index]} is not a number")
+    best = int(nll.argmin())
+    if not nll[best].isfinite():
+        raise NumericalError("the negative log-likelihood is infinite at every value of the grid")
+    return best
 
 
 def _warn_of_edge(best: Sequence[float], grid: Sequence[float]) -> None:

@@ -18,7 +18,7 @@ from laplace.curvature import CurvatureInterface, CurvlinopsEF, CurvlinopsGGN, E
 from laplace.utils import Kron
 
 from laplace_lora_fast.backends.laplace_torch import FastEF, FastGGN
-from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 
 PAIRS = [(FastGGN, CurvlinopsGGN), (FastEF, CurvlinopsEF)]
 MODES = ["expand", "reduce"]
@@ -224,3 +224,82 @@ def test_parameters_outside_linear_layers_are_named() -> None:
         FastGGN(model, "classification")
     with pytest.raises(ValueError, match="paper"):
         FastGGN(batched.network(), "classification").kron(*points(), 7, kfac_approx="paper")
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention hands its out_proj's weight on, and never calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+        self.attention.in_proj_weight.requires_grad_(False)
+        self.attention.in_proj_bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+class UsedTwice(nn.Module):
+    """One use of the weight is the layer's own, the other is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(torch.tanh(self.first(x)), self.first.weight)).mean(1)
+
+
+@pytest.mark.parametrize("ours", [FastGGN, FastEF])
+@pytest.mark.parametrize("use", ["jacobians", "kron", "diag", "full", "gradients"])
+@pytest.mark.parametrize(("model", "name"), [(Attention, "attention.out_proj"), (UsedTwice, "first")])
+def test_weights_used_outside_their_layer_are_refused(ours, use, model, name) -> None:
+    torch.manual_seed(0)
+    module, x, y = model(), torch.randn(4, 5, 8), torch.tensor([0, 1, 2, 0])
+    arguments = {"jacobians": (x,), "kron": (x, y, 4)}.get(use, (x, y))
+    for _ in range(2):  # a refusal is no pass
+        backend = ours(module, "classification")
+        with pytest.raises(UnsupportedAdapterError, match=rf"'{name}.weight' is used outside its layer"):
+            getattr(backend, use)(*arguments)
+    module.get_submodule(name).requires_grad_(False)
+    getattr(ours(module, "classification"), use)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_use_outside_a_layer(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
+    FastGGN(model, "classification").jacobians(torch.randn(200, 64, dtype=dtype))
+
+
+def test_a_layer_that_takes_no_part_has_no_curvature() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle, self.head = nn.Linear(4, 4), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    x, y = points()
+    _, kron = FastGGN(Idle(), "classification").kron(x, y, len(y))
+    assert [bool(factor.any()) for factors in kron.kfacs for factor in factors] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("ours", [FastGGN, FastEF])
+@pytest.mark.parametrize("use", ["kron", "diag", "full", "gradients"])
+def test_batches_that_would_give_wrong_numbers_are_refused(ours, use) -> None:
+    x, y = points()
+    backend = ours(nn.Linear(5, 3), "classification")
+    for x_bad, y_bad, match in (
+        (x * torch.nan, y, "not finite"),
+        (x, y * 0 - 100, r"'labels' must lie in \[0, 3\)"),
+        (x, y + 3, r"'labels' must lie in \[0, 3\)"),
+        (x, y[:-1], "7 class indices"),
+    ):
+        with pytest.raises(InvalidBatchError, match=match):
+            getattr(backend, use)(x_bad, y_bad, **({"N": 7} if use == "kron" else {}))
+    with pytest.raises(InvalidBatchError, match="at least 2 logits"):
+        getattr(ours(nn.Linear(5, 1), "classification"), use)(x, y, **({"N": 7} if use == "kron" else {}))
+    with pytest.raises(InvalidBatchError, match="not finite"):
+        backend.jacobians(x * torch.nan)

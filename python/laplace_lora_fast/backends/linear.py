@@ -17,6 +17,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.heads import Head, Inputs
 from laplace_lora_fast.likelihoods import Categorical, Gaussian, Likelihood
+from laplace_lora_fast.modes import evaluation_mode
 from laplace_lora_fast.taps import Tap
 
 
@@ -147,6 +148,47 @@ class JacobianObserver:
         for index, bias in self._of_site[site]:
             jacobian = g.sum(1) if bias else (g.mT @ self._inputs[self._groups[site]]).flatten(1)
             self._sink(index, self._pass, jacobian)
+
+
+def require_all_uses_seen(
+    model: nn.Module,
+    head: Head,
+    inputs: Inputs,
+    sites: Sequence[LinearSite],
+    places: Sequence[Place],
+    parameters: Sequence[nn.Parameter],
+) -> None:
+    """Refuses a model that uses a weight outside its layer's forward pass, as nn.MultiheadAttention does.
+
+    No tap sees such a use: in one random direction the summed Jacobians are not autograd's gradient then.
+
+    Raises:
+        UnsupportedAdapterError: names the parameter.
+    """
+    with (
+        evaluation_mode(model, []),  # no checkpointing: reentrantly it knows no gradient of a parameter
+        head.installed(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        logits = head.logits(model, inputs)
+        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        expected = torch.autograd.grad(logits, list(parameters), direction, allow_unused=True)
+    found: dict[int, Tensor] = {}
+    observer = JacobianObserver(places, lambda index, _, jacobian: found.update({index: jacobian}))
+    with Tap(model, head, list(sites), observer) as tap:
+        observer.run(tap, tap.forward(inputs), direction[..., None])
+    tolerance = max(torch.finfo(x.dtype).eps for x in (logits, *parameters)) ** 0.5
+    for index, (gradient, place) in enumerate(zip(expected, places, strict=True)):
+        size = place.span.stop - place.span.start
+        rows = found.get(index, direction.new_zeros(1, size)).double()
+        truth = rows.new_zeros(size) if gradient is None else gradient.double().flatten()
+        if (rows.sum(0) - truth).norm() > tolerance * torch.maximum(rows.norm(dim=1).sum(), truth.norm()):
+            name = f"{sites[place.site].name}.{'bias' if place.bias else 'weight'}"
+            raise UnsupportedAdapterError(
+                f"parameter {name!r} is used outside its layer's forward pass (as nn.MultiheadAttention uses "
+                "out_proj): call requires_grad_(False) on it"
+            )
 
 
 def selected(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from laplace_lora_fast.backends.linear import (
     LinearSite,
     likelihood_of,
     locate,
+    require_all_uses_seen,
     selected,
 )
 from laplace_lora_fast.devices import device_of
@@ -39,6 +40,7 @@ class _FastInterface(CurvatureInterface):
         self._sites, self._places = locate(self.model, self.params)
         self._n_params = sum(parameter.numel() for parameter in self.params)
         self._likelihood = likelihood_of(self.likelihood)
+        self._all_uses_seen = False
 
     @property
     def fisher(self) -> Fisher:
@@ -69,13 +71,13 @@ class _FastInterface(CurvatureInterface):
                 tap.backward(logits, cotangents[:, :, k], last=k == cotangents.shape[2] - 1)
             observer.groups = tap.groups
 
-        f = self._pass(observer, run, x, lambda f: self._cotangents(f, y, mc_samples))
+        f = self._pass(observer, run, x, lambda f: self._cotangents(f, y, mc_samples), y)
         factors = [observer.factors(place.site, place.bias, N) for place in self._places]
         return self._loss(f, y), Kron(factors)
 
     def full(self, x: X, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Sum of the losses, and the curvature [P, P] of one batch."""
-        rows, f = self._jacobian_rows(x, lambda f: self._cotangents(f, y))
+        rows, f = self._jacobian_rows(x, lambda f: self._cotangents(f, y), y)
         rows = rows.flatten(0, 1)
         return self._loss(f, y), rows.mT @ rows
 
@@ -87,7 +89,7 @@ class _FastInterface(CurvatureInterface):
             parts[parameter] = parts.get(parameter, 0) + jacobian.square().sum(0)
 
         observer = JacobianObserver(self._places, add)
-        f = self._pass(observer, observer.run, x, lambda f: self._cotangents(f, y))
+        f = self._pass(observer, observer.run, x, lambda f: self._cotangents(f, y), y)
         diagonal = torch.cat(
             [
                 parts.get(index, parameter.new_zeros(parameter.numel()))
@@ -120,10 +122,12 @@ class _FastInterface(CurvatureInterface):
 
     def gradients(self, x: X, y: Tensor) -> tuple[Tensor, Tensor]:
         """Per-example gradients [N, P] of `lossfunc`, and the sum of the losses; one backward pass."""
-        rows, f = self._jacobian_rows(x, lambda f: self._residual(f, y)[..., None])
+        rows, f = self._jacobian_rows(x, lambda f: self._residual(f, y)[..., None], y)
         return rows[:, 0] / self.factor, self.lossfunc(f, y).detach()
 
-    def _jacobian_rows(self, x: X, cotangents: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _jacobian_rows(
+        self, x: X, cotangents: Callable[[Tensor], Tensor], y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """[N, K, P] and outputs [N, C]."""
         rows: list[list[Tensor]] = []
 
@@ -134,7 +138,7 @@ class _FastInterface(CurvatureInterface):
             rows[k][parameter] = jacobian
 
         observer = JacobianObserver(self._places, keep)
-        f = self._pass(observer, observer.run, x, cotangents)
+        f = self._pass(observer, observer.run, x, cotangents, y)
         return self._subnetwork(torch.stack([torch.cat(parts, 1) for parts in rows], 1)), f
 
     def _pass(
@@ -143,15 +147,28 @@ class _FastInterface(CurvatureInterface):
         run: Callable[[Tap, Tensor, Tensor], None],
         x: X,
         cotangents: Callable[[Tensor], Tensor],
+        y: Tensor | None = None,
     ) -> Tensor:
-        """One forward pass and `run` with cotangents [N, C, K] of the outputs. Returns outputs [N, C]."""
+        """One forward pass and `run` with cotangents [N, C, K] of the outputs. Returns outputs [N, C].
+
+        Raises:
+            InvalidBatchError: outputs are not finite, or do not fit the likelihood or the targets y.
+            UnsupportedAdapterError: a parameter is used where no layer's forward pass shows it; names it.
+        """
         head, checks = BatchHead(self.model), DeferredChecks()
         inputs = head.inputs({"x": x, "y": None}, device_of(self.model), checks)
+        if not self._all_uses_seen:
+            require_all_uses_seen(self.model, head, inputs, self._sites, self._places, self.params)
         with Tap(self.model, head, self._sites, observer) as tap:
             logits = tap.forward(inputs)
             f = logits.detach()
+            checks.require(f.isfinite().all(), "a batch gives outputs that are not finite")
+            if y is not None:
+                self._likelihood.check(f)
+                self._likelihood.targets(y, f, checks)
             run(tap, logits, cotangents(f.to(lk.accumulation_dtype(f.dtype))).to(f))
         checks.settle()
+        self._all_uses_seen = True
         return f
 
     def _cotangents(self, f: Tensor, y: Tensor, mc_samples: int | None = None) -> Tensor:
@@ -288,8 +305,8 @@ class _KronObserver:
     def factors(self, site: int, bias: bool, n_examples: int) -> list[Tensor]:
         """[gradient, input] of a layer's weight, or [gradient] of its bias."""
         layer = self._sites[site].module
-        x = lk.mirror_(self._inputs[self.groups[site]])
-        g = self._gradients.get(site)
+        x, g = self._inputs.get(self.groups[site]), self._gradients.get(site)
+        x = layer.weight.new_zeros(layer.in_features, layer.in_features) if x is None else lk.mirror_(x)
         g = x.new_zeros(layer.out_features, layer.out_features) if g is None else lk.mirror_(g)
         return [g] if bias else [g, x / n_examples]
 

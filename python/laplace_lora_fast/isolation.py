@@ -1,0 +1,70 @@
+"""Checks that an example's gradients stay among its own real tokens: else a curvature would be silently wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
+
+
+class Isolation:
+    """Conditions on the streams of a tap; nothing here waits for the device.
+
+    Args:
+        checks: takes the conditions.
+    """
+
+    def __init__(self, checks: DeferredChecks) -> None:
+        self._checks = checks
+        self._pads: dict[int, Tensor] = {}
+
+    def start_batch(self) -> None:
+        """Forgets the last batch."""
+        self._pads.clear()
+
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        """Input x [N, T, d] of the layers in `group`: keeps [N, T], at which pads it is not zero."""
+        if mask is not None:
+            self._pads[group] = _nonzero(x) & ~mask
+
+    def require_off_pads(self, group: int, g: Tensor, layer: str) -> None:
+        """No weight gradient comes from pads, where the input or the output gradient g [N, T, d] has to be zero.
+
+        BERT, say, pools the first position, a pad if padding is on the left. Mamba's gradients do reach left pads,
+        but their inputs are zero there.
+        """
+        if group in self._pads:
+            self._checks.require(
+                ~(_nonzero(g) & self._pads[group]).any(),
+                f"the logits depend on padded positions of layer {layer!r}: pad on the other side, or use batches "
+                "without padding",
+            )
+
+    def require_own_row(self, g: Tensor, mask: Tensor | None, layer: str) -> None:
+        """The gradient g [N, T, d] of the first example's logits is zero in all rows but the first.
+
+        It is not where the first axis is something else (tokens, classes, what a router has selected) that is as long
+        as the batch, nor where examples are coupled (statistics of the batch).
+        """
+        leak = _nonzero(g[1:]) if mask is None else _nonzero(g[1:]) & mask[1:]
+        self._checks.require(
+            ~leak.any(),
+            f"row n of what layer {layer!r} sees is not example n, or depends on other examples too: exclude the layer "
+            "in LoraConfig",
+            UnsupportedAdapterError,
+        )
+
+
+def first_example(logits: Tensor) -> Tensor:
+    """A cotangent of logits [N, C] that is zero but for the first example."""
+    outputs, cotangent = logits.shape[1], torch.zeros_like(logits)
+    # Not a constant, along which probabilities have no gradient.
+    cotangent[0] = torch.linspace(1 / outputs, 1, outputs, device=logits.device)
+    return cotangent
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    """Which tokens of x [N, T, d] are not zero, [N, T]; NaN counts as zero. The 2-norm is one fast pass over x."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norms > 0
