@@ -1,4 +1,4 @@
-r"""Curvature kernels for Kronecker-factored Laplace posteriors: tensors in, tensors out.
+r"""Curvature kernels for Laplace posteriors, exact or Kronecker-factored: tensors in, tensors out.
 
 This file is the reference of the ops. What holds for all of them:
 

@@ -93,7 +93,9 @@ def by_hand(model: torch.nn.Module, method: str, **options: Any) -> LaplaceLoRA:
     """From prompts and class indices, each example once."""
     la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, **options)
     la.fit([TRAIN], progress=False)
-    la.optimize_prior_precision(method, val_loader=[HELD_OUT], progress=False)
+    la.optimize_prior_precision(
+        method, val_loader=[HELD_OUT] if method == "val_nll" else None, progress=False
+    )
     return la
 
 

@@ -617,7 +617,8 @@ TUNING = {
 @pytest.mark.parametrize("name", TUNING)
 def test_tuning_arguments(fitted, name):
     arguments, match = TUNING[name]
-    loader = {} if name == "val_nll without loader" else {"val_loader": [tiny.batch(3)]}
+    held_out = arguments.get("method") == "val_nll" and name != "val_nll without loader"
+    loader = {"val_loader": [tiny.batch(3)]} if held_out else {}
     with nothing_changes(fitted, tiny.batch(3)), pytest.raises(ValueError, match=match):
         fitted.optimize_prior_precision(**loader, **arguments, progress=False)
 

@@ -257,3 +257,16 @@ def test_a_grid_of_any_kind(make: Callable[[list[float]], Any]) -> None:
     best = la.optimize_prior_precision("val_nll", val_loader=[VAL], grid=values, progress=False)
     found = la.optimize_prior_precision("val_nll", val_loader=[VAL], grid=make(values), progress=False)
     assert found == pytest.approx(best)
+
+
+@pytest.mark.filterwarnings("ignore:the best prior precision lies on the edge")
+def test_the_method_follows_from_what_is_given() -> None:
+    """Held-out data are looked at, or refused where the method does not."""
+    held_out = {"val_loader": [VAL], "progress": False}
+    la = fitted(tiny.tiny_llama())
+    assert la.optimize_prior_precision(**held_out) == la.optimize_prior_precision("val_nll", **held_out)
+    assert la.optimize_prior_precision() == la.optimize_prior_precision("marglik")
+    with pytest.raises(ValueError, match="val_loader"):
+        la.optimize_prior_precision("marglik", **held_out)
+    refit = fitted(tiny.tiny_llama(), structure="dual", mean="refit")
+    assert refit.optimize_prior_precision() == refit.optimize_prior_precision("loo", progress=False)

@@ -55,8 +55,8 @@ _LABELS = ("labels", "label")
 class LaplaceLoRA:
     """Laplace posterior over the LoRA weights of a PEFT model (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
 
-    The posterior is Gaussian around the trained adapter; its precision is a Kronecker-factored Fisher information
-    plus the prior's. Predictions come from the model linearised in the LoRA weights. Trained parameters other than
+    The posterior is Gaussian around the trained adapter; its precision is the Fisher information, exact or
+    Kronecker-factored (see `structure`), plus the prior's. Predictions come from the model linearised in the LoRA weights. Trained parameters other than
     LoRA weights (`modules_to_save`, biases) keep their values: see `parameters_left_alone`.
 
         la = LaplaceLoRA(model, answer_token_ids=ids)
@@ -293,7 +293,7 @@ class LaplaceLoRA:
 
     def optimize_prior_precision(
         self,
-        method: str = "marglik",
+        method: str | None = None,
         *,
         prior_structure: str = "scalar",
         val_loader: Iterable[Batch] | None = None,
@@ -306,10 +306,12 @@ class LaplaceLoRA:
         """Chooses the prior precision, and sets and returns it.
 
         Args:
-            method: "marglik" maximises the evidence (milliseconds, no model pass). "val_nll" minimises the held-out
-                negative log-likelihood over `grid` with one pass over `val_loader`, none per value; recommended
-                wherever a few held-out examples exist. "loo" needs mean="refit" and no held-out data: it minimises the
-                leave-one-out negative log-likelihood of the training examples over `grid`, without a model pass.
+            method: "val_nll" minimises the held-out negative log-likelihood over `grid` with one pass over `val_loader`,
+                none per value; recommended for mean="map". "loo" needs mean="refit" and no held-out data: it minimises
+                the leave-one-out negative log-likelihood of the training examples over `grid`, without a model pass;
+                recommended for small training sets. "marglik" maximises the evidence (milliseconds, no model pass), a
+                poor guide for an over-trained adapter. None: "val_nll" where `val_loader` is given, else "loo" for
+                mean="refit", else "marglik".
             prior_structure: "scalar", "ab" (one for all lora_A, one for all lora_B) or, for "marglik" only,
                 "layerwise". Only "scalar" for mean="refit" without held-out data.
             val_loader: labelled batches for "val_nll".
@@ -326,7 +328,14 @@ class LaplaceLoRA:
         structure = PriorStructure(
             check_choice("prior_structure", prior_structure, [m.value for m in PriorStructure])
         )
+        if method is None:
+            without_data = (
+                "loo" if self.options.mean == "refit" and prior_structure == "scalar" else "marglik"
+            )
+            method = without_data if val_loader is None else "val_nll"
         check_choice("method", method, ["marglik", "val_nll", "loo"])
+        if val_loader is not None and method != "val_nll":
+            raise ValueError(f"method={method!r} does not look at val_loader: use 'val_nll', or leave it out")
         link = Link(check_choice("link_approx", link_approx, [m.value for m in Link if m is not Link.MAP]))
         keys = prior.group_keys(structure, _block_names(self.sites))
         if tune_sigma_noise and not (

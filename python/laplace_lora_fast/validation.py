@@ -148,12 +148,18 @@ def _least(nll: Tensor, tried: Sequence[object]) -> int:
 
 
 def _warn_of_edge(best: Sequence[float], grid: Sequence[float]) -> None:
-    if any(value in (grid[0], grid[-1]) for value in best):
-        warnings.warn(
-            f"the best prior precision lies on the edge of the grid [{grid[0]:g}, {grid[-1]:g}]: widen it",
-            LaplaceWarning,
-            stacklevel=4,
-        )
+    """The upper edge has a meaning of its own: the better the smaller the uncertainty."""
+    if grid[-1] in best:
+        what = "the mean's own predictions with hardly any uncertainty; there may be larger ones as good"
+    elif grid[0] in best:
+        what = "there may be better ones below"
+    else:
+        return
+    warnings.warn(
+        f"the best prior precision lies on the edge of the grid [{grid[0]:g}, {grid[-1]:g}]: {what}",
+        LaplaceWarning,
+        stacklevel=4,
+    )
 
 
 def _classification_nll(
