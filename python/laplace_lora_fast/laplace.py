@@ -56,8 +56,9 @@ class LaplaceLoRA:
     """Laplace posterior over the LoRA weights of a PEFT model (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
 
     The posterior is Gaussian around the trained adapter; its precision is the Fisher information, exact or
-    Kronecker-factored (see `structure`), plus the prior's. Predictions come from the model linearised in the LoRA weights. Trained parameters other than
-    LoRA weights (`modules_to_save`, biases) keep their values: see `parameters_left_alone`.
+    Kronecker-factored (see `structure`), plus the prior's. Predictions come from the model linearised in the LoRA
+    weights. Trained parameters other than LoRA weights (`modules_to_save`, biases) keep their values: see
+    `parameters_left_alone`.
 
         la = LaplaceLoRA(model, answer_token_ids=ids)
         la.fit(train_loader)
@@ -306,8 +307,8 @@ class LaplaceLoRA:
         """Chooses the prior precision, and sets and returns it.
 
         Args:
-            method: "val_nll" minimises the held-out negative log-likelihood over `grid` with one pass over `val_loader`,
-                none per value; recommended for mean="map". "loo" needs mean="refit" and no held-out data: it minimises
+            method: "val_nll" minimises the held-out negative log-likelihood over `grid` with one pass over
+                `val_loader`, none per value; recommended for mean="map". "loo" needs mean="refit" and no held-out data: it minimises
                 the leave-one-out negative log-likelihood of the training examples over `grid`, without a model pass;
                 recommended for small training sets. "marglik" maximises the evidence (milliseconds, no model pass), a
                 poor guide for an over-trained adapter. None: "val_nll" where `val_loader` is given, else "loo" for
