@@ -308,11 +308,11 @@ class LaplaceLoRA:
 
         Args:
             method: "val_nll" minimises the held-out negative log-likelihood over `grid` with one pass over
-                `val_loader`, none per value; recommended for mean="map". "loo" needs mean="refit" and no held-out data: it minimises
-                the leave-one-out negative log-likelihood of the training examples over `grid`, without a model pass;
-                recommended for small training sets. "marglik" maximises the evidence (milliseconds, no model pass), a
-                poor guide for an over-trained adapter. None: "val_nll" where `val_loader` is given, else "loo" for
-                mean="refit", else "marglik".
+                `val_loader`, none per value; recommended for mean="map". "loo" needs mean="refit" and no held-out
+                data: it minimises the leave-one-out negative log-likelihood of the training examples over `grid`,
+                without a model pass; recommended for small training sets. "marglik" maximises the evidence
+                (milliseconds, no model pass), a poor guide for an over-trained adapter. None: "val_nll" where
+                `val_loader` is given, else "loo" for mean="refit", else "marglik".
             prior_structure: "scalar", "ab" (one for all lora_A, one for all lora_B) or, for "marglik" only,
                 "layerwise". Only "scalar" for mean="refit" without held-out data.
             val_loader: labelled batches for "val_nll".

@@ -253,3 +253,11 @@ def test_wrong_uses_are_refused() -> None:
 
     with pytest.raises(UnsupportedAdapterError, match="'two' shares"):
         calculate(Shared(), lambda m, x: m(x), [torch.ones(2, 4)])
+
+
+def test_logits_that_depend_on_pads_are_refused() -> None:
+    """BERT pools position 0; transformers masks a pad's key, not its query."""
+    model = tiny.tiny_bert_classifier(3)
+    ours.jacobian_mean(model, tiny.batch(4, padding="right", labels=False), is_s2s=True)
+    with pytest.raises(InvalidBatchError, match="depend on padded positions"):
+        ours.jacobian_mean(model, tiny.batch(4, padding="left", labels=False), is_s2s=True)

@@ -303,3 +303,28 @@ def test_batches_that_would_give_wrong_numbers_are_refused(ours, use) -> None:
         getattr(ours(nn.Linear(5, 1), "classification"), use)(x, y, **({"N": 7} if use == "kron" else {}))
     with pytest.raises(InvalidBatchError, match="not finite"):
         backend.jacobians(x * torch.nan)
+
+
+def test_logits_that_depend_on_pads_are_refused() -> None:
+    """BERT pools position 0; transformers masks a pad's key, not its query."""
+    model = batched.Batched(tiny.tiny_bert_classifier(3))
+    backend, right = FastGGN(model, "classification"), tiny.batch(4, padding="right")
+    backend.jacobians(right)
+    for one in (backend, FastGGN(model, "classification")):
+        with pytest.raises(InvalidBatchError, match="depend on padded positions"):
+            one.jacobians(tiny.batch(4, padding="left"))
+
+
+def test_rows_that_are_not_examples_are_refused() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.layer(x.transpose(0, 1))).cumsum(0)[-1])
+
+    backend = FastGGN(TokensFirst(), "classification")
+    backend.jacobians(torch.randn(1, 1, 8))
+    with pytest.raises(UnsupportedAdapterError, match="row n of what layer 'layer' sees is not example n"):
+        backend.jacobians(torch.randn(5, 5, 8))

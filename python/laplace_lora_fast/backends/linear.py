@@ -163,7 +163,7 @@ def require_all_uses_seen(
     No tap sees such a use: in one random direction the summed Jacobians are not autograd's gradient then.
 
     Raises:
-        UnsupportedAdapterError: names the parameter.
+        UnsupportedAdapterError: names the parameter, or a layer whose rows are not the examples.
     """
     with (
         evaluation_mode(model, []),  # no checkpointing: reentrantly it knows no gradient of a parameter
@@ -177,7 +177,9 @@ def require_all_uses_seen(
     found: dict[int, Tensor] = {}
     observer = JacobianObserver(places, lambda index, _, jacobian: found.update({index: jacobian}))
     with Tap(model, head, list(sites), observer) as tap:
-        observer.run(tap, tap.forward(inputs), direction[..., None])
+        logits = tap.forward(inputs)
+        tap.check_rows(logits)
+        observer.run(tap, logits, direction[..., None])
     tolerance = max(torch.finfo(x.dtype).eps for x in (logits, *parameters)) ** 0.5
     for index, (gradient, place) in enumerate(zip(expected, places, strict=True)):
         size = place.span.stop - place.span.start

@@ -77,7 +77,7 @@ def jacobian_mean(
 
     Raises:
         UnsupportedAdapterError: the model has no LoRA layer that this package treats.
-        InvalidBatchError: the logits are not [N, C].
+        InvalidBatchError: the logits are not [N, C], or depend on padded positions.
     """
 
     def output_fn(output: Any, inputs: Mapping[str, Any]) -> Tensor:
