@@ -17,16 +17,19 @@ class Isolation:
 
     def __init__(self, checks: DeferredChecks) -> None:
         self._checks = checks
-        self._pads: dict[int, Tensor] = {}
+        self._pads: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # of a group: which tokens are pads, and see `_nonzero_at`
 
     def start_batch(self) -> None:
         """Forgets the last batch."""
         self._pads.clear()
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        """Input x [N, T, d] of the layers in `group`: keeps [N, T], at which pads it is not zero."""
+        """Input x [N, T, d] of the layers in `group`: keeps at which pads it is not zero."""
         if mask is not None:
-            self._pads[group] = _nonzero(x) & ~mask
+            pads = ~mask
+            self._pads[group] = pads, _nonzero_at(x, pads)
 
     def require_off_pads(self, group: int, g: Tensor, layer: str) -> None:
         """No weight gradient comes from pads, where the input or the output gradient g [N, T, d] has to be zero.
@@ -35,8 +38,9 @@ class Isolation:
         but their inputs are zero there.
         """
         if group in self._pads:
+            pads, inputs = self._pads[group]
             self._checks.require(
-                ~(_nonzero(g) & self._pads[group]).any(),
+                ~(_nonzero_at(g, pads) & inputs).any(),
                 f"the logits depend on padded positions of layer {layer!r}: pad on the other side, or use batches "
                 "without padding",
             )
@@ -64,7 +68,12 @@ def first_example(logits: Tensor) -> Tensor:
     return cotangent
 
 
+def _nonzero_at(x: Tensor, pads: Tensor) -> Tensor:
+    """Which pads of x [N, T, d] are not zero: one flag a pad, or [N, T] on a GPU, where counting pads would wait."""
+    return _nonzero(x[pads]) if x.device.type == "cpu" else _nonzero(x) & pads
+
+
 def _nonzero(x: Tensor) -> Tensor:
-    """Which tokens of x [N, T, d] are not zero, [N, T]; NaN counts as zero. The 2-norm is one fast pass over x."""
+    """Which tokens of x [..., d] are not zero, [...]; NaN counts as zero. The 2-norm is one fast pass over x."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return norms > 0
