@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from laplace_kernels import OPS, explain
 from laplace_lora_fast.provenance import cpu_name, versions
@@ -25,7 +25,8 @@ def report(console: Console) -> None:
     console.print(_table("Versions", _versions()))
     console.print(_table("Devices", {str(device): _describe(device) for device in devices}))
     for device in devices:
-        table = Table("backend", "serves", "ops", "inputs", "why", title=f"Kernels on {device}")
+        columns = [Column(name, overflow="fold") for name in ("backend", "serves", "ops", "inputs", "why")]
+        table = Table(*columns, title=f"Kernels on {device}")
         for row in kernel_rows(device, explain):
             table.add_row(*row)
         console.print(table)
