@@ -89,36 +89,28 @@ def expected_logits(model, batch, ids):
     return torch.stack(rows)
 
 
+SMALL = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
 def tiny_causal_roberta():
     """Its positions start behind the pad token's id, and it finds the pads in the tokens."""
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=tiny.VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-        is_decoder=True,
-    )
+    config = transformers.RobertaConfig(**SMALL, pad_token_id=0, is_decoder=True)
     return tiny.adapt(transformers.RobertaForCausalLM(config), targets=("query", "value"))
 
 
 def tiny_causal_bert():
     """Absolute positions that know nothing of pads."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=tiny.VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        is_decoder=True,
-    )
+    config = transformers.BertConfig(**SMALL, is_decoder=True)
     return tiny.adapt(transformers.BertLMHeadModel(config), targets=("query", "value"))
 
 
