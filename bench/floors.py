@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bench.models import Batch, Setting
-from laplace_lora_fast.likelihoods import Categorical, contrast_cotangents
+from laplace_lora_fast.likelihoods import Categorical
 
 Cotangents = Callable[[Tensor], Tensor]  # logits [N, C] -> [N, C, K]
 
@@ -31,7 +31,7 @@ def fit_one_label(setting: Setting) -> None:
 
 def predict(setting: Setting) -> None:
     """Forward and the backward passes of the C - 1 contrasts for one batch."""
-    contrasts = contrast_cotangents(len(setting.answers))
+    contrasts = Categorical().functions(len(setting.answers))
     _passes(setting, setting.loader[:1], lambda logits: contrasts.expand(len(logits), -1, -1))
 
 

@@ -102,7 +102,7 @@ def measure(
     }
     rounds = rounds or (setting.peer_rounds if method.peer else setting.rounds)
     result = benchmark.pedantic(work.run, setup=run_floor, rounds=rounds)
-    if floor is not None:
+    if floor is not None and benchmark.enabled:
         times = benchmark.stats.stats.data
         benchmark.extra_info |= {
             "floor_s": statistics.median(floors),

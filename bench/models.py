@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import KFAC, Answers, LaplaceLoRA
+from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
-from laplace_lora_fast.prompts import answer_token_ids, make_batches
 
 VOCABULARY, LENGTH, RANK = 1024, 64, 8
 ANSWERS = [11, 22, 33, 44]
@@ -61,8 +61,13 @@ class Setting:
     def logits(self, batch: Batch) -> Tensor:
         return answer_logits(self.model, batch, self.answers)
 
-    def laplace(self, **options: Any) -> LaplaceLoRA:
-        return LaplaceLoRA(self.model, answer_token_ids=self.answers, factor="dense", **options)
+    def default(self) -> LaplaceLoRA:
+        return LaplaceLoRA(self.model, Answers(self.answers))
+
+    def kfac(self, **options: Any) -> LaplaceLoRA:
+        """With dense factors."""
+        structure = KFAC(factors="dense", **options)
+        return LaplaceLoRA(self.model, Answers(self.answers), structure=structure)
 
 
 def answer_logits(model: nn.Module, batch: Batch, answers: Sequence[int]) -> Tensor:

@@ -145,7 +145,7 @@ def _contrasts(setting: Setting) -> Tensor:
 @cache
 def _ggn_rows(setting: Setting) -> Tensor:
     """Phi [N C, P] fp64 of the training set, the GGN being Phi^T Phi."""
-    sites = [
+    weights = [
         torch.cat(
             [
                 torch.einsum("kto,ti->koi", g.double(), x.double()).flatten(1)
@@ -155,7 +155,7 @@ def _ggn_rows(setting: Setting) -> Tensor:
         for stream in _streams(setting, "exact")
         for inputs, gradients in ((stream.x, stream.g_a), (stream.z, stream.g_b))
     ]
-    return torch.cat(sites, 1)
+    return torch.cat(weights, 1)
 
 
 @cache

@@ -20,7 +20,7 @@ from bench import models
 from bench.models import Batch, Setting
 from bench.oracle import PRIOR_PRECISION, Curvature
 
-OURS_IN_BAYESIAN_LORA = "laplace_lora_fast.backends.bayesian_lora"
+OURS_IN_BAYESIAN_LORA = "laplace_lora_fast.integrations.bayesian_lora"
 # bayesian-lora's rank of large factors, and the dimension from which one is large
 N_KFAC, THRESHOLD = 10, 100
 
@@ -54,7 +54,7 @@ def laplace_backend(name: str) -> Any:
     modules = {
         "CurvlinopsGGN": "laplace.curvature.curvlinops",
         "AsdlGGN": "laplace.curvature.asdl",
-        "FastGGN": "laplace_lora_fast.backends.laplace_torch",
+        "FastGGN": "laplace_lora_fast.integrations.laplace_torch",
     }
     return getattr(_import(modules[name]), name)
 
@@ -83,7 +83,7 @@ def laplace_torch(setting: Setting, backend: str) -> Any:
 @cache
 def lowrank_kron(setting: Setting) -> Any:
     """laplace-torch's posterior with this project's structure, fitted."""
-    laplace, _ = _import("laplace"), _import("laplace_lora_fast.backends.laplace_torch")
+    laplace, _ = _import("laplace"), _import("laplace_lora_fast.integrations.laplace_torch")
     posterior = laplace.Laplace(
         Logits(setting), "classification", "all", "lowrank_kron", prior_precision=PRIOR_PRECISION
     )

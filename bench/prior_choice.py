@@ -3,7 +3,7 @@
     python -m bench.prior_choice --out bench/results
 
 Trains the demo's adapter too briefly, about right and too long, with several seeds, and compares test NLL and ECE of
-the exact GGN's posterior (the dual) under priors chosen by the evidence, by held-out NLL and, for the refitted
+the exact GGN's posterior under priors chosen by the evidence, by held-out NLL and, for the refitted
 linearised model, by leave-one-out, with the best prior precision there is on the grid (which looks at the test set).
 """
 
@@ -21,21 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora_fast import LaplaceLoRA, LaplaceWarning
+from bench.structures import gaussians
+from laplace_lora_fast import Answers, Evidence, HeldOut, LaplaceLoRA, LaplaceWarning, LeaveOneOut, Rows
+from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
-from laplace_lora_fast.evaluate import Predictions, temperature_scale
-from laplace_lora_fast.marglik import Evidence
-from laplace_lora_fast.prior import PriorStructure, group_keys
-from laplace_lora_fast.prompts import answer_token_ids, make_batches
-from laplace_lora_fast.provenance import provenance
-from laplace_lora_fast.taps import read_adapter
-from laplace_lora_fast.validation import DEFAULT_GRID
+from laplace_lora_fast.evaluation.metrics import temperature_scale
+from laplace_lora_fast.evaluation.predictions import Predictions
+from laplace_lora_fast.evaluation.provenance import provenance
+from laplace_lora_fast.model.lora import read_adapter
+from laplace_lora_fast.prior.evidence import MarginalLikelihood
+from laplace_lora_fast.prior.grid import DEFAULT_GRID
+from laplace_lora_fast.prior.precision import group_keys
+from laplace_lora_fast.weights import matrices
 
 REGIMES = {"under-trained": 1, "well-trained": 2, "over-trained": 6}  # epochs
 NAMES = (task.IN_DISTRIBUTION, task.OUT_OF_DISTRIBUTION[0])
 HELD_OUT = ("MAP + temperature", "validation", "refit, validation")
 ORACLES = ("best on the grid", "refit, best on the grid")
-ROW_SKETCH = 128
+COLUMNS = 128
 
 Loader = list[dict[str, Tensor]]
 Row = dict[str, Any]
@@ -55,8 +58,11 @@ def posterior_rows(
     rows: dict[str, Row] = {prefix + name: {"prior_precision": value} for name, value in chosen.items()}
     best = rows[prefix + "best on the grid"] = {}
     for name, loader in tests.items():
-        probs, labels = la.predict_loader(loader, prior_precision=tried, progress=False)
-        assert isinstance(probs, Tensor)
+        block = gaussians(la, loader, tried)
+        probs, labels = (
+            la.likelihood.answer(block.mean, block.cov, "probit", 1, torch.Generator()),
+            block.targets,
+        )
         assert labels is not None
         for row, p in zip(rows.values(), probs, strict=False):
             if row is not best:
@@ -73,10 +79,8 @@ def plain_rows(la: LaplaceLoRA, val: Loader, tests: Mapping[str, Loader]) -> dic
     """The trained model, and with a temperature from the held-out examples."""
 
     def log_probs(loader: Loader) -> tuple[Tensor, Tensor]:
-        probs, labels = la.predict_loader(loader, link_approx="map", progress=False)
-        assert isinstance(probs, Tensor)
-        assert labels is not None
-        return probs.double().log(), labels
+        found = la.predictions(loader, link_approx="map", progress=False)
+        return found.probs.log(), found.known_labels
 
     temperature = temperature_scale(*log_probs(val))
     found = {name: log_probs(loader) for name, loader in tests.items()}
@@ -101,24 +105,27 @@ def measure(recipe: task.Recipe) -> tuple[dict[str, Row], float]:
         for name in NAMES
     }
     loss = task.fine_tune(model, train, answers, recipe)[-1].loss
-    common: dict[str, Any] = {"answer_token_ids": answers, "structure": "dual", "seed": recipe.seed}
-    common["row_sketch_size"] = ROW_SKETCH
-    la = LaplaceLoRA(model, **common).fit(train, progress=False)
-    fit = la.snapshot()[0]
-    centre = [weight for a, b in read_adapter(start, la.sites) for weight in (a, b.mT)]
-    centred, names = Evidence(fit, centre, regression=False), fit.curvature.names
+
+    def fitted(refit: bool) -> LaplaceLoRA:
+        structure = Rows(columns=COLUMNS, refit=refit)
+        la = LaplaceLoRA(model, Answers(answers), structure=structure, seed=recipe.seed)
+        return la.fit(train, progress=False)
+
+    la = fitted(refit=False)
+    fit, centre = la.snapshot()[0], matrices(read_adapter(start, la.layers))
+    centred, names = MarginalLikelihood(fit, centre, la.likelihood), fit.curvature.names
     chosen: dict[str, Any] = {
-        "evidence": la.optimize_prior_precision(),
-        "evidence, centred": centred.maximise(group_keys(PriorStructure.SCALAR, names), 1.0)[""],
-        "evidence, centred, A and B": centred.maximise(group_keys(PriorStructure.AB, names), 1.0),
-        "validation": la.optimize_prior_precision("val_nll", val_loader=val, progress=False),
+        "evidence": la.optimize_prior_precision(Evidence()),
+        "evidence, centred": centred.maximise(group_keys("all", names), None)[""],
+        "evidence, centred, A and B": centred.maximise(group_keys("side", names), None),
+        "validation": la.optimize_prior_precision(HeldOut(val), progress=False),
     }
     found = plain_rows(la, val, tests) | posterior_rows(la, chosen, tests, "")
-    refit = LaplaceLoRA(model, mean="refit", **common).fit(train, progress=False)
+    refit = fitted(refit=True)
     chosen = {
-        "evidence": refit.optimize_prior_precision(),
-        "leave-one-out": refit.optimize_prior_precision("loo", progress=False),
-        "validation": refit.optimize_prior_precision("val_nll", val_loader=val, progress=False),
+        "evidence": refit.optimize_prior_precision(Evidence()),
+        "leave-one-out": refit.optimize_prior_precision(LeaveOneOut(), progress=False),
+        "validation": refit.optimize_prior_precision(HeldOut(val), progress=False),
     }
     return found | posterior_rows(refit, chosen, tests, "refit, "), loss
 
@@ -150,12 +157,12 @@ def markdown(results: dict[str, Any]) -> str:
         "# How to choose the prior precision",
         "",
         f"SmolLM2-135M-Instruct, LoRA r = 8 on q, v; {setting['n_train']} training examples, two classes, "
-        f"{setting['n_val']} held out, {setting['n_test']} test examples in and out of distribution; exact GGN (dual, "
-        f"m = {setting['row_sketch_size']}); means over seeds {', '.join(map(str, setting['seeds']))}. "
+        f"{setting['n_val']} held out, {setting['n_test']} test examples in and out of distribution; exact GGN, rows "
+        f"of {setting['columns']} columns; means over seeds {', '.join(map(str, setting['seeds']))}. "
         "NLL and ECE in / out of distribution. "
         f"{environment['machine']}, {environment['threads']} threads, "
         f"torch {environment['versions']['torch']}, transformers {environment['versions']['transformers']}. "
-        '`refit`: the mean is the linearised model\'s own optimum under the prior (`mean="refit"`). Rows marked * '
+        "`refit`: the mean is the linearised model's own optimum under the prior (`Rows(refit=True)`). Rows marked * "
         "see held-out examples, rows marked ** the test set.",
     ]
     for title, regime in results["regimes"].items():
@@ -216,7 +223,7 @@ def main() -> None:
         "n_val": recipe.n_val,
         "n_test": recipe.n_test,
         "seeds": arguments.seeds,
-        "row_sketch_size": ROW_SKETCH,
+        "columns": COLUMNS,
     }
     environment = provenance(("torch", "transformers", "peft"))
     origin = {key: environment.pop(key) for key in ("commit", "date")}  # of a regime: others may be older

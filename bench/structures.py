@@ -3,7 +3,7 @@
     python bench/structures.py --out bench/results
 
 Trains the demo's adapter too long and too briefly, fits every structure, and compares the variance of the logit
-contrast with the exact full-GGN Laplace's (the dual without a sketch), at fixed prior precisions and at each
+contrast with the exact full-GGN Laplace's (rows without a sketch), at fixed prior precisions and at each
 structure's own optimum by the evidence and by held-out NLL.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import EKFAC, KFAC, Answers, Diagonal, Evidence, HeldOut, LaplaceLoRA, Rows
+from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
-from laplace_lora_fast.evaluate import Predictions, temperature_scale
-from laplace_lora_fast.likelihoods import Link, probabilities
-from laplace_lora_fast.prompts import answer_token_ids, make_batches
-from laplace_lora_fast.provenance import provenance
+from laplace_lora_fast.evaluation.metrics import temperature_scale
+from laplace_lora_fast.evaluation.predictions import Predictions
+from laplace_lora_fast.evaluation.provenance import provenance
+from laplace_lora_fast.prediction import Block, distribution
 
 REGIMES = {"over-trained": task.Recipe.epochs, "under-trained": 1}
 FIXED = (0.1, 1.0, 10.0, 100.0)
 STRUCTURES: dict[str, dict[str, Any]] = {
-    "exact GGN": {"structure": "dual", "row_sketch_size": 10**6},
-    "dual, m = 128": {"structure": "dual"},
-    "dual, m = 64": {"structure": "dual", "row_sketch_size": 64},
-    "dual, m = 16": {"structure": "dual", "row_sketch_size": 16},
-    "EKFAC": {"structure": "ekfac"},
-    "KFAC reduce": {"structure": "kfac", "kfac": "reduce"},
-    "KFAC expand": {"structure": "kfac", "kfac": "expand"},
-    "diagonal": {"structure": "diag"},
-    "last layer": {"structure": "dual", "layers": "last"},
+    "exact GGN": {"structure": Rows(columns=10**6)},
+    "rows, m = 128": {"structure": Rows()},
+    "rows, m = 64": {"structure": Rows(columns=64)},
+    "rows, m = 16": {"structure": Rows(columns=16)},
+    "EKFAC": {"structure": EKFAC()},
+    "KFAC reduce": {"structure": KFAC(tokens="reduce")},
+    "KFAC expand": {"structure": KFAC(tokens="expand")},
+    "diagonal": {"structure": Diagonal()},
+    "last layer": {"structure": Rows(), "layers": "last"},
 }
 
 
@@ -50,13 +52,11 @@ class Data:
     tests: dict[str, list[dict[str, Tensor]]]
 
 
-def contrasts(
-    la: LaplaceLoRA, loader: list[dict[str, Tensor]], priors: list[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [N, 1] and covariance [G, N, 1, 1] of the logit contrast, and labels."""
-    mean, cov, labels = la._distribution(loader, la._predictive_cotangents(), priors, False)
-    assert labels is not None
-    return mean, cov, labels
+def gaussians(la: LaplaceLoRA, loader: list[dict[str, Tensor]], priors: Sequence[Any]) -> Block:
+    """Of the logit contrasts under several priors, in one pass."""
+    with la._linearised(1.0) as linearised:
+        (block,) = distribution(linearised, la._priors(priors)[0], loader)
+    return block
 
 
 def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -70,7 +70,7 @@ def measure(la: LaplaceLoRA, data: Data) -> tuple[dict[str, Any], dict[str, Tens
     start = time.process_time()
     la.fit(data.train, progress=False)
     fit_cpu_seconds = time.process_time() - start
-    evidence = float(la.optimize_prior_precision())  # type: ignore[arg-type]
+    evidence = float(la.optimize_prior_precision(Evidence()))  # type: ignore[arg-type]
     row: dict[str, Any] = {
         "fit_cpu_seconds": fit_cpu_seconds,
         "megabytes": sum(t.numel() * t.element_size() for t in la.posterior.curvature.tensors().values())
@@ -78,15 +78,17 @@ def measure(la: LaplaceLoRA, data: Data) -> tuple[dict[str, Any], dict[str, Tens
         "log_marginal_likelihood": float(la.log_marginal_likelihood()),
         "prior_by_evidence": evidence,
     }
-    validated = float(la.optimize_prior_precision("val_nll", val_loader=data.val, progress=False))  # type: ignore[arg-type]
+    validated = float(la.optimize_prior_precision(HeldOut(data.val), progress=False))  # type: ignore[arg-type]
     row["prior_by_validation"] = validated
     variances, row["predict_cpu_seconds"] = {}, 0.0
     for name, loader in data.tests.items():
         start = time.process_time()
-        mean, cov, labels = contrasts(la, loader, [*FIXED, evidence, validated])
+        block = gaussians(la, loader, [*FIXED, evidence, validated])
         row["predict_cpu_seconds"] += time.process_time() - start
-        variances[name] = cov[: len(FIXED), :, 0, 0]
-        probs = probabilities(Link.PROBIT, mean, cov, 1, torch.Generator())
+        variances[name] = block.cov[: len(FIXED), :, 0, 0]
+        probs = la.likelihood.answer(block.mean, block.cov, "probit", 1, torch.Generator())
+        labels = block.targets
+        assert labels is not None
         row[name] = {"evidence": scores(probs[-2], labels), "validation": scores(probs[-1], labels)}
     return row, variances
 
@@ -107,10 +109,8 @@ def baselines(la: LaplaceLoRA, data: Data) -> dict[str, Any]:
     """The plain model, and the plain model with a temperature fitted on the validation split."""
 
     def log_probs(loader: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        probs, labels = la.predict_loader(loader, link_approx="map", progress=False)
-        assert isinstance(probs, Tensor)
-        assert labels is not None
-        return probs.double().log(), labels
+        found = la.predictions(loader, link_approx="map", progress=False)
+        return found.probs.log(), found.known_labels
 
     temperature = temperature_scale(*log_probs(data.val))
     rows: dict[str, Any] = {"MAP": {}, "MAP + temperature": {"temperature": temperature}}
@@ -139,7 +139,7 @@ def regime(recipe: task.Recipe, structures: list[str]) -> dict[str, Any]:
     result["epoch_cpu_seconds"] = min(epoch.cpu_seconds for epoch in epochs)
     exact: dict[str, Tensor] = {}
     for name in structures:
-        la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed, **STRUCTURES[name])
+        la = LaplaceLoRA(model, Answers(answers), seed=recipe.seed, **STRUCTURES[name])
         row, variances = measure(la, data)
         exact = exact or variances
         row["variance"] = compare(torch.cat(list(variances.values()), 1), torch.cat(list(exact.values()), 1))

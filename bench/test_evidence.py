@@ -11,6 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import oracle, peers
 from bench.measure import Method, Work, measure
 from bench.models import Setting
+from laplace_lora_fast import Evidence
 
 Prepare = Callable[[Setting], Work]
 
@@ -31,13 +32,13 @@ def maximised(run: Callable[[], float], setting: Setting, kfac: str) -> Work:
 
 
 def ours(setting: Setting) -> Work:
-    la = setting.laplace().fit(setting.loader, progress=False)
+    la = setting.kfac().fit(setting.loader, progress=False)
     return evaluated(lambda: float(la.log_marginal_likelihood()), setting, "reduce")
 
 
 def ours_maximised(setting: Setting) -> Work:
-    la = setting.laplace().fit(setting.loader, progress=False)
-    return maximised(lambda: la.optimize_prior_precision("marglik"), setting, "reduce")
+    la = setting.kfac().fit(setting.loader, progress=False)
+    return maximised(lambda: la.optimize_prior_precision(Evidence()), setting, "reduce")
 
 
 def laplace_torch(setting: Setting) -> Work:

@@ -12,14 +12,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import floors, oracle, peers
 from bench.measure import Method, Work, measure
 from bench.models import Setting
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import LaplaceLoRA, Rows
 
 Prepare = Callable[[Setting], Work]
 
 
 def ours(reference: str, **options: Any) -> Prepare:
     def prepare(setting: Setting) -> Work:
-        la = setting.laplace(**options)
+        la = setting.kfac(**options)
         return compared(lambda: la.fit(setting.loader, progress=False), curvature, setting, reference)
 
     return prepare
@@ -43,13 +43,14 @@ def compared(
     )
 
 
-def dual(setting: Setting) -> Work:
+def rows(setting: Setting) -> Work:
     """The default structure; its error is that of the GGN's eigenvalues."""
-    la = LaplaceLoRA(setting.model, answer_token_ids=setting.answers)
+    la = setting.default()
 
     def error(fitted: LaplaceLoRA) -> float:
-        curvature, expected = fitted.posterior.curvature, oracle.ggn_eigenvalues(setting)
-        assert curvature.structure == "dual"
+        fit, expected = fitted.snapshot()[0], oracle.ggn_eigenvalues(setting)
+        assert fit.structure == Rows()
+        curvature = fit.curvature
         values, _ = curvature.whitened_spectrum(torch.ones(len(curvature.names), dtype=torch.float64))
         return oracle.relative(values.sort(descending=True).values, expected[: len(values)])
 
@@ -82,10 +83,10 @@ LAST_TOKEN = (
 SKETCHED = "the GGN of all weights together, its rows sketched to 128 columns a layer"
 
 EXACT_FISHER = [
-    Method("this project, dual (default)", dual, "never", SKETCHED, headline=True),
-    Method("this project, KFAC reduce", ours("reduce", kfac="reduce"), headline=True),
-    Method("this project, KFAC expand", ours("expand", kfac="expand"), headline=True),
-    Method("this project, paper's convention", ours("expand by example", kfac="paper"), "never", PAPER),
+    Method("this project, rows (default)", rows, "never", SKETCHED, headline=True),
+    Method("this project, KFAC reduce", ours("reduce", tokens="reduce"), headline=True),
+    Method("this project, KFAC expand", ours("expand", tokens="expand"), headline=True),
+    Method("this project, paper's convention", ours("expand by example", tokens="paper"), "never", PAPER),
     Method("this project in laplace-torch", laplace_torch("FastGGN")),
     Method(
         "laplace-torch, curvlinops",
@@ -106,7 +107,7 @@ ONE_LABEL = [
     ),
     Method(
         "this project, KFAC expand, sampled label",
-        ours("expand", kfac="expand", fisher="mc"),
+        ours("expand", tokens="expand", fisher="mc"),
         "never",
         "one sampled label",
     ),

@@ -17,7 +17,7 @@ Prepare = Callable[[Setting], Work]
 
 
 def projected(setting: Setting) -> Work:
-    la, batch = setting.laplace(kfac="expand").fit(setting.loader, progress=False), setting.loader[0]
+    la, batch = setting.kfac(tokens="expand").fit(setting.loader, progress=False), setting.loader[0]
     return compared(lambda: la.logit_distribution(batch), setting, "expand", lambda result: result[1])
 
 

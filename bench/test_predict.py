@@ -12,7 +12,6 @@ from torch import Tensor
 from bench import floors, oracle, peers
 from bench.measure import Method, Work, measure
 from bench.models import Setting
-from laplace_lora_fast import LaplaceLoRA
 
 Prepare = Callable[[Setting], Work]
 
@@ -34,11 +33,11 @@ def compared(
 
 
 def ours(kfac: str | None, **options: Any) -> Prepare:
-    """With kfac = None the default structure, the dual."""
+    """With kfac = None the default structure, exact rows."""
 
     def prepare(setting: Setting) -> Work:
-        default = LaplaceLoRA(setting.model, answer_token_ids=setting.answers)
-        la, batch = setting.laplace(kfac=kfac, **options) if kfac else default, setting.loader[0]
+        la = setting.kfac(tokens=kfac, **options) if kfac else setting.default()
+        batch = setting.loader[0]
         la.fit(setting.loader, progress=False)
         return compared(
             lambda: la.predict(batch, link_approx="probit"),
@@ -82,7 +81,7 @@ def bayesian_lora(package: str, kfac: str) -> Prepare:
 
 METHODS = [
     Method(
-        "this project, dual (default)",
+        "this project, rows (default)",
         ours(None),
         "never",
         "the GGN of all weights together, its rows sketched to 128 columns a layer",

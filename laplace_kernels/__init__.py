@@ -2,37 +2,60 @@ r"""Curvature kernels for Laplace posteriors, exact or Kronecker-factored: tenso
 
 This file is the reference of the ops. What holds for all of them:
 
-- Inputs are bf16, fp16, fp32 or fp64, with any strides. Results and accumulators are fp32, fp64 for fp64
+- Inputs are bf16, fp16, fp32 or fp64, dense, with any strides. Results and accumulators are fp32, fp64 for fp64
   inputs; products accumulate in that precision. fp64 never mixes with the others.
+- fp32 inputs are multiplied in fp32: the caller's autocast and `torch.set_float32_matmul_precision` do not reach an
+  op.
+- What is changed in place shares memory with no other argument.
 - `mask` is a bool tensor, True where a row counts. A masked row is selected away, not multiplied by zero: NaN
   or infinity in it is harmless.
 - Nothing is differentiable: the ops run without autograd, on inputs that may require a gradient.
 - Nothing waits for the device: no value is read back, no row is gathered.
-- Wrong arguments raise at the call, on the first argument that does not fit: `TypeError` for a dtype,
-  `ValueError` for a shape, a device or strides. The message names the argument.
+- Wrong arguments raise at the call, on the first argument that does not fit: `TypeError` for a type or a dtype,
+  `ValueError` for a shape, a device, strides or shared memory. The message names the argument.
 - Each op is also registered as `torch.ops.laplace_kernels.<op>` with a fake kernel, so that
-  `torch.compile(fullgraph=True)` sees through a call. The registered op checks nothing: call the function.
+  `torch.compile(fullgraph=True)` sees through a call. The registered op checks shared memory alone: call the
+  function.
 
 `use_backend` and the environment variable LAPLACE_KERNELS_BACKEND choose an implementation; `explain` says
 which one serves and why. By default that is `reference`, plain PyTorch, on every device: the `triton` kernels
 have not yet run on hardware.
+
+An op from elsewhere has all of this too: `register_op(Op(...))`, then `call(op, ...)`; and a backend may get a
+kernel for it, `register_kernel(backend, op, kernel)`. `laplace_kernels/ops/gram.py` is one to go by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from laplace_kernels import checks, cuda, dispatch, reference, triton
-from laplace_kernels.checks import accumulation_dtype
-from laplace_kernels.dispatch import OPS, Choice, backends, explain, use_backend
+from laplace_kernels import cuda, ops, triton
+from laplace_kernels.dispatch import (
+    OPS,
+    Backend,
+    Choice,
+    backends,
+    call,
+    explain,
+    register_backend,
+    register_kernel,
+    register_op,
+    use_backend,
+)
+from laplace_kernels.op import Op
+from laplace_kernels.ops.checks import accumulation_dtype, members
 
 __all__ = [
     "OPS",
+    "Backend",
     "Choice",
+    "Op",
     "accumulation_dtype",
     "backends",
+    "call",
     "explain",
     "gram_",
     "gram_group_",
@@ -40,11 +63,14 @@ __all__ = [
     "jacobian_stats",
     "kron_apply",
     "mirror_",
+    "register_backend",
+    "register_kernel",
+    "register_op",
     "use_backend",
 ]
 
-dispatch.register_backend(cuda.BACKEND)
-dispatch.register_backend(triton.BACKEND)
+register_backend(cuda.BACKEND)
+register_backend(triton.BACKEND)
 
 
 def gram_(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -66,11 +92,10 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) 
         C.
 
     Raises:
-        TypeError: A dtype is wrong, or alpha is a tensor.
-        ValueError: A shape, device or stride does not fit.
+        TypeError: A dtype is wrong, or alpha is no number.
+        ValueError: A shape, device or stride does not fit, or C shares memory with an input.
     """
-    checks.check_gram(C, X, mask, alpha)
-    dispatch.call("gram_", X, C, X, mask, alpha)
+    call(ops.gram.OP, C, X, mask, alpha)
     return C
 
 
@@ -95,11 +120,10 @@ def gram_sketch_(
         Y.
 
     Raises:
-        TypeError: A dtype is wrong, or alpha is a tensor.
-        ValueError: A shape, device or stride does not fit.
+        TypeError: A dtype is wrong, or alpha is no number.
+        ValueError: A shape, device or stride does not fit, or Y shares memory with an input.
     """
-    checks.check_gram_sketch(Y, X, Omega, mask, alpha)
-    dispatch.call("gram_sketch_", X, Y, X, Omega, mask, alpha)
+    call(ops.gram_sketch.OP, Y, X, Omega, mask, alpha)
     return Y
 
 
@@ -120,14 +144,15 @@ def gram_group_(
         alphas: The weight of each update. None is 1 for all.
 
     Raises:
-        TypeError: A dtype is wrong, or a member of alphas is a tensor.
-        ValueError: The sequences differ in length, or a shape, device or stride does not fit.
+        TypeError: A dtype is wrong, or a member of alphas is no number.
+        ValueError: The sequences differ in length, a shape, device or stride does not fit, or a member of Cs shares
+            memory with another one or with an input.
     """
-    masks = [None] * len(Cs) if masks is None else list(masks)
-    alphas = [1.0] * len(Cs) if alphas is None else list(alphas)
-    checks.check_gram_group(Cs, Xs, masks, alphas)
-    if len(Cs) > 0:
-        dispatch.call("gram_group_", Xs[0], list(Cs), list(Xs), masks, alphas)
+    Cs, Xs = members("Cs", Cs), members("Xs", Xs)
+    masks = [None] * len(Cs) if masks is None else members("masks", masks)
+    alphas = [1.0] * len(Cs) if alphas is None else members("alphas", alphas)
+    if Cs or Xs or masks or alphas:
+        call(ops.gram_group.OP, Cs, Xs, masks, alphas)
 
 
 def jacobian_stats(
@@ -162,8 +187,7 @@ def jacobian_stats(
         TypeError: A dtype is wrong.
         ValueError: A shape or device does not fit.
     """
-    checks.check_jacobian_stats(small, large, basis, mask)
-    P, D = dispatch.call("jacobian_stats", large, small, large, basis, mask, row_grams)
+    P, D = call(ops.jacobian_stats.OP, small, large, basis, mask, row_grams)
     return P, D if row_grams else None
 
 
@@ -191,8 +215,7 @@ def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> T
         TypeError: A dtype is wrong.
         ValueError: A shape or device does not fit.
     """
-    checks.check_kron_apply(W, U, V, core, tail)
-    out: Tensor = dispatch.call("kron_apply", W, W, U, V, core, tail)
+    out: Tensor = call(ops.kron_apply.OP, W, U, V, core, tail)
     return out
 
 
@@ -209,6 +232,7 @@ def mirror_(C: Tensor) -> Tensor:
         TypeError: C is not a float tensor.
         ValueError: C is not square.
     """
-    checks.check_mirror(C)
-    reference.mirror_(C)
+    ops.mirror.check(C)
+    with torch.no_grad():
+        ops.mirror.reference(C)
     return C

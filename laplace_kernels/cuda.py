@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_kernels import checks
+from laplace_kernels import ops
 from laplace_kernels.dispatch import Backend
+from laplace_kernels.overlap import refuse_overlap
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # The structs of csrc/updates.h.
@@ -50,12 +51,13 @@ def flush(grams: Sequence[Gram] = (), sketches: Sequence[Sketch] = ()) -> None:
     tokens), issued from C++.
 
     Args:
-        grams: Updates as of `laplace_kernels.gram_`. No two may share an accumulator.
+        grams: Updates as of `laplace_kernels.gram_`. No two updates may share an accumulator.
         sketches: Updates as of `laplace_kernels.gram_sketch_`.
 
     Raises:
         TypeError: A dtype is wrong; the message names the update and the argument.
-        ValueError: A shape, device or stride does not fit, or the updates differ in dtype or device.
+        ValueError: A shape, device or stride does not fit, the updates differ in dtype or device, or an accumulator
+            shares memory with another one or with an input.
         RuntimeError: The library is not there, has no code for the GPU, or CUDA failed in the kernel it names.
     """
     updates: list[tuple[str, Gram | Sketch]] = [(f"grams[{i}]", gram) for i, gram in enumerate(grams)]
@@ -63,12 +65,11 @@ def flush(grams: Sequence[Gram] = (), sketches: Sequence[Sketch] = ()) -> None:
     if not updates:
         return
     first = updates[0][1].X
+    tensors: list[tuple[str, Tensor, bool]] = []
     for name, update in updates:
+        op = ops.gram.OP if isinstance(update, Gram) else ops.gram_sketch.OP
         try:
-            if isinstance(update, Gram):
-                checks.check_gram(*update)
-            else:
-                checks.check_gram_sketch(*update)
+            op.check(*update)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
         if update.X.dtype not in _DTYPES:
@@ -78,6 +79,10 @@ def flush(grams: Sequence[Gram] = (), sketches: Sequence[Sketch] = ()) -> None:
                 f"{name}: X must have the dtype and device of {updates[0][0]} ({first.dtype}, {first.device}), "
                 f"got {update.X.dtype}, {update.X.device}"
             )
+        tensors += [
+            (f"{name}: {argument}", tensor, written) for argument, tensor, written in op.tensors(update)
+        ]
+    refuse_overlap(tensors)
     obstacle = _obstacle("flush", first.device, first.dtype)
     if obstacle:
         raise RuntimeError(f"the CUDA kernels cannot serve X on {first.device}: {obstacle}")

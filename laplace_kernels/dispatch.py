@@ -1,6 +1,6 @@
-"""Which backend serves a call, and why; registration of the ops with torch.
+"""The registers of ops and backends: which backend serves a call, and why.
 
-A call outside `torch.compile` goes straight to the backend's function, which costs a few microseconds. Under
+A call outside `torch.compile` goes straight to the backend's function, which costs some microseconds. Under
 `torch.compile` it becomes a node `torch.ops.laplace_kernels.<op>`, which makes the same choice when it runs.
 """
 
@@ -10,44 +10,36 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_kernels import reference
-from laplace_kernels.checks import accumulation_dtype
+from laplace_kernels.op import Op
+from laplace_kernels.overlap import refuse_overlap
+from laplace_kernels.precision import FULL_PRECISION
 
 Kernel = Callable[..., Any]
-
-SCHEMAS = {
-    "gram_": "(Tensor(a!) C, Tensor X, Tensor? mask, float alpha) -> ()",
-    "gram_sketch_": "(Tensor(a!) Y, Tensor X, Tensor Omega, Tensor? mask, float alpha) -> ()",
-    "gram_group_": "(Tensor(a!)[] Cs, Tensor[] Xs, Tensor?[] masks, float[] alphas) -> ()",
-    "jacobian_stats": (
-        "(Tensor small, Tensor large, Tensor basis, Tensor? mask, bool row_grams) -> (Tensor, Tensor)"
-    ),
-    "kron_apply": "(Tensor W, Tensor U, Tensor V, Tensor core, Tensor tail) -> Tensor",
-}
-OPS = tuple(SCHEMAS)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops.
+    """One implementation of some ops.
 
     Attributes:
         name: What `use_backend` and LAPLACE_KERNELS_BACKEND call it.
-        kernels: Op name -> function with the positional arguments of the op's schema.
-        obstacle: (op, device, dtype) -> why this backend cannot serve the call, empty when it can.
+        obstacle: (op, device, dtype) -> why this backend cannot serve the call, empty when it can. Asked about ops
+            in `kernels` only.
         reservation: Why "auto" passes it over even where it can serve, empty when it does not.
+        kernels: Op name -> function with the positional arguments of the op's schema.
     """
 
     name: str
-    kernels: Mapping[str, Kernel]
     obstacle: Callable[[str, torch.device, torch.dtype], str]
     reservation: str = ""
+    kernels: dict[str, Kernel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,11 +54,42 @@ class Choice:
     others: Mapping[str, str]
 
 
-_backends: dict[str, Backend] = {}  # in order of preference, the reference last
+_reference = Backend("reference", obstacle=lambda op, device, dtype: "")  # has every op, by its definition
+_ops: dict[str, Op] = {}
+_backends = {"reference": _reference}  # in order of preference, the reference last
+_library = torch.library.Library("laplace_kernels", "DEF")  # the registrations live as long as this object
 # A process-wide setting, not a context variable: backward hooks run in autograd's own threads on GPUs.
 _requested = os.environ.get("LAPLACE_KERNELS_BACKEND") or "auto"
 _chosen: dict[tuple[str, torch.device, torch.dtype], Kernel] = {}
 _warned: set[tuple[str, str]] = set()
+
+OPS: Mapping[str, Op] = MappingProxyType(_ops)
+
+
+def register_op(op: Op) -> Op:
+    """Make an op known: to `call`, to backends, and to torch as `torch.ops.laplace_kernels.<op>`.
+
+    Args:
+        op: The op; from now on `OPS[op.name]`.
+
+    Returns:
+        The op.
+
+    Raises:
+        ValueError: An op has this name already.
+    """
+    if op.name in _ops:
+        raise ValueError(f"there is an op {op.name} already")
+
+    def serve(*args: Any) -> Any:
+        return _run(op, args)
+
+    _library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag, *op.tags))
+    _library.impl(op.name, serve, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"laplace_kernels::{op.name}", op.fake, lib=_library)
+    _reference.kernels[op.name] = op.reference
+    _ops[op.name] = op
+    return op
 
 
 def register_backend(backend: Backend) -> None:
@@ -74,7 +97,25 @@ def register_backend(backend: Backend) -> None:
     global _backends
     others = {name: other for name, other in _backends.items() if name != backend.name}
     _backends = {backend.name: backend, **others}
-    _chosen.clear()
+    reconsider()
+
+
+def register_kernel(backend: str, op: str, kernel: Kernel) -> None:
+    """Let a backend serve one more op, or serve it by another kernel.
+
+    Args:
+        backend: One of `backends()`.
+        op: One of `OPS`.
+        kernel: Function with the positional arguments of the op's schema.
+
+    Raises:
+        ValueError: There is no such backend or op.
+    """
+    if backend not in _backends:
+        raise ValueError(f"backend must be one of {', '.join(_backends)}, got {backend!r}")
+    _check_op(op)
+    _backends[backend].kernels[op] = kernel
+    reconsider()
 
 
 def reconsider() -> None:
@@ -104,12 +145,12 @@ def use_backend(name: str) -> Iterator[None]:
     _check_name(name, "use_backend")
     before = _requested
     _requested = name
-    _chosen.clear()
+    reconsider()
     try:
         yield
     finally:
         _requested = before
-        _chosen.clear()
+        reconsider()
 
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
@@ -126,8 +167,7 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     Raises:
         ValueError: `op` is not an op, or LAPLACE_KERNELS_BACKEND names an unknown backend.
     """
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    _check_op(op)
     _check_name(_requested, "LAPLACE_KERNELS_BACKEND")
     device = torch.device(device)
     verdicts = {name: _verdict(backend, op, device, dtype) for name, backend in _backends.items()}
@@ -139,18 +179,21 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     return Choice(op, device, dtype, chosen, reason, others)
 
 
-def call(op: str, probe: Tensor, *args: Any) -> Any:
-    """Run `op` on checked arguments; the device and dtype of `probe` decide who serves it.
-
-    The caller's autocast does not reach the op: its precision is its contract.
-    """
+def call(op: Op, *args: Any) -> Any:
+    """Check the arguments of a registered op, in the order of its schema, and run it without autograd."""
+    op.check(*args)
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            return getattr(torch.ops.laplace_kernels, op)(*args)
-        if torch.is_autocast_enabled(probe.device.type):
-            with torch.autocast(probe.device.type, enabled=False):
-                return _kernel(op, probe)(*args)
-        return _kernel(op, probe)(*args)
+            return getattr(torch.ops.laplace_kernels, op.name)(*args)
+        return _run(op, args)
+
+
+def _run(op: Op, args: tuple[Any, ...]) -> Any:
+    """Autocast and the precision that the caller allows products do not reach the op: its own is its contract."""
+    if any(op.written):
+        refuse_overlap(op.tensors(args))
+    with torch._C._DisableAutocast(), FULL_PRECISION:
+        return _kernel(op.name, op.probed(args))(*args)
 
 
 def _kernel(op: str, probe: Tensor) -> Kernel:
@@ -160,7 +203,7 @@ def _kernel(op: str, probe: Tensor) -> Kernel:
         choice = explain(*key)
         if _requested not in ("auto", choice.backend) and (op, choice.reason) not in _warned:
             _warned.add((op, choice.reason))
-            warnings.warn(f"laplace_kernels.{op} runs on {choice.backend}: {choice.reason}", stacklevel=4)
+            warnings.warn(f"laplace_kernels.{op} runs on {choice.backend}: {choice.reason}", stacklevel=5)
         kernel = _chosen[key] = _backends[choice.backend].kernels[op]
     return kernel
 
@@ -177,58 +220,11 @@ def _verdict(backend: Backend, op: str, device: torch.device, dtype: torch.dtype
     return False, f"{_requested} was asked for"
 
 
+def _check_op(op: str) -> None:
+    if op not in _ops:
+        raise ValueError(f"op must be one of {', '.join(_ops)}, got {op!r}")
+
+
 def _check_name(name: str, where: str) -> None:
     if name != "auto" and name not in _backends:
         raise ValueError(f"{where} must be auto or one of {', '.join(_backends)}, got {name!r}")
-
-
-def _fake_nothing(*args: Any) -> None:
-    return None
-
-
-def _fake_jacobian_stats(
-    small: Tensor, large: Tensor, basis: Tensor, mask: Tensor | None, row_grams: bool
-) -> tuple[Tensor, Tensor]:
-    N, Cs, _, r = small.shape
-    C = max(Cs, large.shape[1])
-    dtype = accumulation_dtype(large.dtype)
-    P = large.new_empty((N, C, r, basis.shape[1]), dtype=dtype)
-    return P, large.new_empty((N, r, C, C) if row_grams else (0,), dtype=dtype)
-
-
-def _fake_kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> Tensor:
-    return W.new_empty(W.shape, dtype=accumulation_dtype(W.dtype))
-
-
-_PROBES: dict[str, Callable[..., Tensor]] = {
-    "gram_": lambda C, X, *_: X,
-    "gram_sketch_": lambda Y, X, *_: X,
-    "gram_group_": lambda Cs, Xs, *_: Xs[0],
-    "jacobian_stats": lambda small, large, *_: large,
-    "kron_apply": lambda W, *_: W,
-}
-_FAKES: dict[str, Kernel] = {"jacobian_stats": _fake_jacobian_stats, "kron_apply": _fake_kron_apply}
-
-
-def _register_ops() -> torch.library.Library:
-    library = torch.library.Library("laplace_kernels", "DEF")
-    for op, schema in SCHEMAS.items():
-
-        def serve(*args: Any, op: str = op) -> Any:
-            return _kernel(op, _PROBES[op](*args))(*args)
-
-        unsafe = (torch.Tag.cudagraph_unsafe,) if op == "gram_group_" else ()
-        library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag, *unsafe))
-        library.impl(op, serve, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"laplace_kernels::{op}", _FAKES.get(op, _fake_nothing), lib=library)
-    return library
-
-
-register_backend(
-    Backend(
-        name="reference",
-        kernels={op: getattr(reference, op) for op in OPS},
-        obstacle=lambda op, device, dtype: "",
-    )
-)
-_LIBRARY = _register_ops()  # the registrations live as long as this object

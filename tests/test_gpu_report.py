@@ -22,7 +22,7 @@ LOG = """
 [gw0] [  2%] SKIPPED tests/gpu/test_cuda_kernels.py::test_compute_sanitizer
 tests/gpu/test_cuda_kernels.py::test_gram_group[dtype0] some words in between
 FAILED tests/gpu/test_kernels.py::test_gram[triton-70-33-False-dtype0]
-[gw2] [  3%] PASSED tests/gpu/test_fit.py::test_no_batch_waits_for_the_device[reference-{'kfac': 'expand'}]
+[gw2] [  3%] PASSED tests/gpu/test_fit.py::test_no_batch_waits_for_the_device[reference-KFAC(tokens='expand')]
 [gw2] [  3%] PASSED tests/gpu/test_fit.py::test_a_word[triton, for one]
 [gw3] [  4%] ERROR tests/gpu/test_fit.py::test_of_no_backend
 """

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from laplace_lora_fast import InvalidBatchError, LaplaceLoRA
+from laplace_lora_fast import KFAC, Answers, Classes, InvalidBatchError, LaplaceLoRA, Regression, Rows
+from laplace_lora_fast.prediction import distribution
 from tests import oracle, tiny
 from tests.oracle import assert_close
 
@@ -17,15 +18,14 @@ TRAIN = tiny.batch(9, length=6, seed=1)
 TEST = tiny.batch(4, length=5, seed=2, labels=False, padding="right")
 LAYERS = "base_model.model.model.layers."
 PRIORS = {
-    "scalar": 0.7,
-    "ab": {"A": 0.3, "B": 2.0},
-    "layerwise": {f"{LAYERS}{i}.self_attn.{p}_proj": 0.5 + i + (p == "v") for i in (0, 1) for p in "qv"},
+    "all": 0.7,
+    "side": {"A": 0.3, "B": 2.0},
+    "layer": {f"{LAYERS}{i}.self_attn.{p}_proj": 0.5 + i + (p == "v") for i in (0, 1) for p in "qv"},
 }
 
 
-def fitted(model: torch.nn.Module, **options: object) -> LaplaceLoRA:
-    causal = "CausalLM" in type(model.get_base_model()).__name__
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS if causal else None, structure="kfac", **options)
+def fitted(model: torch.nn.Module, structure: KFAC | str = "kfac", **options: object) -> LaplaceLoRA:
+    la = LaplaceLoRA(model, Answers(tiny.ANSWERS), structure=structure, **options)
     return la.fit(tiny.split(TRAIN, 4), progress=False)
 
 
@@ -53,7 +53,7 @@ def brute_force_covariance(la: LaplaceLoRA, model: torch.nn.Module, logits_of: o
 def test_logit_covariance_equals_brute_force(mode: str, prior: str, rank: int | None) -> None:
     """Full spectrum, exact low rank (few rows), and rank k with its tail."""
     model = tiny.tiny_llama()
-    la = fitted(model, kfac=mode, rank=rank, prior_precision=PRIORS[prior])
+    la = fitted(model, KFAC(tokens=mode, rank=rank), prior_precision=PRIORS[prior])
     mean, cov = la.logit_distribution(TEST)
     assert_close(cov, brute_force_covariance(la, model, oracle.answer_logits), 1e-8)
     logits = torch.stack([oracle.answer_logits(model, single) for single in oracle.examples(TEST)])
@@ -63,11 +63,13 @@ def test_logit_covariance_equals_brute_force(mode: str, prior: str, rank: int | 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_contrasts_equal_brute_force(classes: int) -> None:
     model = tiny.tiny_llama_classifier(classes)
-    la = LaplaceLoRA(model, structure="kfac", prior_precision=0.4)
+    la = LaplaceLoRA(model, Classes(), structure="kfac", prior_precision=0.4)
     la.fit([tiny.batch(8, classes=classes, seed=1, padding="right")], progress=False)
     cov = brute_force_covariance(la, model, oracle.class_logits)
     contrast = torch.cat([-torch.ones(1, classes - 1), torch.eye(classes - 1)]).double()
-    mean, found, _ = la._distribution([TEST], la._predictive_cotangents(), None, False)
+    with la._linearised(1.0) as linearised:
+        (block,) = distribution(linearised, la.posterior.prior_precision[:, None], [TEST])
+    mean, found = block.mean, block.cov[0]
     assert_close(found, contrast.mT @ cov @ contrast, 1e-8)
     logits = torch.stack([oracle.class_logits(model, single) for single in oracle.examples(TEST)]).detach()
     assert_close(mean, logits[:, 1:] - logits[:, :1], 1e-10)
@@ -91,9 +93,8 @@ def test_one_example_of_one_token_gives_the_exact_ggn_laplace() -> None:
     """KFAC of each weight is then exact; compare with J (lambda I + J^T Lambda J)^-1 J^T by blocks."""
     model = tiny.tiny_llama(layers=1, targets=("down_proj",))
     one = {"input_ids": torch.tensor([[9]]), "labels": torch.tensor([1])}
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, structure="kfac", prior_precision=0.3).fit(
-        [one], progress=False
-    )
+    la = LaplaceLoRA(model, Answers(tiny.ANSWERS), structure="kfac", prior_precision=0.3)
+    la.fit([one], progress=False)
     hessian = oracle.softmax_hessian(oracle.answer_logits(model, one).detach())
     train = oracle.jacobians(model, one, oracle.answer_logits)
     test = oracle.jacobians(model, TEST, oracle.answer_logits)
@@ -107,7 +108,7 @@ def test_one_example_of_one_token_gives_the_exact_ggn_laplace() -> None:
 @pytest.mark.parametrize("rank", [None, 2])
 def test_dense_covariance_of_a_weight(rank: int | None) -> None:
     model = tiny.tiny_llama()
-    la = fitted(model, rank=rank)
+    la = fitted(model, KFAC(rank=rank))
     for (name, side), precision in kron_precisions(la).items():
         assert_close(la.posterior.covariance(name, side), torch.linalg.inv(precision), 1e-8)
     with pytest.raises(KeyError, match="nowhere"):
@@ -117,7 +118,7 @@ def test_dense_covariance_of_a_weight(rank: int | None) -> None:
 @pytest.mark.parametrize("power", [-1.0, -0.5, 0.5])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_powers_of_the_precision(power: float, rank: int | None) -> None:
-    la = fitted(tiny.tiny_llama(), rank=rank)
+    la = fitted(tiny.tiny_llama(), KFAC(rank=rank))
     precisions = kron_precisions(la)
     curvature, lams = la.posterior.curvature, la.posterior.prior_precision.tolist()
     for name, block, lam in zip(curvature.names, curvature.blocks, lams, strict=True):
@@ -134,7 +135,7 @@ def test_powers_of_the_precision(power: float, rank: int | None) -> None:
 @pytest.mark.parametrize("prior", PRIORS)
 def test_log_marginal_likelihood_equals_brute_force_slogdet(rank: int | None, prior: str) -> None:
     model = tiny.tiny_llama()
-    la = fitted(model, rank=rank, prior_precision=PRIORS[prior])
+    la = fitted(model, KFAC(rank=rank), prior_precision=PRIORS[prior])
     expected = 0.0
     for single in oracle.examples(TRAIN):
         expected += oracle.answer_logits(model, single).log_softmax(-1)[single["labels"][0]].item()
@@ -180,53 +181,54 @@ def test_several_priors_in_one_pass() -> None:
 
 
 def test_summary_names_layers_and_totals() -> None:
-    la = fitted(tiny.tiny_llama(), rank=2)
+    la = fitted(tiny.tiny_llama(), KFAC(rank=2))
     text = la.summary()
     gamma = la.posterior.effective_parameters().sum().item()
     weights = sum(mean.numel() for mean in la.posterior.curvature.means)
-    assert all(f"{site.name}.{side}" in text for site in la.sites for side in "AB")
+    assert all(f"{layer.name}.lora_{side}" in text for layer in la.layers for side in "AB")
     assert f"{gamma:.1f} of {weights} parameters" in text
 
 
 @pytest.mark.parametrize("link", ["probit", "mc", "bridge", "map"])
 def test_a_list_of_priors_is_an_axis_of_every_prediction(link: str) -> None:
-    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="kfac").fit([tiny.batch(5)], progress=False)
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), Classes(), structure="kfac")
+    la.fit([tiny.batch(5)], progress=False)
     tried = [0.5, 2.0]
     many = la.predict(TEST, link_approx=link, prior_precision=tried)
     for probs, value in zip(many, tried, strict=True):
         assert_close(probs, la.predict(TEST, link_approx=link, prior_precision=value), 1e-10)
-    many, _ = la.predict_loader([TEST], link_approx=link, prior_precision=tried, progress=False)
-    assert many.shape == (2, len(TEST["input_ids"]), 3)
+    for probs, value in zip(many, tried, strict=True):
+        found = la.predictions([TEST], link_approx=link, prior_precision=value, progress=False)
+        assert_close(found.probs, probs, 1e-10)
 
 
-@pytest.mark.parametrize("structure", ["kfac", "refit"])
-def test_a_list_of_priors_is_an_axis_of_a_regression(structure: str) -> None:
-    options = {"mean": "refit"} if structure == "refit" else {"structure": structure}
-    la = LaplaceLoRA(tiny.tiny_llama_classifier(1), "regression", **options)
+@pytest.mark.parametrize("structure", [KFAC(), Rows(refit=True)], ids=str)
+def test_a_list_of_priors_is_an_axis_of_a_regression(structure: KFAC | Rows) -> None:
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(1), Regression(noise=1.0), structure=structure)
     la.fit([tiny.batch(5, classes=0)], progress=False)
-    mean, variance = la.predict(TEST, prior_precision=[0.5, 2.0])
+    mean, variance = (of(TEST, prior_precision=[0.5, 2.0]) for of in (la.predict, la.predictive_variance))
     assert mean.shape == variance.shape == (2, len(TEST["input_ids"]), 1)
     for index, value in enumerate((0.5, 2.0)):
-        expected = la.predict(TEST, prior_precision=value)
-        assert_close(mean[index], expected[0], 1e-8)
-        assert_close(variance[index], expected[1], 1e-8)
+        assert_close(mean[index], la.predict(TEST, prior_precision=value), 1e-8)
+        assert_close(variance[index], la.predictive_variance(TEST, prior_precision=value), 1e-8)
 
 
 def test_labels_that_nothing_uses_are_ignored() -> None:
     """Test sets often have -1 there."""
-    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), structure="kfac").fit([tiny.batch(5)], progress=False)
+    la = LaplaceLoRA(tiny.tiny_llama_classifier(3), Classes(), structure="kfac")
+    la.fit([tiny.batch(5)], progress=False)
     for name in ("labels", "label"):
         batch = TEST | {name: torch.full((len(TEST["input_ids"]),), -1)}
         for link in ("probit", "map"):
             assert torch.equal(la.predict(batch, link_approx=link), la.predict(TEST, link_approx=link))
         assert torch.equal(la.logit_distribution(batch)[1], la.logit_distribution(TEST)[1])
     with pytest.raises(InvalidBatchError, match="leave them out where there are none"):
-        la.predict_loader([batch], progress=False)
-    assert la.predict_loader([TEST], progress=False)[1] is None
+        la.predictions([batch], progress=False)
+    assert la.predictions([TEST], progress=False).labels is None
 
 
-@pytest.mark.parametrize("options", [{}, {"mean": "refit"}], ids=str)
-def test_a_loader_that_fills_the_same_memory_again(options: dict[str, str]) -> None:
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_loader_that_fills_the_same_memory_again(refit: bool) -> None:
     batches = [tiny.batch(4, classes=0, padding=None, seed=seed) for seed in range(3)]
 
     def reusing() -> Iterator[tiny.Batch]:
@@ -237,11 +239,13 @@ def test_a_loader_that_fills_the_same_memory_again(options: dict[str, str]) -> N
             yield memory
 
     model = tiny.tiny_llama_classifier(1)
-    la = LaplaceLoRA(model, "regression", structure="dual", **options).fit(batches, progress=False)
-    other = LaplaceLoRA(model, "regression", structure="dual", **options).fit(reusing(), progress=False)
-    assert torch.equal(other.predict(TEST)[0], la.predict(TEST)[0])
+    la, other = (LaplaceLoRA(model, Regression(), structure=Rows(refit=refit)) for _ in range(2))
+    la.fit(batches, progress=False)
+    other.fit(reusing(), progress=False)
+    assert torch.equal(other.predict(TEST), la.predict(TEST))
+    assert other.sigma_noise == la.sigma_noise
     labels = torch.cat([batch["labels"] for batch in batches])
-    assert torch.equal(la.predict_loader(reusing(), progress=False)[1][:, 0], labels)
+    assert torch.equal(la.predictions(reusing(), progress=False).labels[:, 0], labels)
 
 
 class Wide(torch.nn.Module):
@@ -263,7 +267,7 @@ def test_single_precision_leaves_the_variance_its_digits_under_weak_priors(struc
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(0)
         model = tiny.adapt(Wide(), targets=("layer",)).to(dtype)
-        la = LaplaceLoRA(model, structure=structure).fit([{"x": x.to(dtype)}], progress=False)
+        la = LaplaceLoRA(model, Classes(), structure=structure).fit([{"x": x.to(dtype)}], progress=False)
         grid = [1e-6, 1e-4, 1e-2, 1.0]
         covs = la.logit_distribution({"x": x.to(dtype)}, prior_precision=grid)[1]
         probs = la.predict({"x": x.to(dtype)}, prior_precision=grid)
@@ -280,7 +284,7 @@ def test_single_precision_leaves_the_variance_its_digits_under_weak_priors(struc
 @pytest.mark.parametrize("name", ["B", "A"])
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_careful_block_is_the_same_block(k: int, name: str) -> None:
-    la = fitted(tiny.tiny_llama(), rank=3)
+    la = fitted(tiny.tiny_llama(), KFAC(rank=3))
     index = la.posterior.curvature.names.index((f"{LAYERS}0.self_attn.q_proj", name))
     block = la.posterior.curvature.blocks[index]
     r, d = block.mean.shape

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -20,16 +19,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laplace_lora_fast import LaplaceLoRA, factors
-from laplace_lora_fast.dual import RowAccumulator
+from laplace_lora_fast import (
+    EKFAC,
+    KFAC,
+    Answers,
+    Classes,
+    Diagonal,
+    LaplaceLoRA,
+    MonteCarlo,
+    Outputs,
+    Regression,
+    Rows,
+)
 from laplace_lora_fast.errors import DeferredChecks
-from laplace_lora_fast.fit import Objective
-from laplace_lora_fast.kfac import FactorKind, FactorPlan, Kfac, KfacAccumulator
-from laplace_lora_fast.likelihoods import Fisher, contrast_cotangents
-from laplace_lora_fast.moments import DiagAccumulator, EkfacAccumulator
-from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
-from laplace_lora_fast.refit import RefitAccumulator
-from laplace_lora_fast.taps import find_sites
+from laplace_lora_fast.fitting.fit import Tally
+from laplace_lora_fast.fitting.passes import Subject, run
+from laplace_lora_fast.model.lora import lora_layers
+from laplace_lora_fast.prediction import LinearisedModel, distribution, plain_answers
+from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures import Structure
+from laplace_lora_fast.structures.base import Problem
+from laplace_lora_fast.structures.blocks import factors
+from laplace_lora_fast.tasks import Task
 from tests import tiny
 
 aten = torch.ops.aten
@@ -44,6 +55,9 @@ SIZED_BY_VALUES = (
     aten.bincount,
 )
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+
+
+LAST = Outputs(lambda output, _: output.logits[:, -1, :3])
 
 
 class Waits(Exception):
@@ -129,92 +143,115 @@ def decoder() -> nn.Module:
     return tiny.tiny_llama(torch.float32, ("q_proj", "v_proj", "lm_head"), config=EAGER | {"hidden_size": 64})
 
 
-def with_answers(model: nn.Module) -> LaplaceLoRA:
-    """On the GPU, behind a first batch on the CPU, which finds out where the model's positions start."""
-    la = LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS)
-    inputs = la._head.inputs(data()[0], torch.device("cpu"), DeferredChecks())
-    la._head.placed(la.model, inputs)
-    la.sites = find_sites(la.model.to(GPU), la._head)
-    return la
-
-
-def objective(la: LaplaceLoRA, fisher: Fisher = Fisher.EXACT) -> Objective:
-    return Objective(la.model, la._head, la.sites, la.likelihood, fisher, 2, 0)
-
-
 def data(padded: bool = True) -> list[tiny.Batch]:
     """Always with a mask: without one transformers looks for packed sequences, and waits."""
     batch = tiny.batch(12, 5, padding="left" if padded else None)
     return tiny.split({"attention_mask": torch.ones_like(batch["input_ids"])} | batch, 3)
 
 
-def on_gpu(la: LaplaceLoRA) -> LinearisedModel:
-    """A fitted model, moved with everything its predictions need."""
-    with la._linearised() as linearised:
-        curvature = linearised.curvature
-    names, tensors = curvature.names, curvature.tensors()
-    moved = type(curvature).from_tensors(curvature.structure, names, tensors, [GPU] * len(names))
-    la.sites = find_sites(la.model.to(GPU), la._head)
-    return replace(linearised, sites=la.sites, curvature=moved)
+def moved(la: LaplaceLoRA) -> Subject:
+    """Its model on the GPU."""
+    layers = lora_layers(la.model.to(GPU), la._head)
+    return Subject(la.model, la._head, layers, la.likelihood)
+
+
+def with_answers(model: nn.Module, structure: Structure) -> LaplaceLoRA:
+    """Behind a first batch on the CPU, which finds out where the model's positions start."""
+    la = LaplaceLoRA(model, Answers(tiny.ANSWERS), structure=structure)
+    la._head.placed(model, la._head.inputs(data()[0], torch.device("cpu"), DeferredChecks()))
+    return la
+
+
+def rebuilt(la: LaplaceLoRA) -> Any:
+    """Its curvature on the GPU."""
+    fit, _ = la.snapshot()
+    names, tensors = fit.curvature.names, fit.curvature.tensors()
+    return fit.structure.rebuild(names, tensors, [GPU] * len(names), la.likelihood)
+
+
+def linearised(la: LaplaceLoRA) -> LinearisedModel:
+    """A fitted model on the GPU with all that its predictions need."""
+    (fit, _), curvature = la.snapshot(), rebuilt(la)
+    return LinearisedModel(moved(la), fit.structure, curvature, fit.shared_inputs, fit.n_outputs)
+
+
+def watch_fit(la: LaplaceLoRA, batches: list[tiny.Batch], before: Any = None) -> None:
+    """The last pass of a fit, up to what comes after the last batch.
+
+    Args:
+        la: the model and the structure; still on the CPU.
+        batches: the data.
+        before: result of the pass before.
+    """
+    subject, structure = moved(la), la.structure
+    assert isinstance(structure, Structure)
+    weights = [layer.weights for layer in subject.layers]
+    problem = Problem(weights, la.likelihood, budget=2**30, seed=0, ranks=Ranks(None))
+    listener = structure.stages(problem)[-1].accumulator(before)
+    with pytest.raises(EndOfData):
+        run(subject, watched(batches), listener, Tally([], []).count, generator=torch.Generator())
 
 
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "sketch"])
-@pytest.mark.parametrize("tokens", [0, 1000])
-@pytest.mark.parametrize("kfac", ["expand", "reduce"])
-def test_kfac_fit(kfac: str, kind: str, tokens: int, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "tokens_worth_an_update", lambda device: tokens)
-    la = with_answers(decoder())
-    kfac_factors = KfacAccumulator(la.sites, Kfac(kfac), FactorPlan(FactorKind(kind), sketch_size=8), None)
-    with pytest.raises(EndOfData):
-        objective(la).accumulate(watched(data(padded)), kfac_factors, "fit", False)
+@pytest.mark.parametrize("kind", [{"factors": "dense"}, {"factors": "sketch", "columns": 8}], ids=str)
+@pytest.mark.parametrize("waiting", [0, 1000])
+@pytest.mark.parametrize("tokens", ["expand", "reduce", "paper"])
+def test_kfac_fit(
+    tokens: str, waiting: int, kind: dict[str, Any], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors, "tokens_worth_an_update", lambda device: waiting)
+    if tokens == "paper":  # refuses a head that sees the last position only
+        la = LaplaceLoRA(decoder(), LAST, structure=KFAC(tokens, **kind))
+    else:
+        la = with_answers(decoder(), KFAC(tokens, **kind))
+    watch_fit(la, data(padded))
 
 
-@pytest.mark.parametrize("fisher", [Fisher.MC, Fisher.EMPIRICAL])
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_other_fishers(fisher: Fisher, likelihood: str) -> None:
-    model = tiny.tiny_llama_classifier(1 if likelihood == "regression" else 3, torch.float32, config=EAGER)
-    la = LaplaceLoRA(model.to(GPU), likelihood)
-    batches = tiny.split(tiny.batch(9, 5, classes=3 if likelihood == "classification" else 0), 3)
-    kfac_factors = KfacAccumulator(la.sites, Kfac.REDUCE, FactorPlan(), None)
-    with pytest.raises(EndOfData):
-        objective(la, fisher).accumulate(watched(batches), kfac_factors, "fit", False)
+@pytest.mark.parametrize("fisher", [MonteCarlo(2), "empirical"])
+@pytest.mark.parametrize("structure", [KFAC, Diagonal, Rows])
+@pytest.mark.parametrize("task", [Classes(), Regression()])
+def test_other_fishers(task: Task, structure: Any, fisher: Any) -> None:
+    regression = isinstance(task, Regression)
+    model = tiny.tiny_llama_classifier(1 if regression else 3, torch.float32, config=EAGER)
+    batches = tiny.split(tiny.batch(9, 5, classes=0 if regression else 3), 3)
+    watch_fit(LaplaceLoRA(model, task, structure=structure(fisher=fisher)), batches)
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "diag", "dual", "refit"])
-def test_fit_of_other_structures(structure: str) -> None:
-    la = LaplaceLoRA(decoder(), answer_token_ids=tiny.ANSWERS, kfac="reduce", rank=4)
-    kfac = on_gpu(la.fit(data(), progress=False)).curvature
-    accumulators: dict[str, Callable[[], Any]] = {
-        "ekfac": lambda: EkfacAccumulator(la.sites, kfac),  # type: ignore[arg-type]
-        "diag": lambda: DiagAccumulator(la.sites),
-        "dual": lambda: RowAccumulator(la.sites, 8, 2**30, 0),
-        "refit": lambda: RefitAccumulator(la.sites, 8, 2**30, 0),
-    }
-    with pytest.raises(EndOfData):
-        objective(la).accumulate(watched(data()), accumulators[structure](), "fit", False)
+OTHERS = [Diagonal(), Rows(columns=8), Rows(columns=8, refit=True)]
+
+
+@pytest.mark.parametrize("structure", OTHERS, ids=repr)
+def test_fit_of_other_structures(structure: Structure) -> None:
+    watch_fit(with_answers(decoder(), structure), data())
+
+
+def test_second_pass_of_ekfac() -> None:
+    structure = EKFAC(rank=4)
+    la = with_answers(decoder(), structure)
+    kfac = rebuilt(with_answers(la.model, KFAC(rank=4)).fit(data(), progress=False))
+    watch_fit(la, data(), kfac)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diag", "dual"])
-def test_predict(structure: str, classes: int) -> None:
+@pytest.mark.parametrize("structure", [KFAC(rank=4), EKFAC(rank=4), *OTHERS], ids=repr)
+def test_predict(structure: Structure, classes: int) -> None:
     """Under several priors, some of them equal."""
     model = tiny.tiny_llama_classifier(classes, torch.float32, config=EAGER)
     batches = tiny.split(tiny.batch(9, 5, classes=classes), 3)
-    low_rank = {"rank": 4} if "kfac" in structure else {}
-    la = LaplaceLoRA(model, structure=structure, **low_rank).fit(batches, progress=False)
+    la = LaplaceLoRA(model, Classes(), structure=structure).fit(batches, progress=False)
     priors = torch.stack([la._resolve(value) for value in (1.0, {"A": 1.0, "B": 3.0}, 3.0)], 1)
     with pytest.raises(EndOfData):
-        distribution(on_gpu(la), priors, watched(batches), contrast_cotangents(classes), "predict", False)
+        distribution(linearised(la), priors, watched(batches))
 
 
-def test_predict_with_answers_and_plain_logits() -> None:
-    la = LaplaceLoRA(decoder(), answer_token_ids=tiny.ANSWERS).fit(data(), progress=False)
-    linearised, priors = on_gpu(la), la._resolve(1.0)[:, None]
+def test_predict_with_answers_and_plain_answers() -> None:
+    la = with_answers(decoder(), KFAC()).fit(data(), progress=False)
+    on_gpu, priors = linearised(la), torch.ones(len(la.layers) * 2, 1, dtype=torch.float64)
+    for plain_outputs in (False, True):
+        with pytest.raises(EndOfData):
+            distribution(on_gpu, priors, watched(data()), plain_outputs=plain_outputs)
     with pytest.raises(EndOfData):
-        distribution(linearised, priors, watched(data()), contrast_cotangents(3), "predict", False)
-    with pytest.raises(EndOfData):
-        map_logits(linearised, watched(data()), False)
+        plain_answers(on_gpu, watched(data()), False)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from bench.gpu.timing import Laps, Spread, no_fallback, recording
-from laplace_lora_fast import LaplaceLoRA, factors
-from laplace_lora_fast.modes import frozen
+from laplace_lora_fast import KFAC, Answers, LaplaceLoRA, Rows
+from laplace_lora_fast.model.contexts import frozen
+from laplace_lora_fast.structures import Structure
+from laplace_lora_fast.structures.blocks import factors
 
 Batch = dict[str, Tensor]
 Case = tuple[str, str]  # model, LoRA targets
@@ -119,17 +121,18 @@ def _jobs(model: nn.Module) -> dict[str, Job]:
     both = "forward + backward"
     at_once = partial(mock.patch.object, factors, "tokens_worth_an_update", return_value=0)
     jacobian = ("jacobian_stats",)
-    expand = {"kfac": "expand"}  # dense factors up to the budget: all of them for q and v
+    expand = KFAC(tokens="expand")  # dense factors up to the budget: all of them for q and v
+    sketches = KFAC(tokens="expand", factors="sketch")
     both_ops = ("gram_", "gram_sketch_")
     return {
-        "fit, dual (default)": Job(partial(fit, structure="dual"), both),
-        "fit, KFAC reduce": Job(partial(fit, structure="kfac"), both),
-        "fit, KFAC expand": Job(partial(fit, **expand), both, both_ops),
-        "fit, KFAC expand, sketches": Job(partial(fit, **expand, factor="sketch"), both, ("gram_sketch_",)),
-        "fit, KFAC expand, short batches": Job(partial(fit, **expand), both, (*both_ops, "gram_group_")),
-        "fit, KFAC expand, short batches, no token waits": Job(partial(fit, **expand), both, both_ops, at_once),
-        "predict, dual (default)": Job(partial(_predict, model, structure="dual"), both),
-        "predict, KFAC of rank 64": Job(partial(_predict, model, kfac="reduce", rank=64), both, jacobian),
+        "fit, rows (default)": Job(partial(fit, Rows()), both),
+        "fit, KFAC reduce": Job(partial(fit, KFAC()), both),
+        "fit, KFAC expand": Job(partial(fit, expand), both, both_ops),
+        "fit, KFAC expand, sketches": Job(partial(fit, sketches), both, ("gram_sketch_",)),
+        "fit, KFAC expand, short batches": Job(partial(fit, expand), both, (*both_ops, "gram_group_")),
+        "fit, KFAC expand, short batches, no token waits": Job(partial(fit, expand), both, both_ops, at_once),
+        "predict, rows (default)": Job(partial(_predict, model, Rows()), both),
+        "predict, KFAC of rank 64": Job(partial(_predict, model, KFAC(rank=64)), both, jacobian),
     }  # fmt: skip
 
 
@@ -171,8 +174,9 @@ class _Enough(Exception):
     """Ends a fit after its last batch: what comes then does not depend on how many there were."""
 
 
-def _fit(model: nn.Module, laps: Laps, **options: Any) -> None:
-    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, memory_budget=BUDGET, **options)
+def _fit(model: nn.Module, structure: Structure, laps: Laps) -> None:
+    budget = BUDGET if structure.uses_budget else None
+    laplace = LaplaceLoRA(model, Answers(ANSWERS), structure=structure, budget=budget)
     with contextlib.suppress(_Enough):
         laplace.fit(_Cut(laps), progress=False)
 
@@ -189,9 +193,9 @@ class _Cut:
         raise _Enough
 
 
-def _predict(model: nn.Module, laps: Laps, **options: Any) -> None:
-    laplace = LaplaceLoRA(model, answer_token_ids=ANSWERS, **options)
-    laplace.fit(laps.batches, progress=False).predict_loader(laps, progress=False)
+def _predict(model: nn.Module, structure: Structure, laps: Laps) -> None:
+    laplace = LaplaceLoRA(model, Answers(ANSWERS), structure=structure)
+    laplace.fit(laps.batches, progress=False).predictions(laps, progress=False)
 
 
 def _forward(model: nn.Module, device: torch.device, laps: Laps) -> None:

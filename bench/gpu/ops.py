@@ -106,16 +106,18 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 def _executed_gflop(case: Case, device: torch.device) -> float | None:
     """What the Triton kernel of `gram_` executes, which skips the tiles above the diagonal; None for other ops."""
-    from laplace_kernels.triton import gram, launch
+    from laplace_kernels.triton import gram, launch, triangle
 
     op, d, T = case
     if op not in ("gram_", "gram_ masked"):
         return None
     arch = launch.architecture(device)
     through_tma = op == "gram_" and arch in gram.TMA_TILES
-    tiles = gram.TMA_TILES[arch] if through_tma else gram.pointer_tiles(arch, torch.bfloat16, aligned=True)
+    tiles = (
+        gram.TMA_TILES[arch] if through_tma else triangle.pointer_tiles(arch, torch.bfloat16, aligned=True)
+    )
     tile, _ = gram.schedule(tiles, d, T, launch.multiprocessors(device), max(1, T // 512))
-    return 2e-9 * T * gram.lower_tiles(d, tile) * tile.rows * tile.columns
+    return 2e-9 * T * triangle.lower_tiles(d, tile) * tile.rows * tile.columns
 
 
 def _bind(function: Callable[..., object], operands: tuple[Any, ...]) -> Call:

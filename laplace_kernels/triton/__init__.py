@@ -6,23 +6,62 @@ for each architecture, and they serve only when asked for (`use_backend("triton"
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import warnings
+from dataclasses import dataclass
 from subprocess import CalledProcessError
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from laplace_kernels import dispatch, reference
+from laplace_kernels import ops
+from laplace_kernels.dispatch import Backend, Kernel, reconsider
+from laplace_kernels.op import Op
 
-_failures: dict[str, str] = {}  # op -> why its kernel could not be compiled in this process
+
+@dataclass
+class Launcher:
+    """The Triton kernel of one op; the op's reference once Triton has failed to compile it.
+
+    Attributes:
+        op: The op.
+        module: Has the function that launches it, under the name of the op. Imported at first use.
+        failure: Why it cannot serve in this process, empty as long as nothing is known.
+    """
+
+    op: Op
+    module: str
+    failure: str = ""
+
+    def obstacle(self) -> str:
+        """Why it cannot serve, empty when it can; imports the module."""
+        if not self.failure:
+            try:
+                self._launch()
+            except Exception as error:  # a broken installation raises anything
+                self.failure = f"its kernel cannot be imported: {type(error).__name__}: {error}"
+        return self.failure
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self._launch()(*args)
+        except Exception as error:
+            if not _is_compile_failure(error):
+                raise
+            self.failure = f"its kernel does not compile: {type(error).__name__}: {error}"
+            reconsider()
+            warnings.warn(
+                f"laplace_kernels.{self.op.name} runs on reference: triton {self.failure}", stacklevel=5
+            )
+            return self.op.reference(*args)
+
+    def _launch(self) -> Kernel:
+        launch: Kernel = getattr(importlib.import_module(self.module), self.op.name)
+        return launch
 
 
-def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why Triton cannot serve `op` on `device` for `dtype`, empty when it can."""
+def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "it does not compute in float64"
     if device.type == "cpu" and not _interpreted():
@@ -31,51 +70,22 @@ def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"it does not run on {device.type}"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "there is no GPU"
-    if _import_error():
-        return f"triton cannot be imported: {_import_error()}"
+    kernel = BACKEND.kernels[op]
+    failure = kernel.obstacle() if isinstance(kernel, Launcher) else ""
+    if failure:
+        return failure
     if (
         device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) < (8, 0)
     ):
         return "it needs compute capability 8.0"
-    return _failures.get(op, "")
+    return ""
 
 
 def _interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, one program after the other, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def _import_error() -> str:
-    try:
-        for op in dispatch.OPS:
-            _module(op)
-    except Exception as error:  # a broken installation raises anything
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _module(op: str) -> ModuleType:
-    return importlib.import_module(f"laplace_kernels.triton.{op.rstrip('_')}")
-
-
-def _kernel(op: str) -> dispatch.Kernel:
-    """The op's launcher; the reference once Triton has failed to compile its kernel."""
-
-    def launch(*args: Any) -> Any:
-        try:
-            return getattr(_module(op), op)(*args)
-        except Exception as error:
-            if not _is_compile_failure(error):
-                raise
-            _failures[op] = f"its kernel does not compile: {type(error).__name__}: {error}"
-            dispatch.reconsider()
-            warnings.warn(f"laplace_kernels.{op} runs on reference: triton {_failures[op]}", stacklevel=4)
-            return getattr(reference, op)(*args)
-
-    return launch
 
 
 def _is_compile_failure(error: Exception) -> bool:
@@ -88,9 +98,18 @@ def _is_compile_failure(error: Exception) -> bool:
     return any(words in str(error) for words in ("PassManager", "C compiler"))  # plain RuntimeErrors
 
 
-BACKEND = dispatch.Backend(
+BACKEND = Backend(
     name="triton",
-    kernels={op: _kernel(op) for op in dispatch.OPS},
-    obstacle=obstacle,
+    obstacle=_obstacle,
     reservation="its kernels have not yet run on hardware, they serve only when asked for",
+    kernels={
+        op.name: Launcher(op, f"{__name__}.{op.name.rstrip('_')}")
+        for op in (
+            ops.gram.OP,
+            ops.gram_sketch.OP,
+            ops.gram_group.OP,
+            ops.jacobian_stats.OP,
+            ops.kron_apply.OP,
+        )
+    },
 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,36 +20,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from laplace_kernels.triton import launch
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tile of C, tokens per step, and how the loop over tokens is pipelined."""
-
-    rows: int
-    columns: int
-    tokens: int
-    stages: int
-    warps: int
-    slices: int = 1  # parts in which the tile is written, to need less shared memory
-
+from laplace_kernels.triton.triangle import Tile, is_aligned, lower_tile, lower_tiles, pointer_tiles
 
 # Largest tile first. Chosen by register and shared memory use; no timing stands behind them yet.
 TMA_TILES = {
     "sm_90": (Tile(256, 128, 64, 4, 8, slices=4), Tile(128, 128, 64, 4, 8, slices=2)),
     "sm_100": (Tile(128, 128, 64, 4, 8, slices=2),),
-}
-POINTER_TILES = {
-    "sm_80": (Tile(128, 64, 32, 4, 8), Tile(64, 64, 64, 4, 4)),
-    "sm_90": (Tile(128, 128, 64, 5, 8), Tile(64, 64, 64, 5, 4)),
-    "sm_100": (Tile(128, 128, 64, 5, 8), Tile(64, 64, 64, 5, 4)),
-    "gfx942": (Tile(128, 128, 64, 2, 8), Tile(64, 64, 64, 2, 4)),
-}
-FP32_TILES = {
-    "sm_80": (Tile(64, 64, 16, 4, 4),),
-    "sm_90": (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 3, 4)),
-    "sm_100": (Tile(128, 64, 32, 3, 8), Tile(64, 64, 32, 3, 4)),
-    "gfx942": (Tile(64, 64, 32, 2, 4),),
 }
 _TOKENS_PER_PROGRAM = 512  # at least, when tokens are split
 _MOST_WAVES = 8
@@ -104,24 +79,13 @@ def gram_(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
                 tiles,
                 tokens_per_split,
                 HAS_MASK=mask is not None,
-                PRECISION=launch.fp32_precision(arch, X.dtype),
+                PRECISION=launch.fp32_precision(X.dtype),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 TOKENS=tile.tokens,
                 num_stages=tile.stages,
                 num_warps=tile.warps,
             )
-
-
-def pointer_tiles(arch: str, dtype: torch.dtype, aligned: bool) -> tuple[Tile, ...]:
-    """Tiles for the kernels that read through pointers; rows read element by element need the smallest."""
-    tiles = (FP32_TILES if dtype == torch.float32 else POINTER_TILES)[arch]
-    return tiles if aligned else tiles[-1:]
-
-
-def is_aligned(X: Tensor) -> bool:
-    """Whether rows can be read 16 bytes at a time."""
-    return all(n % 16 == 0 for n in (X.data_ptr(), X.stride(0), X.shape[1]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,27 +115,11 @@ def schedule(tiles: tuple[Tile, ...], d: int, T: int, processors: int, most_spli
     return min(plans, key=clocks)
 
 
-def lower_tiles(d: int, tile: Tile) -> int:
-    """Tiles on or below the diagonal of a [d, d] matrix."""
-    rows = triton.cdiv(d, tile.rows)
-    return int(rows * (rows + 1) // 2 * (tile.rows // tile.columns))
-
-
 def _fits_tma(X: Tensor) -> bool:
     """Base and rows on 16-byte boundaries, and rows that do not overlap."""
     row_stride = X.stride(0)
     aligned = X.data_ptr() % 16 == 0 and row_stride * X.element_size() % 16 == 0
     return aligned and X.stride(1) == 1 and row_stride >= X.shape[1]
-
-
-@triton.jit
-def lower_tile(index, RATIO: tl.constexpr):
-    """Row and column of the index-th tile of the lower triangle, RATIO tiles wide per diagonal block."""
-    pair = index // RATIO
-    row = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > pair, row - 1, row)  # the root is rounded
-    row = tl.where((row + 1) * (row + 2) // 2 <= pair, row + 1, row)
-    return row, (pair - row * (row + 1) // 2) * RATIO + index % RATIO
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "tokens_per_split"])

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from laplace_kernels.triton import launch
-from laplace_kernels.triton.gram import Tile, is_aligned, lower_tile, lower_tiles, pointer_tiles
+from laplace_kernels.triton.triangle import Tile, is_aligned, lower_tile, lower_tiles, pointer_tiles
 
 _FIELDS = 9  # of a row of the table: x, c, mask, T, d, stride of x, stride of c, alpha, first tile
 
@@ -60,7 +60,7 @@ def gram_group_(
             ALIGNED=aligned,
             FIELDS=_FIELDS,
             MEMBERS=triton.next_power_of_2(len(rows)),
-            PRECISION=launch.fp32_precision(arch, dtype),
+            PRECISION=launch.fp32_precision(dtype),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             TOKENS=tile.tokens,

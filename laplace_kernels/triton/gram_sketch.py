@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from laplace_kernels.triton import launch
+from laplace_kernels.triton.parts import bf16_parts
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alph
     options = {
         "HAS_MASK": mask is not None,
         "PARTS": Z.shape[0],
-        "PRECISION": launch.fp32_precision(arch, X.dtype),
+        "PRECISION": launch.fp32_precision(X.dtype),
         "COLUMNS": columns,
         "num_stages": tiles.stages,
         "num_warps": tiles.warps,
@@ -218,13 +219,6 @@ def store_parts(z, z_part_stride, value, inside, PARTS: tl.constexpr):
         tl.store(z + z_part_stride, low, mask=inside)
     else:
         tl.store(z, value.to(z.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def bf16_parts(value):
-    """Two bf16 numbers that add up to a fp32 one, to 16 bits."""
-    high = value.to(tl.bfloat16)
-    return high, (value - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["T", "row_blocks", "tokens_per_split"])

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laplace_kernels import reference
+from laplace_kernels.ops.jacobian_stats import reference
 from laplace_kernels.triton import launch
-from laplace_kernels.triton.gram_sketch import bf16_parts
+from laplace_kernels.triton.parts import bf16_parts
 
 MAX_BASIS, MAX_CLASSES = 128, 32
 
@@ -63,7 +63,7 @@ def jacobian_stats(
     _, Cl, _, d = large.shape
     C, k = max(Cs, Cl), basis.shape[1]
     if k > MAX_BASIS or C > MAX_CLASSES or 0 in (N, T, r, d, k):
-        return reference.jacobian_stats(small, large, basis, mask, row_grams)
+        return reference(small, large, basis, mask, row_grams)
     small, large = launch.contiguous_rows(small), launch.contiguous_rows(large)
     device = large.device
     arch = launch.architecture(device)
@@ -102,7 +102,7 @@ def jacobian_stats(
             ROW_GRAMS=row_grams,
             C=C,
             LARGE_CLASSES=Cl,
-            PRECISION=launch.fp32_precision(arch, large.dtype),
+            PRECISION=launch.fp32_precision(large.dtype),
             CLASSES=classes,
             ROWS=rows,
             BASIS=max(16, triton.next_power_of_2(k)),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laplace_kernels import reference
+from laplace_kernels.ops.kron_apply import reference
 from laplace_kernels.triton import launch
 
 MAX_ROWS = 64
@@ -44,7 +44,7 @@ def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> T
     B, r, d = W.shape
     k = U.shape[1]
     if r > MAX_ROWS or 0 in (B, r, d, k):
-        return reference.kron_apply(W, U, V, core, tail)
+        return reference(W, U, V, core, tail)
     device = W.device
     arch = launch.architecture(device)
     tile = TILES[arch]
@@ -53,7 +53,7 @@ def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> T
     core, tail = core.contiguous(), tail.contiguous()
     options = {
         "HAS_TAIL": k < d,
-        "PRECISION": launch.fp32_precision(arch, W.dtype),
+        "PRECISION": launch.fp32_precision(W.dtype),
         "ROWS": max(16, triton.next_power_of_2(r)),
         "WIDTH": tile.width,
         "BASIS": tile.basis,

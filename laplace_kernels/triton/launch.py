@@ -1,4 +1,4 @@
-"""What every Triton launch has to know: architecture, size, current device, precision asked for."""
+"""What every Triton launch has to know: architecture, size, current device, precision."""
 
 from __future__ import annotations
 
@@ -38,13 +38,8 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def fp32_precision(arch: str, dtype: torch.dtype) -> str:
-    """How fp32 intermediates of `dtype` inputs are multiplied: in bf16 parts, as many as the inputs deserve.
-
-    TF32 only where torch's own products may use it.
-    """
-    if torch.backends.cuda.matmul.fp32_precision == "tf32" and arch.startswith("sm_"):
-        return "tf32"
+def fp32_precision(dtype: torch.dtype) -> str:
+    """How fp32 intermediates of `dtype` inputs are multiplied: in bf16 parts, as many as the inputs deserve."""
     return "bf16x6" if dtype == torch.float32 else "bf16x3"
 
 

@@ -15,15 +15,54 @@ if TYPE_CHECKING:
         UnsupportedAdapterError,
     )
     from laplace_lora_fast.laplace import LaplaceLoRA
+    from laplace_lora_fast.likelihoods import MonteCarlo
+    from laplace_lora_fast.prior.evidence import Evidence
+    from laplace_lora_fast.prior.held_out import HeldOut
+    from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
+    from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, Rows
+    from laplace_lora_fast.tasks import Answers, Classes, Outputs, Regression
+
+_MODULES = {
+    "laplace": ("LaplaceLoRA",),
+    "tasks": ("Answers", "Classes", "Outputs", "Regression"),
+    "structures": ("Diagonal", "EKFAC", "KFAC", "Rows"),
+    "likelihoods": ("MonteCarlo",),
+    "prior.evidence": ("Evidence",),
+    "prior.held_out": ("HeldOut",),
+    "prior.leave_one_out": ("LeaveOneOut",),
+    "errors": (
+        "InvalidBatchError",
+        "LaplaceError",
+        "LaplaceWarning",
+        "NotFittedError",
+        "NumericalError",
+        "RankError",
+        "StateError",
+        "UnsupportedAdapterError",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
+    "Answers",
+    "Classes",
+    "Diagonal",
+    "Evidence",
+    "HeldOut",
     "InvalidBatchError",
     "LaplaceError",
     "LaplaceLoRA",
     "LaplaceWarning",
+    "LeaveOneOut",
+    "MonteCarlo",
     "NotFittedError",
     "NumericalError",
+    "Outputs",
     "RankError",
+    "Regression",
+    "Rows",
     "StateError",
     "UnsupportedAdapterError",
 ]
@@ -32,10 +71,9 @@ if not TYPE_CHECKING:  # a type checker would take any name for defined
 
     def __getattr__(name: str) -> object:
         """Imports on first use: torch, transformers and peft take seconds, which `laplace-lora --help` need not."""
-        if name not in __all__:
+        if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = import_module(f"{__name__}.{'laplace' if name == 'LaplaceLoRA' else 'errors'}")
-        value = globals()[name] = getattr(module, name)
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         return value
 
     def __dir__() -> list[str]:

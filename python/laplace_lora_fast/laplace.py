@@ -1,58 +1,50 @@
-"""LaplaceLoRA: fit, tune the prior, predict, sample, save."""
+"""LaplaceLoRA: fit, tune the prior, predict, sample, save. The facade; no arithmetic."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from laplace_lora_fast import adapters, identity, prior, state
-from laplace_lora_fast.curvature import BlockName, Curvature
-from laplace_lora_fast.distributed import Ranks
-from laplace_lora_fast.errors import (
-    LaplaceError,
-    NotFittedError,
-    NumericalError,
-    StateError,
-    UnsupportedAdapterError,
+from laplace_lora_fast.errors import LaplaceError, StateError
+from laplace_lora_fast.evaluation.predictions import Predictions, RegressionPredictions
+from laplace_lora_fast.fitting.choose import choose
+from laplace_lora_fast.fitting.fit import fit
+from laplace_lora_fast.fitting.passes import Loader, Subject
+from laplace_lora_fast.model.batches import Batch, without_labels
+from laplace_lora_fast.options import (
+    DEFAULT_BUDGET,
+    named,
+    positive_integer,
 )
-from laplace_lora_fast.fit import Fit, Objective
-from laplace_lora_fast.heads import Head, OutputFn
-from laplace_lora_fast.identity import FrozenWeights, unwrapped
-from laplace_lora_fast.likelihoods import (
-    Categorical,
-    Fisher,
-    Gaussian,
-    Likelihood,
-    Link,
-    contrast_cotangents,
-    probabilities,
+from laplace_lora_fast.posterior import LayerFactors, Summary, layer_factors, summarise
+from laplace_lora_fast.prediction import (
+    MAP_LINK,
+    Block,
+    answers,
+    distribution,
+    one_block,
+    plain_answers,
 )
-from laplace_lora_fast.marglik import Evidence
-from laplace_lora_fast.posterior import Posterior
-from laplace_lora_fast.predictive import LinearisedModel, distribution, map_logits
-from laplace_lora_fast.prior import PriorPrecision, PriorStructure
-from laplace_lora_fast.refit import RefittedCurvature
-from laplace_lora_fast.structures import FitOptions, check_choice, fit_structure, positive_integer
-from laplace_lora_fast.summary import LayerFactors, layer_factors, summarise
-from laplace_lora_fast.taps import Layers, Site, find_sites, parameters_left_alone, read_adapter
-from laplace_lora_fast.validation import DEFAULT_GRID, minimise_loo_nll, minimise_nll
+from laplace_lora_fast.prior.evidence import Evidence
+from laplace_lora_fast.prior.grid import checked_link
+from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
+from laplace_lora_fast.prior.precision import PriorPrecision, PriorPrecisions
+from laplace_lora_fast.prior.tuning import Fitted, Tuning
+from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.saving import adapters
+from laplace_lora_fast.saving import posterior as saved_posterior
+from laplace_lora_fast.saving.fingerprint import FittedOn
+from laplace_lora_fast.state import LaplaceState
+from laplace_lora_fast.structures import Structure
+from laplace_lora_fast.structures.base import Ability, Problem
+from laplace_lora_fast.tasks import Task
 
-Batch = Mapping[str, Any]
-PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
 
-_LABELS = ("labels", "label")
-
-
-class LaplaceLoRA:
+class LaplaceLoRA(LaplaceState):
     """Laplace posterior over the LoRA weights of a PEFT model (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
 
     The posterior is Gaussian around the trained adapter; its precision is the Fisher information, exact or
@@ -60,149 +52,35 @@ class LaplaceLoRA:
     weights. Trained parameters other than LoRA weights (`modules_to_save`, biases) keep their values: see
     `parameters_left_alone`.
 
-        la = LaplaceLoRA(model, answer_token_ids=ids)
+        la = LaplaceLoRA(model, Answers(token_ids))
         la.fit(train_loader)
-        la.optimize_prior_precision(method="val_nll", val_loader=val_loader)
+        la.optimize_prior_precision(HeldOut(val_loader))
         probs = la.predict(batch)
 
     Args:
         model: a PEFT model with one active LoRA adapter. Never changed.
-        likelihood: "classification" (softmax over C >= 2 logits) or "regression" (Gaussian).
-        answer_token_ids: causal language models: the classes are the logits of these tokens at the last real
-            position, in this order.
-        output_fn: instead: (model output, batch) -> logits [N, C]. Models with a `logits` [N, C] output
-            (sequence classification) need neither.
-        structure: of the curvature. "kfac"; "ekfac" (KFAC's eigenvalues re-measured in a second pass); "dual" (the
-            exact GGN in row space, for small data); "diag"; or "auto": "kfac" if `kfac`, `factor` or `rank` is given,
-            else "dual" where its rows are fewer than the weights and than 4096 and fit `memory_budget`, else "kfac".
-        layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
-            output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
-        mean: what the linearised outputs are centred on. "map": the trained model's. "refit": the linearised model's
-            own optimum under the prior, starting from the model without its adapter (Immer, Korzepa and Bauer 2021).
-            It needs "dual" and labels, costs one more forward pass a batch, and can choose its prior precision by
-            leaving out one training example at a time ("loo").
-        kfac: "reduce" (the default) or "expand", how the tokens of an example share a weight (Eschenhagen et al. 2023).
-            "paper" is the convention of the code behind the Laplace-LoRA paper, to compare with published results:
-            pads count, and the curvature is too large by the padded length of a batch. With LoRA on the output head,
-            pass `output_fn` there: with `answer_token_ids` the head sees the last position only.
-        fisher: "exact" (GGN, rank-of-Hessian backward passes a batch), "mc" (sampled labels) or "empirical".
-        mc_samples: labels drawn per example for fisher="mc".
-        factor: "dense", "sketch", or "auto": dense, smallest first, within `memory_budget`.
-        rank: leading eigenpairs kept of each large factor, besides its tail. None: all of a dense factor, a
-            quarter of `sketch_size` of a sketched one. Like `kfac` and `factor`, of "kfac" and "ekfac" only.
-        memory_budget: bytes of dense factors (and of the rows that wait for them) for factor="auto", of rows kept on
-            the device for structure="dual".
-        sketch_size: columns of a sketched factor.
-        row_sketch_size: columns m of a sketched Jacobian row for structure="dual"; exact from a layer's width on.
+        task: what the model answers: `Answers(token_ids)`, `Classes()`, `Regression()`, `Outputs(fn)`.
+        structure: of the curvature: `Rows(..)`, `KFAC(..)`, `EKFAC(..)`, `Diagonal(..)`, or their short names. "auto":
+            exact rows where they are fewer than the weights and than 4,096 and fit the budget, else KFAC.
         prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.
         prior_mean: None for zero, or the adapter the training started from: a PEFT folder or state dict.
-        sigma_noise: noise standard deviation of the regression likelihood.
+        layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
+            output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
+        budget: bytes that the structure may keep on the device; None for 4 GiB.
         seed: of sampled labels, sketches, Monte-Carlo predictions and posterior samples.
 
     Attributes:
-        prior_precision: as passed or tuned; may be assigned.
-        sigma_noise: as passed or tuned; may be assigned.
-        sites: the LoRA layers, in the order of `model.named_modules()`.
+        task: as passed.
+        structure: as passed; "auto" until a fit has chosen.
+        layers: the LoRA layers, in the order of `model.named_modules()`.
 
     Raises:
         UnsupportedAdapterError: no LoRA layer, or one this does not cover; names the layer.
-        ValueError: an argument is not one of its choices, or does not go with another.
+        ValueError: an argument is not one of its choices, or would not be looked at.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str = "classification",
-        *,
-        answer_token_ids: Sequence[int] | None = None,
-        output_fn: OutputFn | None = None,
-        structure: str = "auto",
-        mean: str = "map",
-        layers: Layers = None,
-        kfac: str | None = None,
-        fisher: str = "exact",
-        mc_samples: int = 1,
-        factor: str = "auto",
-        rank: int | None = None,
-        memory_budget: int = 4 * 2**30,
-        sketch_size: int = 128,
-        row_sketch_size: int = 128,
-        prior_precision: PriorPrecision = 1.0,
-        prior_mean: str | PathLike[str] | Mapping[str, Tensor] | None = None,
-        sigma_noise: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        self.model = model
-        self.likelihood: Likelihood = _likelihood(likelihood)
-        self.options = FitOptions(
-            structure=structure,
-            mean=mean,
-            kfac=kfac,
-            fisher=fisher,
-            mc_samples=mc_samples,
-            factor=factor,
-            rank=rank,
-            memory_budget=memory_budget,
-            sketch_size=sketch_size,
-            row_sketch_size=row_sketch_size,
-            seed=seed,
-        )
-        self.sigma_noise = sigma_noise
-        self._peft_model = unwrapped(model)
-        self._head = Head(self._peft_model, answer_token_ids, output_fn)
-        self._layers = layers
-        self.sites = find_sites(self._peft_model, self._head, layers)
-        if mean == "refit":
-            adapters.refuse_residual_base(self._peft_model, self.sites)
-        self.prior_precision = prior_precision
-        self._prior_mean: list[Tensor] | None = None
-        if prior_mean is not None:
-            pairs = read_adapter(adapters.source(prior_mean), self.sites)
-            self._prior_mean = [weight for a, b in pairs for weight in (a, b.mT)]
-            if mean == "refit" and any(bool(b.any()) for _, b in pairs):
-                raise ValueError(
-                    "mean='refit' starts from the model without its adapter: prior_mean must have lora_B = 0"
-                )
-        self._fit: Fit | None = None
-        self._frozen = FrozenWeights({})
-
-    @property
-    def prior_precision(self) -> PriorPrecision:
-        """The prior precision of the LoRA weights: a number, {"A": .., "B": ..} or {layer name: ..}."""
-        return self._prior_precision
-
-    @prior_precision.setter
-    def prior_precision(self, value: PriorPrecision) -> None:
-        self._resolve(value)
-        if isinstance(value, Mapping):
-            self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
-        else:
-            self._prior_precision = float(value)
-
-    @property
-    def sigma_noise(self) -> float:
-        """The noise standard deviation of the regression likelihood."""
-        return self._sigma_noise
-
-    @sigma_noise.setter
-    def sigma_noise(self, value: float) -> None:
-        if not 0 < value < math.inf:
-            raise ValueError(f"sigma_noise must be positive and finite, got {value}")
-        self._sigma_noise = float(value)
-
-    @property
-    def answer_token_ids(self) -> list[int] | None:
-        """The tokens whose logits are the classes, or None."""
-        answers = self._head.answer_token_ids
-        return None if answers is None else answers.tolist()
-
-    @property
-    def parameters_left_alone(self) -> list[str]:
-        """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
-        return parameters_left_alone(self._peft_model, self.sites)
-
     def fit(
-        self, train_loader: Iterable[Batch], *, group: ProcessGroup | None = None, progress: bool = True
+        self, train_loader: Loader, *, group: ProcessGroup | None = None, progress: bool = True
     ) -> LaplaceLoRA:
         """Fits the posterior: one pass over the training data, rank-of-Hessian backward passes a batch.
 
@@ -212,8 +90,8 @@ class LaplaceLoRA:
 
         Args:
             train_loader: batches as transformers makes them: dicts with `input_ids`, `attention_mask`, `labels`.
-                Labels ([N] class indices, or regression targets) are needed for the evidence and for
-                fisher="empirical" only.
+                Labels ([N] class indices, or regression targets) are needed for the evidence, the noise of a
+                regression, `Rows(refit=True)` and the empirical Fisher only.
             group: process group of torch.distributed, `torch.distributed.group.WORLD` say, whose ranks fit together:
                 each passes the batches of its own share of the data and holds the same model, and leaves with the
                 posterior of all of the data. None: this process alone.
@@ -231,46 +109,25 @@ class LaplaceLoRA:
         """
         ranks = Ranks(group)
         with ranks.together():
-            sites = self._current_sites()
-        options = self.options
-        objective = Objective(
-            self.model,
-            self._head,
-            sites,
-            self.likelihood,
-            Fisher(options.fisher),
-            options.mc_samples,
-            options.seed,
-            ranks,
+            layers = self._current_layers()
+        subject = Subject(self.model, self._head, layers, self.likelihood)
+        problem = Problem(
+            layers=[layer.weights for layer in layers],
+            likelihood=self.likelihood,
+            budget=DEFAULT_BUDGET if self.budget is None else self.budget,
+            seed=self.seed,
+            ranks=ranks,
         )
-        fit = fit_structure(objective, train_loader, options, progress)
-        self._fit, self.sites = fit, sites
-        self._frozen = FrozenWeights.of(self._peft_model, sites)
+        if isinstance(self.structure, Structure):
+            structure, reason = self.structure, ""
+        else:
+            structure, reason, train_loader = choose(subject, problem, train_loader)
+        self._fit = fit(subject, structure, problem, train_loader, reason, progress)
+        self.layers = layers
+        self._fitted_on = FittedOn(self._peft_model, layers)
+        if self.likelihood.has_noise and self._noise is None and self._fit.log_likelihood is not None:
+            self._noise = self._marginal_likelihood().best_noise(self._resolve(None))
         return self
-
-    def _current_sites(self) -> list[Site]:
-        """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
-        sites = find_sites(self._peft_model, self._head, self._layers)
-        weights, former = ([site.weight_name("A") for site in each] for each in (sites, self.sites))
-        if weights != former:
-            if self._prior_mean is not None:
-                raise UnsupportedAdapterError(
-                    f"prior_mean belongs to adapter {self.sites[0].adapter!r}, now {sites[0].adapter!r} is active: "
-                    "make a new LaplaceLoRA"
-                )
-            prior.resolve(self.prior_precision, _block_names(sites))
-        if self.options.mean == "refit":
-            adapters.refuse_residual_base(self._peft_model, sites)
-        return sites
-
-    @property
-    def _is_regression(self) -> bool:
-        return self.likelihood.name == "regression"
-
-    @property
-    def posterior(self) -> Posterior:
-        """The Gaussian over the LoRA weights at the current prior precision and noise."""
-        return Posterior(self._at_noise(self._fitted().curvature), self._resolve(None))
 
     @property
     def factors(self) -> dict[str, LayerFactors]:
@@ -279,7 +136,7 @@ class LaplaceLoRA:
         Raises:
             ValueError: the structure has none.
         """
-        return layer_factors(self._fitted().curvature, self.sites)
+        return layer_factors(self._fitted().curvature, [layer.weights for layer in self.layers])
 
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
         """Laplace's estimate of log p(D | prior), fp64 scalar.
@@ -290,87 +147,43 @@ class LaplaceLoRA:
         Raises:
             NotFittedError: before `fit`, or fitted on batches without labels.
         """
-        return self._evidence().log_marginal_likelihood(self._resolve(prior_precision), self.sigma_noise)
+        self._fitted()
+        noise = self._known_noise() if self.likelihood.has_noise else None
+        return self._marginal_likelihood().at(self._resolve(prior_precision), noise)
 
     def optimize_prior_precision(
-        self,
-        method: str | None = None,
-        *,
-        prior_structure: str = "scalar",
-        val_loader: Iterable[Batch] | None = None,
-        link_approx: str = "probit",
-        n_samples: int = 1000,
-        grid: Sequence[float] = DEFAULT_GRID,
-        tune_sigma_noise: bool = False,
-        progress: bool = True,
+        self, tuning: Tuning | str | None = None, *, progress: bool = True
     ) -> PriorPrecision:
-        """Chooses the prior precision, and sets and returns it.
+        """Chooses the prior precision, and the noise of `Regression()` with it; sets and returns the former.
 
         Args:
-            method: "val_nll" minimises the held-out negative log-likelihood over `grid` with one pass over
-                `val_loader`, none per value; recommended for mean="map". "loo" needs mean="refit" and no held-out
-                data: it minimises the leave-one-out negative log-likelihood of the training examples over `grid`,
-                without a model pass; recommended for small training sets. "marglik" maximises the evidence
-                (milliseconds, no model pass), a poor guide for an over-trained adapter. None: "val_nll" where
-                `val_loader` is given, else "loo" for mean="refit", else "marglik".
-            prior_structure: "scalar", "ab" (one for all lora_A, one for all lora_B) or, for "marglik" only,
-                "layerwise". Only "scalar" for mean="refit" without held-out data.
-            val_loader: labelled batches for "val_nll".
-            link_approx: predictive link of "val_nll" and "loo": "probit", "mc" or "bridge".
-            n_samples: of the "mc" link.
-            grid: values tried by "val_nll" and "loo", ascending.
-            tune_sigma_noise: regression and "marglik" only: maximise the evidence over the noise as well.
+            tuning: `HeldOut(loader)`, which held wherever it was measured; `LeaveOneOut()`, after `Rows(refit=True)`,
+                without held-out data; `Evidence()`, a poor guide for an over-trained adapter. None: `LeaveOneOut()`
+                where the structure refits, else `Evidence()`.
             progress: show a bar.
 
         Raises:
-            NumericalError: the evidence has no maximum.
-            ValueError: arguments that do not go together.
+            NumericalError: there is no optimum.
+            ValueError: this way of tuning does not go with the fit.
         """
-        structure = PriorStructure(
-            check_choice("prior_structure", prior_structure, [m.value for m in PriorStructure])
+        fitted = self._fitted()
+        if tuning is None:
+            tuning = LeaveOneOut() if Ability.LEAVE_ONE_OUT in fitted.structure.abilities else Evidence()
+        way: Tuning = named("tuning", tuning, Tuning)
+        tuned = way.choose(
+            Fitted(
+                fitted,
+                self._prior_mean,
+                self.likelihood,
+                self._noise,
+                self._linearised,
+                self.layers[0].weights.A.dtype,
+                self.seed,
+            ),
+            progress,
         )
-        if method is None:
-            without_data = (
-                "loo" if self.options.mean == "refit" and prior_structure == "scalar" else "marglik"
-            )
-            method = without_data if val_loader is None else "val_nll"
-        check_choice("method", method, ["marglik", "val_nll", "loo"])
-        if val_loader is not None and method != "val_nll":
-            raise ValueError(f"method={method!r} does not look at val_loader: use 'val_nll', or leave it out")
-        link = Link(check_choice("link_approx", link_approx, [m.value for m in Link if m is not Link.MAP]))
-        keys = prior.group_keys(structure, _block_names(self.sites))
-        if tune_sigma_noise and not (
-            method == "marglik" and self._is_regression and self.options.mean == "map"
-        ):
-            raise ValueError(
-                "tune_sigma_noise needs likelihood='regression', method='marglik' and mean='map'"
-            )
-        if tune_sigma_noise:
-            best, self.sigma_noise = self._evidence().maximise_with_noise(keys, self.sigma_noise)
-        elif method == "marglik":
-            best = self._evidence().maximise(keys, self.sigma_noise)
-        elif method == "loo":
-            curvature = self.posterior.curvature
-            if not isinstance(curvature, RefittedCurvature) or structure is not PriorStructure.SCALAR:
-                raise ValueError("method='loo' needs mean='refit' and prior_structure='scalar'")
-            best = {"": minimise_loo_nll(curvature, grid, link, n_samples, self.options.seed, progress)}
-        elif val_loader is None:
-            raise ValueError("method='val_nll' needs val_loader")
-        else:
-            with self._linearised() as linearised:
-                best = minimise_nll(
-                    linearised,
-                    keys,
-                    val_loader,
-                    self._predictive_cotangents(),
-                    grid,
-                    link,
-                    n_samples,
-                    self.sigma_noise,
-                    self.options.seed,
-                    progress,
-                )
-        self.prior_precision = best[""] if structure is PriorStructure.SCALAR else best
+        self.prior_precision = tuned.prior_precision
+        self._noise = self._noise if tuned.noise is None else tuned.noise
         return self.prior_precision
 
     def logit_distribution(
@@ -386,50 +199,72 @@ class LaplaceLoRA:
         Returns:
             fp32 (fp64 for an fp64 model).
         """
-        classes = self._any_fit().n_outputs
-        mean, cov, _ = self._distribution(_unlabelled(batch), torch.eye(classes), prior_precision, False)
-        return mean, cov
+        precisions, several = self._priors(prior_precision)
+        block = one_block(self._distribution([without_labels(batch)], precisions, plain_outputs=True))
+        if several:
+            return block.mean, block.cov
+        return block.mean[0] if block.mean.dim() == 3 else block.mean, block.cov[0]
 
     def predict(
         self,
         batch: Batch,
         *,
-        link_approx: str = "probit",
-        n_samples: int = 1000,
+        link_approx: str | None = None,
+        n_samples: int | None = None,
         prior_precision: PriorPrecisions | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predictive distribution of one batch.
+    ) -> Tensor:
+        """Predictive answers for one batch.
 
         Args:
             batch: as for `fit`; labels are ignored.
-            link_approx: classification: "probit" (pairwise, invariant to shifts of the logits), "mc" (seeded
-                Monte-Carlo softmax), "bridge" (Laplace bridge) or "map" (the plain model). All but "map" take C - 1
-                backward passes.
-            n_samples: of the "mc" link.
+            link_approx: classification: "probit" (the default: pairwise, invariant to shifts of the logits), "mc"
+                (seeded Monte-Carlo softmax), "bridge" (Laplace bridge) or "map" (the plain model). All but "map" take
+                C - 1 backward passes.
+            n_samples: of the "mc" link; None for 1,000.
             prior_precision: another one than the current, or a list of G: the result then has a leading axis G.
 
         Returns:
-            Classification: probabilities [N, C]. Regression: mean [N, C] and variance [N, C] with the noise in it.
+            [N, C]: probabilities of a classification, means of a regression (see `predictive_variance`).
         """
-        result, _ = self._predict(_unlabelled(batch), link_approx, n_samples, prior_precision, False)
-        return result
+        precisions, several = self._priors(prior_precision)
+        result, _ = self._answers([without_labels(batch)], link_approx, n_samples, precisions, False)
+        return result if several else result[0]
 
-    def predict_loader(
+    def predictive_variance(self, batch: Batch, prior_precision: PriorPrecisions | None = None) -> Tensor:
+        """Variance [N, C] of a regression's targets, with the noise in it; a list of priors gives a leading axis.
+
+        Raises:
+            ValueError: the task is no regression.
+        """
+        if not self.likelihood.has_noise:
+            raise ValueError(f"{self.task!r} predicts probabilities: see logit_distribution for covariances")
+        precisions, several = self._priors(prior_precision)
+        variance = self._variance(one_block(self._distribution([without_labels(batch)], precisions)))
+        return variance if several else variance[0]
+
+    def predictions(
         self,
-        loader: Iterable[Batch],
+        loader: Loader,
         *,
-        link_approx: str = "probit",
-        n_samples: int = 1000,
-        prior_precision: PriorPrecisions | None = None,
+        link_approx: str | None = None,
+        n_samples: int | None = None,
+        prior_precision: PriorPrecision | None = None,
         progress: bool = True,
-    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
-        """`predict` over a loader.
+    ) -> Predictions | RegressionPredictions:
+        """`predict` over a loader, with the labels.
 
         Returns:
-            What `predict` returns, for all examples in the loader's order, and their labels (None if not all
-            batches have labels). Labels that are there have to be valid: leave out the -1 of an unlabelled test set.
+            Of all examples in the loader's order, with `metrics()` and `plot()`. Labels are None if not all batches
+            have them; labels that are there have to be valid: leave out the -1 of an unlabelled test set.
         """
-        return self._predict(loader, link_approx, n_samples, prior_precision, progress)
+        precisions = self._resolve(prior_precision)[:, None]
+        if not self.likelihood.has_noise:
+            result, labels = self._answers(loader, link_approx, n_samples, precisions, progress)
+            return Predictions(result[0], labels)
+        checked_link(self.likelihood, link_approx, n_samples)
+        block = one_block(self._distribution(loader, precisions, progress=progress))
+        mean = block.mean[0] if block.mean.dim() == 3 else block.mean
+        return RegressionPredictions(mean, self._variance(block)[0], block.targets)
 
     def sample_adapters(self, folder: str | PathLike[str], n: int) -> list[Path]:
         """Draws n adapters from the posterior and writes them as ordinary PEFT adapter folders.
@@ -446,209 +281,90 @@ class LaplaceLoRA:
             ValueError: `n` is no positive integer, or `folder` holds other samples.
         """
         n = positive_integer("n", n)
-        samples = self.posterior.sample(n, torch.Generator().manual_seed(self.options.seed))
-        return adapters.save_samples(self._peft_model, self.sites, samples, folder)
+        samples = self.posterior.sample(n, torch.Generator().manual_seed(self.seed))
+        return adapters.save_samples(self._peft_model, self.layers, samples, folder)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
-        settings = {
-            "likelihood": self.likelihood.name,
-            "answer_token_ids": self.answer_token_ids,
-            "output_fn": self._head.output_fn is not None,
-            "layers": None if self._layers is None else [site.name for site in self.sites],
-            "prior_precision": self.prior_precision,
-            "sigma_noise": self.sigma_noise,
-            **self.options.as_dict(),
-        }
-        fit, prior_mean = self.snapshot()
-        self._require_frozen()
-        scalings = [site.scaling for site in self.sites]
-        state.save(folder, fit, prior_mean, settings, scalings, self._frozen)
+        fitted = self._fitted()
+        assert self._fitted_on is not None
+        self._fitted_on.require_frozen()
+        settings = saved_posterior.settings_of(
+            self.task,
+            self.structure,
+            self.prior_precision,
+            self._noise,
+            None if self._selection is None else [layer.name for layer in self.layers],
+            self.budget,
+            self.seed,
+        )
+        scalings = [layer.scaling for layer in self.layers]
+        frozen = self._fitted_on.frozen
+        saved_posterior.save(folder, fitted, self._prior_mean, settings, scalings, frozen)
 
     @classmethod
-    def load(
-        cls, folder: str | PathLike[str], model: nn.Module, *, output_fn: OutputFn | None = None
-    ) -> LaplaceLoRA:
+    def load(cls, folder: str | PathLike[str], model: nn.Module, *, task: Task | None = None) -> LaplaceLoRA:
         """Reads a posterior that `save` wrote.
 
         Args:
             folder: what was passed to `save`.
             model: the model with the same adapter it was fitted on.
-            output_fn: the one it was fitted with, if any.
+            task: the task it was fitted with, where that holds code, as `Outputs` does; None otherwise.
 
         Raises:
             StateError: the file is missing, truncated or of another format; or the model has other LoRA layers,
                 weights or scalings, or other base weights or trained modules around them; says which.
-            ValueError: `output_fn` is given and the fit had none, or the other way round.
+            ValueError: `task` is needed and missing, or not the one of the fit.
         """
-        saved = state.load(folder)
-        settings = saved.settings
-        if settings.pop("output_fn", False) != (output_fn is not None):
-            raise ValueError(
-                "output_fn must be the one the posterior was fitted with, or None if it had none"
-            )
+        saved = saved_posterior.load(folder)
+        settings = saved.settings(task)
+        noise = settings.pop("noise")
         try:
-            la = cls(model, output_fn=output_fn, **settings)
+            la = cls(model, **settings)
         except LaplaceError:
             raise
         except (TypeError, ValueError) as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
-        fit, prior_mean = saved.rebuild(la.sites)
-        state.check(fit.curvature, la.sites)
-        la._fit, la._prior_mean = fit, prior_mean
-        la._frozen = saved.frozen_weights(la._peft_model, la.sites)
+        fitted, prior_mean = saved.rebuild(la.layers, la.likelihood)
+        saved_posterior.check(fitted.curvature, la.layers)
+        la._fit, la._prior_mean, la._noise = fitted, prior_mean, noise
+        frozen = saved.frozen_weights(la._peft_model, la.layers)
+        la._fitted_on = FittedOn(la._peft_model, la.layers, frozen)
         return la
 
-    def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
-        """The fit, and the prior mean of each block (None for zero): with the prior precision, the whole posterior."""
-        return self._fitted(), self._prior_mean
-
-    def restore(self, fit: Fit, prior_mean: list[Tensor] | None) -> None:
-        """Takes over a posterior that was fitted on this adapter elsewhere, in the form `snapshot` gives.
-
-        Raises:
-            StateError: the fit is of another adapter, or damaged; names the layer.
-        """
-        state.check(fit.curvature, self.sites)
-        self._fit, self._prior_mean = fit, prior_mean
-        self._frozen = FrozenWeights.of(self._peft_model, self.sites)
-
-    def summary(self) -> str:
-        """A table: per LoRA layer shapes, kept rank, captured curvature, effective number of parameters."""
-        reason = self._fitted().reason
-        return summarise(self.posterior, self.prior_precision, self.parameters_left_alone, reason)
-
-    def _any_fit(self) -> Fit:
-        """The fit, even if the model has changed since."""
-        if self._fit is None:
-            raise NotFittedError("call fit(train_loader) or load(...) first")
-        return self._fit
-
-    def _fitted(self) -> Fit:
-        """The fit, if it belongs to the model as it is now; waits for the device."""
-        with self._unchanged() as fit:
-            return fit
-
-    @contextmanager
-    def _unchanged(self) -> Iterator[Fit]:
-        """The fit, for use inside. Raises NotFittedError if the model has changed: at once, or on leaving for a GPU.
-
-        A GPU compares the weights on entering and is asked on leaving: no batch in between waits for it.
-        """
-        fit, sites = self._any_fit(), self.sites
-        identity.require_layers(self._peft_model, sites, NotFittedError)
-        if self._frozen.written_to():
-            self._require_frozen()
-        identity.require_shapes(fit.curvature, sites, NotFittedError)
-        unchanged = identity.unchanged_weights(fit.curvature, sites)
-        settings = fit.curvature, unchanged, NotFittedError, "changed since fit: fit again"
-        if unchanged.device.type == "cpu":
-            identity.require_weights(*settings)
-        yield fit
-        if unchanged.device.type != "cpu":
-            identity.require_weights(*settings)
-
-    def _require_frozen(self) -> None:
-        """Raises unless the weights around the adapter are those of the fit; reads them all."""
-        for site in self.sites:
-            site.check()  # a merged adapter has a message of its own
-        now = self._frozen.now(self._peft_model)
-        self._frozen.require_same(now, NotFittedError, "changed since fit: fit again", rounding=True)
-        self._frozen = replace(now, fingerprints=self._frozen.fingerprints)
-
-    def _at_noise(self, curvature: Curvature) -> Curvature:
-        if self._is_regression and self.sigma_noise != 1:
-            return curvature.scaled(1 / self.sigma_noise**2)
-        return curvature
-
-    def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
-        """The prior precision of each block; None for the current one."""
-        value = self.prior_precision if prior_precision is None else prior_precision
-        precisions = prior.resolve(value, _block_names(self.sites))
-        prior.require_representable(float(precisions.min()), self.sites[0].A.dtype)
-        return precisions
-
-    def _priors(self, prior_precision: PriorPrecisions | None) -> tuple[Tensor, bool]:
-        """One prior precision or a list of G: [n_blocks, G], and whether it is a list."""
-        several = isinstance(prior_precision, Sequence) and not isinstance(prior_precision, str)
-        tried = prior_precision if several else [prior_precision]
-        if not tried:
-            raise ValueError("prior_precision is an empty list")
-        return torch.stack([self._resolve(value) for value in tried], 1), several  # type: ignore[union-attr, arg-type]
-
-    def _evidence(self) -> Evidence:
-        return Evidence(self._fitted(), self._prior_mean, self._is_regression)
-
-    def _predictive_cotangents(self) -> Tensor:
-        outputs = self._any_fit().n_outputs
-        return (
-            contrast_cotangents(outputs) if self.likelihood.name == "classification" else torch.eye(outputs)
+    def summary(self) -> Summary:
+        """What was fitted, as a table: per LoRA weight its shape, what is kept, effective number of parameters."""
+        fitted = self._fitted()
+        return summarise(
+            self.posterior,
+            repr(self),
+            self.prior_precision,
+            self._noise,
+            self.parameters_left_alone,
+            repr(fitted.structure),
+            fitted.reason,
         )
 
-    def _predict(
+    def _answers(
         self,
-        loader: Iterable[Batch],
-        link_approx: str,
-        n_samples: int,
-        prior_precision: PriorPrecisions | None,
+        loader: Loader,
+        link_approx: str | None,
+        n_samples: int | None,
+        precisions: Tensor,
         progress: bool,
-    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
-        link = Link(check_choice("link_approx", link_approx, [m.value for m in Link]))
-        if link is Link.MAP and not self._is_regression:
-            with self._linearised() as linearised:
-                precisions, several = self._priors(prior_precision)
-                logits, labels = map_logits(linearised, loader, progress)
-            probs = logits.softmax(-1)
-            return probs.repeat(precisions.shape[1], 1, 1) if several else probs, labels
-        mean, cov, labels = self._distribution(
-            loader, self._predictive_cotangents(), prior_precision, progress
-        )
-        if self._is_regression:
-            variance = cov.diagonal(dim1=-2, dim2=-1) + self.sigma_noise**2
-            return (mean.expand_as(variance), variance), labels
-        generator = torch.Generator().manual_seed(self.options.seed)
-        return probabilities(link, mean, cov, n_samples, generator), labels
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answers [G, N, C] and labels of a loader."""
+        link, count = checked_link(self.likelihood, link_approx, n_samples, also=[MAP_LINK])
+        with self._linearised(self._known_noise()) as linearised:
+            if link == MAP_LINK:
+                plain, labels = plain_answers(linearised, loader, progress)
+                return plain.expand(precisions.shape[1], *plain.shape), labels
+            blocks = distribution(linearised, precisions, loader, progress=progress)
+            return answers(linearised, blocks, link, count, self.seed)
 
-    def _distribution(
-        self,
-        loader: Iterable[Batch],
-        cotangents: Tensor,
-        prior_precision: PriorPrecisions | None,
-        progress: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean [N, K], covariance [N, K, K] (with a leading axis for a list of priors) and labels of a loader."""
-        with self._linearised() as linearised:
-            precisions, several = self._priors(prior_precision)
-            mean, cov, labels = distribution(linearised, precisions, loader, cotangents, "predict", progress)
-        if not cov.isfinite().all():
-            raise NumericalError(
-                f"the predictive covariance is not finite in {cov.dtype}: use a larger prior_precision"
-            )
-        if several:
-            return mean, cov, labels
-        return mean[0] if mean.dim() == 3 else mean, cov[0], labels
+    def _distribution(self, loader: Loader, precisions: Tensor, **options: bool) -> list[Block]:
+        with self._linearised(self._known_noise()) as linearised:
+            return distribution(linearised, precisions, loader, **options)  # type: ignore[arg-type]
 
-    @contextmanager
-    def _linearised(self) -> Iterator[LinearisedModel]:
-        """The linearised model, for a pass over data inside; raises as `_unchanged` does."""
-        with self._unchanged() as fit:
-            curvature = self._at_noise(fit.curvature)
-            yield LinearisedModel(
-                self.model, self._head, self.sites, fit.groups, curvature, self.likelihood, fit.n_outputs
-            )
-
-
-def _unlabelled(batch: Batch) -> list[Batch]:
-    """A loader of one batch, without labels that nothing would use: test sets often have -1 there."""
-    if not isinstance(batch, Mapping):
-        return [batch]
-    return [{key: value for key, value in batch.items() if key not in _LABELS}]
-
-
-def _likelihood(name: str) -> Likelihood:
-    kinds: dict[str, type[Likelihood]] = {kind.name: kind for kind in (Categorical, Gaussian)}
-    return kinds[check_choice("likelihood", name, list(kinds))]()
-
-
-def _block_names(sites: Sequence[Site]) -> list[BlockName]:
-    return [(site.name, side) for site in sites for side in "AB"]
+    def _variance(self, block: Block) -> Tensor:
+        return block.cov.diagonal(dim1=-2, dim2=-1) + self._known_noise() ** 2

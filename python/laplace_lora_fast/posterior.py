@@ -1,13 +1,17 @@
-"""The Gaussian posterior over LoRA weights: a curvature and a prior precision."""
+"""The Gaussian posterior over LoRA weights, and what it looks like to a person."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.curvature import Curvature
+from laplace_lora_fast.prior.precision import PriorPrecision
+from laplace_lora_fast.structures.base import Curvature
+from laplace_lora_fast.weights import LoraWeights, WeightName, by_layer, stored
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Posterior:
 
     Attributes:
         curvature: H and theta*.
-        prior_precision: Lambda's diagonal, one value per block, fp64 [n_blocks].
+        prior_precision: Lambda's diagonal, one value a weight, fp64 [n_weights].
     """
 
     curvature: Curvature
@@ -27,7 +31,7 @@ class Posterior:
         return self.curvature.log_det_ratio(self.prior_precision)
 
     def effective_parameters(self) -> Tensor:
-        """Gamma [n_blocks] fp64: how many weights of each block the data determine (MacKay 1992)."""
+        """Gamma [n_weights] fp64: how many parameters of each weight the data determine (MacKay 1992)."""
         return self.curvature.effective_parameters(self.prior_precision)
 
     def covariance(self, layer: str, side: str) -> Tensor:
@@ -36,16 +40,111 @@ class Posterior:
         For small layers.
 
         Raises:
-            KeyError: there is no such block.
+            KeyError: there is no such weight.
         """
         names = self.curvature.names
-        if (layer, side) not in names:
+        if WeightName(layer, side) not in names:
             raise KeyError(
-                f"no block {side!r} in layer {layer!r}; layers: {sorted({name for name, _ in names})}"
+                f"no weight {side!r} in layer {layer!r}; layers: {sorted({name.layer for name in names})}"
             )
-        return self.curvature.covariance(names.index((layer, side)), self.prior_precision)
+        return self.curvature.covariance(names.index(WeightName(layer, side)), self.prior_precision)
 
     def sample(self, n: int, generator: torch.Generator) -> list[Tensor]:
-        """Draws n weights of every block, each [n, r, d] in the block's orientation (lora_B transposed)."""
+        """Draws n values of every weight, each [n, r, d] as the algebra has it (lora_B transposed)."""
         with torch.autocast(self.curvature.means[0].device.type, enabled=False):
             return self.curvature.sample(n, generator, self.prior_precision)
+
+
+@dataclass(frozen=True)
+class WeightFactors:
+    """The Kronecker factors of one LoRA weight [out, in]: H = gradient_factor (x) input_factor, vec row-major.
+
+    Attributes:
+        gradient_factor: dense [out, out].
+        input_factor: dense [in, in].
+    """
+
+    gradient_factor: Tensor
+    input_factor: Tensor
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The factors of one LoRA layer."""
+
+    A: WeightFactors
+    B: WeightFactors
+
+
+def layer_factors(curvature: Curvature, layers: Sequence[LoraWeights]) -> dict[str, LayerFactors]:
+    """Factors by layer name. Raises ValueError for a structure without Kronecker factors."""
+    factors = {}
+    for layer, (a, b) in zip(layers, by_layer(curvature.dense_factors()), strict=True):
+        square = layer.scaling**2
+        factors[layer.name] = LayerFactors(WeightFactors(*a), WeightFactors(b[1] * square, b[0] / square))
+    return factors
+
+
+class Summary(str):
+    """A table as text, which notebooks show as HTML."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self)}</pre>"
+
+
+def summarise(
+    posterior: Posterior,
+    arguments: str,
+    prior_precision: PriorPrecision,
+    noise: float | None,
+    left_alone: Sequence[str],
+    structure: str,
+    reason: str,
+) -> Summary:
+    """What was done, a table with one row a weight, and lines of totals.
+
+    Args:
+        posterior: the posterior.
+        arguments: repr of the `LaplaceLoRA`.
+        prior_precision: as the user sees it.
+        noise: of a regression, or None.
+        left_alone: trained parameters outside.
+        structure: repr of the structure.
+        reason: why it was chosen, where that was left open.
+    """
+    curvature = posterior.curvature
+    gammas = posterior.effective_parameters().tolist()
+    rows = []
+    described = zip(curvature.names, curvature.means, curvature.describe(), gammas, strict=True)
+    for name, mean, columns, gamma in described:
+        shape = tuple(stored(name.side, mean).shape)
+        parameters = f"{gamma:.1f} of {mean.numel()}"
+        rows.append({"weight": str(name), "shape": str(shape), **columns, "effective parameters": parameters})
+    total = sum(mean.numel() for mean in curvature.means)
+    lines = [
+        arguments,
+        f"structure {structure}" + (f" (auto: {reason})" if reason else ""),
+        *_table(rows),
+        f"{len(gammas)} weights, {sum(gammas):.1f} of {total} parameters determined by the data",
+        f"prior precision {prior_precision}" + (f", noise {noise:.4g}" if noise is not None else ""),
+    ]
+    if left_alone:
+        names = ", ".join(left_alone[:4]) + (", ..." if len(left_alone) > 4 else "")
+        lines.append(f"{len(left_alone)} trained parameters outside keep their MAP value: {names}")
+    return Summary("\n".join(lines))
+
+
+def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest])
+
+    return [line(columns), *(line([row[column] for column in columns]) for row in rows)]

@@ -1,181 +1,233 @@
-"""A fitted posterior on disk: one safetensors file, its header holding everything that is not a tensor."""
+"""The state behind `LaplaceLoRA`: what it was made with, what was fitted, and whether that still holds."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from laplace_lora_fast import identity
-from laplace_lora_fast.blocks import BlockCurvature
-from laplace_lora_fast.curvature import BlockName, Curvature
-from laplace_lora_fast.dual import DualCurvature
-from laplace_lora_fast.errors import StateError
-from laplace_lora_fast.fit import Fit
-from laplace_lora_fast.identity import FrozenWeights
-from laplace_lora_fast.refit import RefittedCurvature
-from laplace_lora_fast.taps import Site
+from laplace_lora_fast.errors import NotFittedError, UnsupportedAdapterError
+from laplace_lora_fast.fitting.fit import Fit
+from laplace_lora_fast.fitting.passes import Subject
+from laplace_lora_fast.likelihoods import Likelihood
+from laplace_lora_fast.model.contexts import unwrapped
+from laplace_lora_fast.model.lora import (
+    Layers,
+    LoraLayer,
+    adapter_source,
+    lora_layers,
+    parameters_left_alone,
+    read_adapter,
+    refuse_residual_base,
+)
+from laplace_lora_fast.options import integer, named, positive_integer, positive_number
+from laplace_lora_fast.posterior import Posterior
+from laplace_lora_fast.prediction import LinearisedModel
+from laplace_lora_fast.prior.evidence import MarginalLikelihood
+from laplace_lora_fast.prior.precision import PriorPrecision, PriorPrecisions, resolve, resolve_several
+from laplace_lora_fast.saving import posterior as saved_posterior
+from laplace_lora_fast.saving.fingerprint import FittedOn
+from laplace_lora_fast.structures import Structure
+from laplace_lora_fast.structures.base import Curvature
+from laplace_lora_fast.tasks import Task
+from laplace_lora_fast.weights import matrices, weight_names
 
-FILE_NAME = "posterior.safetensors"
-FORMAT = "laplace-lora-fast/3"
-_OF_THE_FIT = ("groups", "n_examples", "n_outputs", "log_likelihood", "reason")
-
-
-def save(
-    folder: str | PathLike[str],
-    fit: Fit,
-    prior_mean: Sequence[Tensor] | None,
-    settings: dict[str, Any],
-    scalings: Sequence[float],
-    frozen: FrozenWeights,
-) -> None:
-    """Writes `folder`/posterior.safetensors, whole or not at all.
-
-    Args:
-        folder: created if missing.
-        fit: the fit.
-        prior_mean: of each block, or None for zero.
-        settings: JSON-serialisable.
-        scalings: of each LoRA layer.
-        frozen: the weights around the adapter.
-    """
-    tensors = fit.curvature.tensors()
-    if prior_mean is not None:
-        tensors |= {f"prior_mean.{index}": mean for index, mean in enumerate(prior_mean)}
-    header = {
-        "settings": settings,
-        "structure": fit.curvature.structure,
-        "names": fit.curvature.names,
-        "scalings": scalings,
-        "frozen": frozen.fingerprints,
-        **{key: getattr(fit, key) for key in _OF_THE_FIT},
-    }
-    path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
-    os.replace(partial, path)
+AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A posterior file: its settings, and what needs the model's layers to become a fit."""
+class LaplaceState:
+    """What a `LaplaceLoRA` was made with and what it has fitted; see there for the arguments."""
 
-    path: Path
-    header: dict[str, Any]
-    tensors: dict[str, Tensor]
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task | str,
+        *,
+        structure: Structure | str = AUTO,
+        prior_precision: PriorPrecision = 1.0,
+        prior_mean: str | PathLike[str] | Mapping[str, Tensor] | None = None,
+        layers: Layers = None,
+        budget: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.task: Task = named("task", task, Task)
+        self.structure: Structure | str = (
+            AUTO if structure == AUTO else named("structure", structure, Structure)
+        )
+        self.seed = integer("seed", seed)
+        self.budget = None if budget is None else positive_integer("budget", budget)
+        if (
+            self.budget is not None
+            and isinstance(self.structure, Structure)
+            and not self.structure.uses_budget
+        ):
+            raise ValueError(f"{self.structure!r} keeps to no budget: leave it out")
+        self._peft_model = unwrapped(model)
+        self._head = self.task.head(self._peft_model)
+        self._selection = layers
+        self.layers = lora_layers(self._peft_model, self._head, layers)
+        self._fit: Fit | None = None
+        self._fitted_on: FittedOn | None = None
+        self.prior_precision = prior_precision
+        self._prior_mean = None if prior_mean is None else self._read_prior_mean(prior_mean)
+        self._refuse_residual_base(self.layers)
+        self._noise = self.likelihood.noise
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.header["settings"])
+    def likelihood(self) -> Likelihood:
+        """What the task's outputs say about the labels."""
+        return self.task.likelihood
 
-    def rebuild(self, sites: Sequence[Site]) -> tuple[Fit, list[Tensor] | None]:
-        """The fit on the devices of these LoRA layers, and the prior mean of each block (None for zero).
+    @property
+    def prior_precision(self) -> PriorPrecision:
+        """The prior precision of the LoRA weights: a number, {"A": .., "B": ..} or {layer name: ..}."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: PriorPrecision) -> None:
+        self._resolve(value)
+        if isinstance(value, Mapping):
+            self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
+        else:
+            self._prior_precision = float(value)
+
+    @property
+    def sigma_noise(self) -> float | None:
+        """The noise standard deviation of a regression; None before it is known, and where there is none."""
+        return self._noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float) -> None:
+        if not self.likelihood.has_noise:
+            raise ValueError(f"{self.task!r} has no noise")
+        self._noise = positive_number("sigma_noise", value)
+
+    @property
+    def parameters_left_alone(self) -> list[str]:
+        """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
+        return parameters_left_alone(self._peft_model, self.layers)
+
+    @property
+    def posterior(self) -> Posterior:
+        """The Gaussian over the LoRA weights at the current prior precision and noise."""
+        return Posterior(at_noise(self._fitted().curvature, self._known_noise()), self._resolve(None))
+
+    def snapshot(self) -> tuple[Fit, list[Tensor] | None]:
+        """The fit, and the prior mean of each weight (None for zero): with the prior precision, a posterior."""
+        return self._fitted(), self._prior_mean
+
+    def restore(self, fit: Fit, prior_mean: list[Tensor] | None) -> None:
+        """Takes over a posterior that was fitted on this adapter elsewhere, in the form `snapshot` gives.
 
         Raises:
-            StateError: layers differ or a tensor is missing; names it.
+            StateError: the fit is of another adapter, or damaged; names the layer.
         """
-        names = [(layer, side) for layer, side in self.header["names"]]
-        _check_names(names, sites)
-        rows: dict[str, type[Curvature]] = {
-            kind.structure: kind for kind in (DualCurvature, RefittedCurvature)
-        }
-        kind = rows.get(self.header["structure"], BlockCurvature)
-        devices = [site.A.device for site in sites for _ in "AB"]
-        try:
-            curvature = kind.from_tensors(self.header["structure"], names, self.tensors, devices)
-            count = sum(name.startswith("prior_mean.") for name in self.tensors)
-            prior_mean = [self.tensors[f"prior_mean.{index}"] for index in range(count)] or None
-        except KeyError as error:
-            raise StateError(f"{self.path} lacks {error}") from error
-        rest = {key: self.header[key] for key in _OF_THE_FIT}
-        return Fit(curvature, **rest), prior_mean
+        saved_posterior.check(fit.curvature, self.layers)
+        self._fit, self._prior_mean = fit, prior_mean
+        self._fitted_on = FittedOn(self._peft_model, self.layers)
 
-    def frozen_weights(self, model: nn.Module, sites: Sequence[Site]) -> FrozenWeights:
-        """The weights around the adapter, which with its scalings have to be those of the fit.
+    def __repr__(self) -> str:
+        arguments = [type(self._peft_model).__name__, repr(self.task), f"structure={self.structure!r}"]
+        arguments.append(f"prior_precision={self.prior_precision!r}")
+        if self._prior_mean is not None:
+            arguments.append("prior_mean=..")
+        for name, value in (
+            ("layers", self._selection),
+            ("budget", self.budget),
+            ("seed", self.seed or None),
+        ):
+            if value is not None:
+                arguments.append(f"{name}={value!r}")
+        state = f"fitted on {self._fit.n_examples} examples" if self._fit is not None else "not fitted"
+        return f"LaplaceLoRA({', '.join(arguments)})  # {state}"
 
-        Raises:
-            StateError: they are not; names the first that differs.
-        """
-        for site, scaling in zip(sites, self.header["scalings"], strict=True):
-            if site.scaling != scaling:
-                raise StateError(
-                    f"layer {site.name!r} has scaling {site.scaling:g}, the posterior was fitted with {scaling:g}: "
-                    "check lora_alpha"
+    def _read_prior_mean(self, source: str | PathLike[str] | Mapping[str, Tensor]) -> list[Tensor]:
+        weights = read_adapter(adapter_source(source), self.layers)
+        refits = isinstance(self.structure, Structure) and self.structure.starts_without_adapter
+        if refits and any(bool(layer.B.any()) for layer in weights):
+            raise ValueError(
+                "refit=True starts from the model without its adapter: prior_mean must have lora_B = 0"
+            )
+        return matrices(weights)
+
+    def _refuse_residual_base(self, layers: Sequence[LoraLayer]) -> None:
+        if isinstance(self.structure, Structure) and self.structure.starts_without_adapter:
+            refuse_residual_base(self._peft_model, layers)
+
+    def _current_layers(self) -> list[LoraLayer]:
+        """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
+        layers = lora_layers(self._peft_model, self._head, self._selection)
+        now, former = ([layer.parameter_names for layer in each] for each in (layers, self.layers))
+        if now != former:
+            if self._prior_mean is not None:
+                raise UnsupportedAdapterError(
+                    f"prior_mean belongs to adapter {self.layers[0].adapter!r}, now {layers[0].adapter!r} is active: "
+                    "make a new LaplaceLoRA"
                 )
-        saved = FrozenWeights(self.header["frozen"])
-        now = saved.now(model)
-        saved.require_same(
-            now,
-            StateError,
-            "is not the one the posterior was fitted with: load the same base model and trained modules",
-        )
-        return now
+            resolve(self.prior_precision, weight_names(layer.name for layer in layers))
+        self._refuse_residual_base(layers)
+        return layers
+
+    def _any_fit(self) -> Fit:
+        """The fit, even if the model has changed since."""
+        if self._fit is None:
+            raise NotFittedError("call fit(train_loader) or load(...) first")
+        return self._fit
+
+    def _fitted(self) -> Fit:
+        """The fit, if it belongs to the model as it is now; waits for the device."""
+        with self._unchanged() as fitted:
+            return fitted
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[Fit]:
+        """The fit, for use inside. Raises NotFittedError if the model has changed."""
+        fitted = self._any_fit()
+        assert self._fitted_on is not None
+        with self._fitted_on.unchanged(fitted.curvature):
+            yield fitted
+
+    def _marginal_likelihood(self) -> MarginalLikelihood:
+        return MarginalLikelihood(self._any_fit(), self._prior_mean, self.likelihood)
+
+    def _known_noise(self) -> float:
+        """The noise in force, 1 where there is none."""
+        if not self.likelihood.has_noise:
+            return 1.0
+        if self._noise is None:
+            raise NotFittedError(
+                "the noise is not known: fit with 'labels' in every batch, or pass Regression(noise=..)"
+            )
+        return self._noise
+
+    def _resolve(self, prior_precision: PriorPrecision | None) -> Tensor:
+        """The prior precision of each weight, [n_weights]; None for the current one."""
+        return self._priors(prior_precision)[0][:, 0]
+
+    def _priors(self, prior_precision: PriorPrecisions | None) -> tuple[Tensor, bool]:
+        """One prior precision or a list of G: [n_weights, G], and whether it is a list; None for the current one."""
+        value = self.prior_precision if prior_precision is None else prior_precision
+        names = weight_names(layer.name for layer in self.layers)
+        # of the fit's weights where there is one: the adapter may be gone, which is for `_unchanged` to say
+        weight = self.layers[0].weights.A if self._fit is None else self._fit.curvature.means[0]
+        return resolve_several(value, names, weight.dtype)
+
+    @contextmanager
+    def _linearised(self, noise: float) -> Iterator[LinearisedModel]:
+        """The linearised model at a noise, for a pass over data inside; raises as `_unchanged` does."""
+        with self._unchanged() as fitted:
+            yield LinearisedModel(
+                Subject(self.model, self._head, self.layers, self.likelihood),
+                fitted.structure,
+                at_noise(fitted.curvature, noise),
+                fitted.shared_inputs,
+                fitted.n_outputs,
+            )
 
 
-def load(folder: str | PathLike[str]) -> Saved:
-    """Reads what `save` wrote, on the CPU.
-
-    Raises:
-        StateError: there is no such file, or it is truncated, or of another format.
-    """
-    path = Path(folder) / FILE_NAME
-    if not path.is_file():
-        raise StateError(f"{path} does not exist: pass a folder that LaplaceLoRA.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise StateError(
-                    f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
-                )
-            header = json.loads(metadata.get("header", ""))
-            # cloned to torch's alignment, on which the last bit of products can depend
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise StateError(f"{path} is truncated or damaged: {error}") from error
-    except json.JSONDecodeError as error:
-        raise StateError(f"{path} has a damaged header: {error}") from error
-    missing = {"settings", "structure", "names", "scalings", "frozen", *_OF_THE_FIT} - set(header)
-    if missing:
-        raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
-    return Saved(path, header, tensors)
-
-
-def check(curvature: Curvature, sites: Sequence[Site]) -> None:
-    """Refuses a curvature that is damaged or does not belong to the adapter.
-
-    Raises:
-        StateError: names the layer.
-    """
-    _check_names(curvature.names, sites)
-    for index in curvature.damaged():
-        layer = curvature.names[index][0]
-        raise StateError(
-            f"the posterior of layer {layer!r} has tensors of wrong shapes or values that are not finite"
-        )
-    identity.require_shapes(curvature, sites, StateError)
-    identity.require_weights(
-        curvature,
-        identity.unchanged_weights(curvature, sites),
-        StateError,
-        "differ from those the posterior was fitted on: load the same adapter",
-    )
-
-
-def _check_names(names: Sequence[BlockName], sites: Sequence[Site]) -> None:
-    expected = [(site.name, side) for site in sites for side in "AB"]
-    if list(names) != expected:
-        odd = sorted({layer for layer, _ in set(names) ^ set(expected)})[:3]
-        raise StateError(
-            f"the posterior was fitted on other LoRA layers than the model has; differing: {odd}"
-        )
+def at_noise(curvature: Curvature, noise: float) -> Curvature:
+    """The curvature of a Gaussian likelihood with another noise than 1."""
+    return curvature if noise == 1 else curvature.scaled(1 / noise**2)

@@ -151,6 +151,23 @@ def test_wrong_updates_are_named(update, kind, message):
     assert not good.C.any()
 
 
+def test_updates_do_not_share_an_accumulator():
+    C, Y = torch.zeros(2, 2), torch.zeros(3, 2)
+    X, wide = torch.zeros(3, 2).bfloat16(), torch.zeros(3, 3).bfloat16()
+    with (
+        emulated(),
+        pytest.raises(ValueError, match=r"^grams\[0\]: C must not share memory with grams\[1\]: C$"),
+    ):
+        cuda.flush([cuda.Gram(C, X), cuda.Gram(C, X)])
+    with (
+        emulated(),
+        pytest.raises(ValueError, match=r"^sketches\[0\]: Y must not share memory with .*: Omega$"),
+    ):
+        cuda.flush(
+            sketches=[cuda.Sketch(Y, wide, torch.zeros(3, 2)), cuda.Sketch(torch.zeros(3, 2), wide, Y)]
+        )
+
+
 def test_cpu_tensors_are_refused():
     with pytest.raises(RuntimeError, match="the CUDA kernels cannot serve X on cpu: "):
         cuda.flush([cuda.Gram(torch.zeros(2, 2), torch.zeros(3, 2).bfloat16())])

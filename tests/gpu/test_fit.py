@@ -10,8 +10,9 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
 import laplace_kernels as lk
-from laplace_lora_fast import LaplaceLoRA
-from laplace_lora_fast.factors import DenseFactor, flush_full
+from laplace_lora_fast import KFAC, Answers, Diagonal, LaplaceLoRA, Rows
+from laplace_lora_fast.structures import Structure
+from laplace_lora_fast.structures.blocks.factors import DenseFactor, flush_full
 from tests import tiny
 from tests.kernels import oracles
 from tests.oracle import assert_close
@@ -23,8 +24,8 @@ def decoder(dtype: torch.dtype):
     return tiny.tiny_llama(dtype, ("q_proj", "v_proj", "down_proj"), config=config)
 
 
-def fitted(model, loader, **options) -> LaplaceLoRA:
-    return LaplaceLoRA(model, answer_token_ids=tiny.ANSWERS, **options).fit(loader, progress=False)
+def fitted(model, loader, structure: Structure) -> LaplaceLoRA:
+    return LaplaceLoRA(model, Answers(tiny.ANSWERS), structure=structure).fit(loader, progress=False)
 
 
 @pytest.fixture
@@ -40,14 +41,15 @@ def group_sizes(monkeypatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("kfac", ["expand", "reduce"])
+@pytest.mark.parametrize("tokens", ["expand", "reduce"])
 @pytest.mark.parametrize("loader_on", ["cpu", "cuda"])
-def test_fit_and_predict_equal_fp64_on_the_cpu(backend, group_sizes, kfac, loader_on):
+def test_fit_and_predict_equal_fp64_on_the_cpu(backend, group_sizes, tokens, loader_on):
     train, test = tiny.batch(24, 5, seed=1), tiny.batch(4, 5, seed=2)
-    expected = fitted(decoder(torch.float64), [train], kfac=kfac, factor="dense")
+    structure = KFAC(tokens=tokens, factors="dense")
+    expected = fitted(decoder(torch.float64), [train], structure)
     model = decoder(torch.float32).cuda()
     loader = [{k: v.to(loader_on) for k, v in batch.items()} for batch in tiny.split(train, 2)]
-    found = fitted(model, loader, kfac=kfac, factor="dense")
+    found = fitted(model, loader, structure)
     assert max(group_sizes, default=0) > 1
     for name, layer in expected.factors.items():
         for side in "AB":
@@ -109,21 +111,22 @@ def patience(monkeypatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize(
-    "options",
+    "structure",
     [
-        {"kfac": "expand", "factor": "dense"},
-        {"kfac": "reduce", "factor": "dense"},
-        {"kfac": "expand", "factor": "sketch", "sketch_size": 8},
-        {"fisher": "mc"},
-        {"structure": "diag"},
-        {"structure": "dual"},
+        KFAC(tokens="expand", factors="dense"),
+        KFAC(tokens="reduce", factors="dense"),
+        KFAC(tokens="expand", factors="sketch", columns=8),
+        KFAC(fisher="mc"),
+        Rows(fisher="mc"),
+        Diagonal(),
+        Rows(),
     ],
     ids=str,
 )
-def test_no_batch_waits_for_the_device(backend, options):
+def test_no_batch_waits_for_the_device(backend, structure):
     model = decoder(torch.float32).cuda()
     batches = tiny.split(tiny.batch(24, 5), 3)
-    fitted(model, batches, **options)  # compiles
-    la = fitted(model, watched(batches), **options)
-    la.predict_loader(batches, progress=False)
-    la.predict_loader(watched(batches), progress=False)
+    fitted(model, batches, structure)  # compiles
+    la = fitted(model, watched(batches), structure)
+    la.predictions(batches, progress=False)
+    la.predictions(watched(batches), progress=False)

@@ -26,12 +26,27 @@ def rows(T: int, d: int, dtype: torch.dtype, layout: str, generator: torch.Gener
     return view.copy_(X)
 
 
+def accumulator(d: int, dtype: torch.dtype) -> Tensor:
+    """A [d, d] accumulator that is not zero, with padded rows."""
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.linspace(-1, 1, d * (d + 2), dtype=accumulate).view(d, d + 2)[:, :d]
+
+
 def poisoned_mask(X: Tensor, generator: torch.Generator) -> Tensor:
     """A random mask over the leading axes of X [..., T, d], with NaN and infinity in the rows it drops."""
     mask = torch.rand(X.shape[:-1], generator=generator) < 0.6
     X[~mask] = torch.nan
     X[~mask, ..., 0] = torch.inf
     return mask
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str | None = None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def keep(*shape: int, device: str | None = None) -> Tensor:
+    """A mask that keeps everything."""
+    return torch.ones(shape, dtype=torch.bool, device=device)
 
 
 def orthogonal(d: int, k: int, generator: torch.Generator) -> Tensor:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import laplace_kernels as lk
-from laplace_kernels import reference
+from laplace_kernels.ops import blocks
 from tests.kernels import inputs, oracles
+from tests.kernels.inputs import keep, zeros
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,8 +46,36 @@ def test_the_sketch_keeps_the_precision_of_omega():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_of_rows_add_up(monkeypatch, masked):
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 50)
     X, Omega = torch.randn(99, 7).bfloat16(), torch.randn(7, 2)
     mask = torch.arange(99) % 3 > 0 if masked else None
     Y = lk.gram_sketch_(torch.zeros(7, 2), X, Omega, mask)
     oracles.assert_near(Y, oracles.gram_sketch(X, Omega, mask))
+
+
+REFUSED = {
+    "X": (ValueError, r"X must have 2 dimensions", {"X": zeros(5)}),
+    "Omega 1-d": (ValueError, r"Omega must have 2 dimensions", {"Omega": zeros(3)}),
+    "Omega rows": (ValueError, r"Omega must have shape \(3, 2\) to match X", {"Omega": zeros(4, 2)}),
+    "Omega fp64": (
+        TypeError,
+        r"Omega and X must both be float64 or neither",
+        {"Omega": zeros(3, 2, dtype=torch.float64)},
+    ),
+    "Omega elsewhere": (
+        ValueError,
+        r"Omega must be on the device of X",
+        {"Omega": zeros(3, 2, device="meta")},
+    ),
+    "Y shape": (ValueError, r"Y must have shape \(3, 2\)", {"Y": zeros(3, 3)}),
+    "Y dtype": (TypeError, r"Y must be torch.float32", {"Y": zeros(3, 2, dtype=torch.bfloat16)}),
+    "mask": (ValueError, r"mask must have shape \(5,\)", {"mask": keep(3)}),
+    "alpha": (TypeError, r"alpha must be a Python number", {"alpha": torch.tensor(1.0)}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_do_not_fit_are_named(case):
+    error, message, changed = REFUSED[case]
+    with pytest.raises(error, match=message):
+        lk.gram_sketch_(**{"Y": zeros(3, 2), "X": zeros(5, 3), "Omega": zeros(3, 2), **changed})

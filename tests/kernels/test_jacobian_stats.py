@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import laplace_kernels as lk
-from laplace_kernels import reference
+from laplace_kernels.ops import blocks
 from tests.kernels import inputs, oracles
+from tests.kernels.inputs import keep, zeros
 
 shared = st.sampled_from(("small", "large", "neither"))
 
@@ -78,7 +79,7 @@ def test_both_orders_of_contraction_agree(T, k, row_grams):
 
 
 def test_examples_in_blocks(monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 150)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 150)
     generator = torch.Generator().manual_seed(0)
     small, large = operands("small", 5, 2, 3, 2, 10, torch.bfloat16, generator)
     basis = torch.randn(10, 4, generator=generator)
@@ -87,3 +88,63 @@ def test_examples_in_blocks(monkeypatch):
     exact_P, exact_D = oracles.jacobian_stats(small, large, basis, mask)
     oracles.assert_near(P, exact_P)
     oracles.assert_near(D, exact_D)
+
+
+def test_without_row_grams_the_fake_agrees():
+    small, large = operands("small", 2, 3, 5, 4, 6, torch.float32, torch.Generator().manual_seed(0))
+    arguments = (small, large, torch.randn(6, 2), None, False)
+    torch.library.opcheck(torch.ops.laplace_kernels.jacobian_stats.default, arguments)
+
+
+REFUSED = {
+    "small 3-d": (ValueError, r"small must have 4 dimensions", {"small": zeros(2, 5, 4)}),
+    "large 3-d": (ValueError, r"large must have 4 dimensions", {"large": zeros(2, 5, 6)}),
+    "basis 1-d": (ValueError, r"basis must have 2 dimensions", {"basis": zeros(6)}),
+    "classes": (
+        ValueError,
+        r"same number of classes, or 1, got 3 and 2",
+        {"large": zeros(2, 2, 5, 6)},
+    ),
+    "no classes": (
+        ValueError,
+        r"same number of classes, or 1, got 0 and 1",
+        {"small": zeros(2, 0, 5, 4)},
+    ),
+    "tokens": (
+        ValueError,
+        r"large must have shape \(2, 1, 5, 6\) to match small",
+        {"large": zeros(2, 1, 4, 6)},
+    ),
+    "examples": (ValueError, r"large must have shape", {"large": zeros(1, 1, 5, 6)}),
+    "large fp64": (
+        TypeError,
+        r"large and small must both",
+        {"large": zeros(2, 1, 5, 6, dtype=torch.float64)},
+    ),
+    "large elsewhere": (
+        ValueError,
+        r"large must be on the device",
+        {"large": zeros(2, 1, 5, 6, device="meta")},
+    ),
+    "basis rows": (
+        ValueError,
+        r"basis must have shape \(6, 2\) to match large",
+        {"basis": zeros(5, 2)},
+    ),
+    "basis fp64": (
+        TypeError,
+        r"basis and large must both",
+        {"basis": zeros(6, 2, dtype=torch.float64)},
+    ),
+    "mask shape": (ValueError, r"mask must have shape \(2, 5\)", {"mask": keep(5)}),
+    "row_grams tensor": (TypeError, r"row_grams must be True or False", {"row_grams": torch.tensor(True)}),
+    "mask int": (TypeError, r"mask must be a bool tensor", {"mask": zeros(2, 5, dtype=torch.int64)}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_do_not_fit_are_named(case):
+    error, message, changed = REFUSED[case]
+    good = {"small": zeros(2, 3, 5, 4), "large": zeros(2, 1, 5, 6), "basis": zeros(6, 2)}
+    with pytest.raises(error, match=message):
+        lk.jacobian_stats(**{**good, **changed})

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import laplace_kernels as lk
 from tests.kernels import inputs, oracles
+from tests.kernels.inputs import zeros
 
 
 def operator(r, d, k, generator):
@@ -67,3 +68,39 @@ def test_low_precision_vectors_give_fp32(dtype):
     P = rotated @ U
     exact = V @ (core * P @ U.T + tail[:, None] * (rotated - P @ U.T))
     oracles.assert_near(out, exact)
+
+
+REFUSED = {
+    "W 2-d": (ValueError, r"W must have 3 dimensions", {"W": zeros(2, 6)}),
+    "W half-precision int": (
+        TypeError,
+        r"W must be bfloat16",
+        {"W": zeros(1, 2, 6, dtype=torch.int32)},
+    ),
+    "U wide": (ValueError, r"U must have orthonormal columns, at most d = 6", {"U": zeros(6, 7)}),
+    "U rows": (ValueError, r"U must have shape \(6, 3\) to match W", {"U": zeros(5, 3)}),
+    "V": (ValueError, r"V must have shape \(2, 2\)", {"V": zeros(3, 3)}),
+    "core": (ValueError, r"core must have shape \(2, 3\)", {"core": zeros(2, 4)}),
+    "tail": (ValueError, r"tail must have shape \(2,\)", {"tail": zeros(3)}),
+    "tail 2-d": (ValueError, r"tail must have 1 dimensions", {"tail": zeros(2, 1)}),
+    "V fp64": (TypeError, r"V and W must both be float64", {"V": zeros(2, 2, dtype=torch.float64)}),
+    "core elsewhere": (
+        ValueError,
+        r"core must be on the device of W",
+        {"core": zeros(2, 3, device="meta")},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_do_not_fit_are_named(case):
+    error, message, changed = REFUSED[case]
+    good = {
+        "W": zeros(1, 2, 6),
+        "U": zeros(6, 3),
+        "V": zeros(2, 2),
+        "core": zeros(2, 3),
+        "tail": zeros(2),
+    }
+    with pytest.raises(error, match=message):
+        lk.kron_apply(**{**good, **changed})

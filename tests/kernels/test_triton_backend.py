@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import warnings
@@ -41,7 +43,7 @@ def test_without_triton_everything_else_works():
         "print(lk.explain('gram_', 'cuda').backend, lk.explain('gram_', 'cuda').others)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("3.0\nreference {'triton': 'triton cannot be imported: ")
+    assert run.stdout.startswith("3.0\nreference {'triton': 'its kernel cannot be imported: ")
 
 
 @pytest.fixture
@@ -50,13 +52,14 @@ def on_cpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(triton, "_interpreted", lambda: True)
     yield
-    triton._failures.clear()
+    for launcher in triton.BACKEND.kernels.values():
+        launcher.failure = ""
     dispatch.reconsider()
     dispatch._warned.clear()
 
 
 def failing_with(monkeypatch, error):
-    module = triton._module("gram_")
+    module = importlib.import_module("laplace_kernels.triton.gram")
 
     def gram_(*args):
         raise error
@@ -100,6 +103,29 @@ def test_other_errors_are_not_swallowed(monkeypatch):
         lk.gram_(torch.zeros(3, 3), torch.randn(5, 3))
 
 
-def test_every_op_has_its_file():
-    for op in lk.OPS:
-        assert importlib.util.find_spec(f"laplace_kernels.triton.{op.rstrip('_')}") is not None
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("op", triton.BACKEND.kernels)
+def test_a_file_that_cannot_be_imported_is_the_reason_of_its_op_alone(monkeypatch, op):
+    monkeypatch.setitem(sys.modules, triton.BACKEND.kernels[op].module, None)
+    for other in triton.BACKEND.kernels:
+        with lk.use_backend("triton"):
+            choice = lk.explain(other)
+        if other == op:
+            assert choice.backend == "reference"
+            assert re.search("its kernel cannot be imported: ModuleNotFoundError: .* halted", choice.reason)
+        else:
+            assert choice.backend == "triton"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_an_op_without_a_kernel_is_alone_in_that(monkeypatch):
+    monkeypatch.delitem(triton.BACKEND.kernels, "gram_sketch_")
+    with lk.use_backend("triton"):
+        assert lk.explain("gram_sketch_").reason == "triton was asked for, but it has no gram_sketch_"
+        assert lk.explain("gram_").backend == "triton"
+
+
+@pytest.mark.parametrize("op", triton.BACKEND.kernels)
+def test_every_op_has_its_file(op):
+    assert importlib.util.find_spec(triton.BACKEND.kernels[op].module) is not None
+    assert triton.BACKEND.kernels[op].op is lk.OPS[op]

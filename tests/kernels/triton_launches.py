@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from laplace_kernels.triton import gram, gram_group, gram_sketch, jacobian_stats, kron_apply
+from laplace_kernels.triton import gram, gram_group, gram_sketch, jacobian_stats, kron_apply, triangle
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
@@ -42,7 +42,9 @@ def _keep(*shape: int) -> torch.Tensor:
 
 
 def _gram(arch: str) -> Iterator[Launch]:
-    def case(tile: gram.Tile, dtype: torch.dtype, masked: bool, d: int, promised: tuple[str, ...]) -> Launch:
+    def case(
+        tile: triangle.Tile, dtype: torch.dtype, masked: bool, d: int, promised: tuple[str, ...]
+    ) -> Launch:
         def run() -> None:
             with mock.patch.object(gram, "schedule", return_value=(tile, 1)):
                 gram.gram_(
@@ -55,18 +57,18 @@ def _gram(arch: str) -> Iterator[Launch]:
 
     for tile in gram.TMA_TILES.get(arch, ()):
         yield case(tile, BF16, False, 512, (TENSOR_CORE[arch], "UTMALDG", "UTMAREDG"))
-    for tile in gram.POINTER_TILES[arch]:
+    for tile in triangle.POINTER_TILES[arch]:
         yield case(tile, BF16, True, 512, (TENSOR_CORE[arch],))
         yield case(tile, FP16, False, 512, (TENSOR_CORE[arch],))
-    yield case(gram.POINTER_TILES[arch][-1], BF16, True, 511, (TENSOR_CORE[arch],))
-    for tile in gram.FP32_TILES[arch]:
+    yield case(triangle.POINTER_TILES[arch][-1], BF16, True, 511, (TENSOR_CORE[arch],))
+    for tile in triangle.FP32_TILES[arch]:
         yield case(tile, FP32, True, 512, (TENSOR_CORE[arch],))
         yield case(tile, FP32, False, 512, (TENSOR_CORE[arch],))
-    yield case(gram.FP32_TILES[arch][-1], FP32, True, 511, (TENSOR_CORE[arch],))
+    yield case(triangle.FP32_TILES[arch][-1], FP32, True, 511, (TENSOR_CORE[arch],))
 
 
 def _gram_group(arch: str) -> Iterator[Launch]:
-    def case(dtype: torch.dtype, tile: gram.Tile, d: int = 256) -> Launch:
+    def case(dtype: torch.dtype, tile: triangle.Tile, d: int = 256) -> Launch:
         def run() -> None:
             Xs = [torch.empty(1000, d, dtype=dtype), torch.empty(10, 512, dtype=dtype)]
             Cs = [torch.empty(X.shape[1], X.shape[1]) for X in Xs]
@@ -77,10 +79,10 @@ def _gram_group(arch: str) -> Iterator[Launch]:
         size = f"{tile.rows}x{tile.columns}x{tile.tokens}"
         return Launch(f"gram_group_ {_name(dtype)}{layout}, {size}", run, (TENSOR_CORE[arch],))
 
-    for tile in gram.POINTER_TILES[arch]:
+    for tile in triangle.POINTER_TILES[arch]:
         yield case(BF16, tile)
-    yield case(BF16, gram.POINTER_TILES[arch][-1], d=255)
-    for tile in gram.FP32_TILES[arch]:
+    yield case(BF16, triangle.POINTER_TILES[arch][-1], d=255)
+    for tile in triangle.FP32_TILES[arch]:
         yield case(FP32, tile)
 
 

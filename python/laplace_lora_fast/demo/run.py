@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,13 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import Answers, Evidence, HeldOut, LaplaceLoRA, LeaveOneOut, Rows
+from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
 from laplace_lora_fast.demo.task import Epoch, Recipe
-from laplace_lora_fast.evaluate import Predictions, temperature_scale
-from laplace_lora_fast.prompts import answer_token_ids, make_batches
-from laplace_lora_fast.provenance import provenance
-from laplace_lora_fast.report import metrics_table, score, write_plots
+from laplace_lora_fast.evaluation.metrics import temperature_scale
+from laplace_lora_fast.evaluation.predictions import Predictions
+from laplace_lora_fast.evaluation.provenance import provenance
+from laplace_lora_fast.evaluation.report import metrics_table, score, write_plots
+from laplace_lora_fast.prediction import MAP_LINK
+from laplace_lora_fast.saving.atomic import replacing
 
 MAP, TEMPERATURE = "MAP", "MAP + temperature"
 VALIDATED, EVIDENCE, REFIT = "Laplace (validated)", "Laplace (evidence)", "Laplace (refit, leave-one-out)"
@@ -88,10 +91,10 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
         epochs = task.fine_tune(model, train, answers, recipe)
     losses = " ".join(f"{epoch.loss:.4f}" for epoch in epochs)
     console.print(f"    loss on the {len(train_rows)} training examples, by epoch: {losses}")
-    la = LaplaceLoRA(model, answer_token_ids=answers, seed=recipe.seed)
+    la = LaplaceLoRA(model, Answers(answers), seed=recipe.seed)
     with watch.phase("fit the posterior"):
         la.fit(train)
-    refit = LaplaceLoRA(model, answer_token_ids=answers, mean="refit", seed=recipe.seed)
+    refit = LaplaceLoRA(model, Answers(answers), structure=Rows(refit=True), seed=recipe.seed)
     with watch.phase("fit the posterior of the refitted model"):
         refit.fit(train)
     tuned = _tune(la, refit, val, watch)
@@ -113,7 +116,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     results["metrics"] = {
         data: {method: asdict(m) for method, m in row.items()} for data, row in scores.items()
     }
-    files[-1].write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with replacing(files[-1]) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print("Written: " + ", ".join(escape(str(file)) for file in files))
 
 
@@ -129,14 +133,14 @@ def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
 def _tune(la: LaplaceLoRA, refit: LaplaceLoRA, val: Loader, watch: Stopwatch) -> Tuned:
     """Leaves the validated prior precision in place, and that of the refitted model."""
     with watch.phase("tune the prior by the evidence"):
-        evidence = la.optimize_prior_precision(method="marglik")
+        evidence = la.optimize_prior_precision(Evidence())
     with watch.phase("tune the prior by held-out NLL"):
-        validated = la.optimize_prior_precision(method="val_nll", val_loader=val)
+        validated = la.optimize_prior_precision(HeldOut(val))
     with watch.phase("tune the prior by leaving one out"):
-        left_out = refit.optimize_prior_precision(method="loo")
+        left_out = refit.optimize_prior_precision(LeaveOneOut())
     with watch.phase("tune the temperature"):
-        log_probs, labels = _map_log_probs(la, val)
-        temperature = temperature_scale(log_probs, labels)
+        plain = _predictions(la, val, link_approx=MAP_LINK)
+        temperature = temperature_scale(_log_probs(plain), plain.known_labels)
     assert isinstance(evidence, float)
     assert isinstance(left_out, float)
     assert isinstance(validated, float)  # one scalar for all blocks was asked for
@@ -148,29 +152,33 @@ def _predict(
 ) -> dict[str, dict[str, Predictions]]:
     """All methods on all test sets."""
     with watch.phase("predict with the plain model"):
-        plain = {name: _map_log_probs(la, loader) for name, loader in tests.items()}
-    precisions = [tuned.validated, tuned.evidence]
-    with watch.phase("predict with the posterior"):
-        laplace = {
-            name: la.predict_loader(loader, prior_precision=precisions)[0] for name, loader in tests.items()
+        plain = {name: _predictions(la, loader, link_approx=MAP_LINK) for name, loader in tests.items()}
+    grid = {
+        name: {
+            MAP: predictions,
+            TEMPERATURE: replace(predictions, probs=(_log_probs(predictions) / tuned.temperature).softmax(1)),
         }
+        for name, predictions in plain.items()
+    }
+    with watch.phase("predict with the posterior"):
+        for method, precision in ((VALIDATED, tuned.validated), (EVIDENCE, tuned.evidence)):
+            for name, loader in tests.items():
+                grid[name][method] = _predictions(la, loader, prior_precision=precision)
     with watch.phase("predict with the refitted posterior"):
-        refitted = {name: refit.predict_loader(loader)[0] for name, loader in tests.items()}
-    grid = {}
-    for name, (log_probs, labels) in plain.items():
-        scaled = (log_probs / tuned.temperature).softmax(1)
-        probs = (log_probs.exp(), scaled, *laplace[name], refitted[name])
-        methods = (MAP, TEMPERATURE, VALIDATED, EVIDENCE, REFIT)
-        grid[name] = {method: Predictions(p, labels) for method, p in zip(methods, probs, strict=True)}
+        for name, loader in tests.items():
+            grid[name][REFIT] = _predictions(refit, loader)
     return grid
 
 
-def _map_log_probs(la: LaplaceLoRA, loader: Loader) -> tuple[Tensor, Tensor]:
-    """The plain model's log probabilities [N, C] in fp64 and the labels [N]."""
-    probs, labels = la.predict_loader(loader, link_approx="map")
-    assert isinstance(probs, Tensor)
-    assert labels is not None
-    return probs.double().clamp_min(torch.finfo(torch.float32).tiny).log(), labels
+def _predictions(la: LaplaceLoRA, loader: Loader, **options: Any) -> Predictions:
+    predictions = la.predictions(loader, **options)
+    assert isinstance(predictions, Predictions)  # answers are classes
+    return predictions
+
+
+def _log_probs(predictions: Predictions) -> Tensor:
+    """Log probabilities [N, C] in fp64; those below the smallest of fp32 count as that."""
+    return predictions.probs.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def _results(

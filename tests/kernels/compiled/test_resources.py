@@ -34,7 +34,7 @@ def test_spills_and_shared_memory_are_seen():
     import torch
     from triton.runtime.errors import OutOfResources
 
-    from laplace_kernels.triton import gram
+    from laplace_kernels.triton import gram, triangle
 
     def compile_tile(tile):
         with pytest.MonkeyPatch.context() as patch, compiling_for("sm_90") as compiled:
@@ -42,7 +42,7 @@ def test_spills_and_shared_memory_are_seen():
             gram.gram_(torch.empty(512, 512), torch.empty(100, 512).bfloat16(), None, 1.0)
         return compiled
 
-    (crowded,) = compile_tile(gram.Tile(128, 128, 64, 4, 2))
+    (crowded,) = compile_tile(triangle.Tile(128, 128, 64, 4, 2))
     assert crowded.spills > SPILLS
     with pytest.raises(OutOfResources, match="shared memory"):
-        compile_tile(gram.Tile(256, 128, 128, 4, 8))
+        compile_tile(triangle.Tile(256, 128, 128, 4, 8))

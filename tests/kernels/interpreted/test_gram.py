@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 import laplace_kernels as lk
-from laplace_kernels.triton import gram, launch
+from laplace_kernels.triton import gram, launch, triangle
 from tests.kernels import inputs, oracles
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -72,7 +72,7 @@ def test_descriptors_are_used_where_promised(monkeypatch):
 def test_split_tokens_add_up(arch, monkeypatch, T, masked):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(gram, "_TOKENS_PER_PROGRAM", 16)
-    assert gram.schedule(gram.POINTER_TILES[arch], 24, 300, 8, 18)[1] > 1
+    assert gram.schedule(triangle.POINTER_TILES[arch], 24, 300, 8, 18)[1] > 1
     check(T, 24, torch.bfloat16, masked=masked)
 
 
@@ -98,9 +98,9 @@ def test_deterministic_mode_does_not_split(arch, monkeypatch):
 @pytest.mark.parametrize("d", [1024, 2048, 2560, 3072, 4096, 5120, 8192, 11008, 14336])
 def test_a_schedule_keeps_the_multiprocessors_of_a_h100_busy(d):
     """Of the time of the waves of programs, at most an eighth is idle, where there are tokens to split."""
-    for tiles in (gram.TMA_TILES["sm_90"], gram.POINTER_TILES["sm_90"]):
+    for tiles in (gram.TMA_TILES["sm_90"], triangle.POINTER_TILES["sm_90"]):
         tile, splits = gram.schedule(tiles, d, 16384, 132, 32)
-        programs = gram.lower_tiles(d, tile) * splits
+        programs = triangle.lower_tiles(d, tile) * splits
         assert programs / (132 * math.ceil(programs / 132)) > 7 / 8
         assert tile.rows >= 128
     assert (
@@ -132,28 +132,6 @@ def test_triangular_index(ratio, first_row):
 @triton.jit
 def locate(out, first, count, RATIO: tl.constexpr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
-    row, column = gram.lower_tile(first + index, RATIO)
+    row, column = triangle.lower_tile(first + index, RATIO)
     tl.store(out + index, row, mask=index < count)
     tl.store(out + count + index, column, mask=index < count)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("aligned", [False, True])
-def test_group(arch, dtype, aligned):
-    generator = torch.Generator().manual_seed(0)
-    sizes = (
-        [(0, 16), (1, 16), (70, 80), (33, 144)] if aligned else [(0, 3), (1, 7), (70, 33), (33, 130), (5, 1)]
-    )
-    Xs = [inputs.rows(T, d, dtype, "contiguous", generator) for T, d in sizes]
-    masks = [None, None, *(inputs.poisoned_mask(X, generator) for X in Xs[2:])]
-    alphas = [0.3 - i for i in range(len(Xs))]
-    Cs = [torch.ones(d, d + 16)[:, :d] for _, d in sizes]
-    lk.gram_group_(Cs, Xs, masks, alphas)
-    for C, X, mask, alpha in zip(Cs, Xs, masks, alphas, strict=True):
-        oracles.assert_near(C.tril(), (1 + alpha * oracles.gram(X, mask)).tril(), TOLERANCE)
-
-
-def test_group_of_nothing(arch):
-    C = torch.ones(3, 3)
-    lk.gram_group_([C], [torch.zeros(0, 3)])
-    assert torch.equal(C, torch.ones(3, 3))

@@ -1,0 +1,5 @@
+"""The ops, one a file: schema, checks, shape of the results, definition in plain PyTorch."""
+
+from laplace_kernels.ops import gram, gram_group, gram_sketch, jacobian_stats, kron_apply, mirror
+
+__all__ = ["gram", "gram_group", "gram_sketch", "jacobian_stats", "kron_apply", "mirror"]

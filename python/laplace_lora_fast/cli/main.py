@@ -1,0 +1,385 @@
+"""The command line: `laplace-lora demo | fit | evaluate | predict | doctor`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from laplace_lora_fast.cli import checks
+
+INSTALL = 'pip install "laplace-lora-fast[{0}]", or in a checkout: pip install ".[{0}]"'
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+except ImportError as error:
+    raise SystemExit(f"{error}: {INSTALL.format('cli,evaluate')}") from error
+
+# Heavy imports stand inside the commands: `--help` and typing errors answer at once.
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Calibrated probabilities from a LoRA adapter."
+)
+console = Console()
+errors = Console(stderr=True, highlight=False)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+Model = Annotated[str, typer.Option(help="Base model: a folder, a hub name or a .gguf file.")]
+Adapter = Annotated[Path, typer.Option(help="PEFT adapter folder.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda; auto takes a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")]
+Posterior = Annotated[Path, typer.Option(help="Folder written by `fit`.")]
+LinkApprox = Annotated[
+    str, typer.Option(help="probit, mc or bridge; map is the plain adapter without Laplace.")
+]
+
+
+def _friendly(command: Command) -> Command:
+    """Turns errors about the user's input into one line on stderr and exit code 2, warnings into one line each."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                command(*args, **kwargs)
+            except (ValueError, ArithmeticError, OSError, ImportError) as error:
+                message = checks.one_line(error)
+                if (getattr(error, "name", None) or "").split(".")[0] in ("matplotlib", "gguf"):
+                    extras = "demo" if command.__name__ == "demo" else "cli,evaluate"
+                    message += f": {INSTALL.format(extras)}"
+                errors.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+                raise typer.Exit(2) from error
+
+    return guarded  # type: ignore[return-value]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"laplace-lora {version('laplace-lora-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+@_friendly
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Of the split, the adapter and the order of the batches.")] = 0,
+) -> None:
+    """Over-train an adapter on real data with a real model, and compare MAP with Laplace-LoRA (a few minutes)."""
+    from laplace_lora_fast.demo.run import run
+    from laplace_lora_fast.demo.task import Recipe
+
+    checks.make_writable(out)
+    run(out, Recipe(seed=seed), console)
+
+
+@app.command()
+@_friendly
+def fit(
+    model: Model,
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help='Training rows, JSON lines: {"prompt", "choices", "label"}.')],
+    out: Annotated[Path, typer.Option(help="Folder for the posterior.")] = Path("posterior"),
+    val: Annotated[Path | None, typer.Option(help="Held-out rows, for --prior held_out.")] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            help="held_out (on --val), leave_one_out (one training row at a time; the model is refitted), evidence (a "
+            "poor guide on an over-trained adapter), or a number. Default: held_out with --val, else leave_one_out "
+            "where the model can be refitted, else evidence."
+        ),
+    ] = None,
+    per: Annotated[
+        str | None,
+        typer.Option(
+            help="A prior precision for all weights, by side (lora_A, lora_B) with held_out or evidence, or by layer "
+            "with evidence."
+        ),
+    ] = None,
+    grid: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Prior precisions that held_out and leave_one_out try, 10 a decade; else 1e-4 to 1e6.",
+        ),
+    ] = None,
+    structure: Annotated[
+        str,
+        typer.Option(
+            help="Of the curvature: rows, kfac, ekfac or diagonal; auto takes rows where they are few."
+        ),
+    ] = checks.AUTO,
+    columns: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of rows' or kfac's sketches; more are more exact. Default: 128."),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            help="rows: predict with the linearised model's own optimum under the prior, which moves the predictions, "
+            "not with the adapter's own. Default: only if neither --val nor --prior is given, --structure is auto or "
+            f"rows, --fisher exact, and there are no more than {checks.MOST_REFIT_ROWS} rows x (choices - 1)."
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="kfac, ekfac: reduce (default), expand or paper.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="kfac, ekfac: eigenpairs kept of each large factor.")
+    ] = None,
+    factors: Annotated[
+        str | None, typer.Option(help="kfac, ekfac: dense, sketch or auto (default: dense within 4 GiB).")
+    ] = None,
+    fisher: Annotated[
+        str | None, typer.Option(help="Any but auto: exact (default), mc (sampled labels) or empirical.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: int = 0,
+) -> None:
+    """Fit the posterior of an adapter on its training rows and tune the prior precision."""
+    from laplace_lora_fast import Answers, LaplaceLoRA
+    from laplace_lora_fast.data.prompts import answer_token_ids, make_batches, read_rows
+    from laplace_lora_fast.saving.posterior import FILE_NAME
+
+    rows = read_rows(data)
+    val_rows = None if val is None else read_rows(val)
+    options = {"columns": columns, "refit": refit, "tokens": tokens, "rank": rank, "factors": factors}
+    options["fisher"] = fisher
+    if prior is None:
+        few = len(rows) * (len(rows[0].choices) - 1) <= checks.MOST_REFIT_ROWS
+        refits = bool(refit) or (few and per is None and checks.may_refit(structure, options))
+        prior = checks.prior_by_default(val is not None, refits)
+    tuning = checks.tuning_of(prior, {"loader": val_rows, "per": per, "grid": checks.spread(grid)})
+    chosen = checks.structure_of(structure, options, refit=prior == "leave_one_out")
+    if not isinstance(tuning, float):
+        checks.check_pair(tuning, chosen)
+    peft_model, tokenizer = _load(model, adapter, device, dtype)
+    answers = answer_token_ids(tokenizer, rows)
+    if val_rows is not None:
+        _same_answers(answer_token_ids(tokenizer, val_rows), answers, val)
+        tuning = replace(tuning, loader=make_batches(tokenizer, val_rows, batch_size))  # type: ignore[type-var]
+    la = LaplaceLoRA(peft_model, Answers(answers), structure=chosen, seed=seed)
+    checks.make_writable(out)
+    checks.check_output("--out", out / FILE_NAME, [data, *([] if val is None else [val])])
+    la.fit(make_batches(tokenizer, rows, batch_size))
+    by = ""
+    if isinstance(tuning, float):
+        la.prior_precision = tuning
+    else:
+        la.optimize_prior_precision(tuning)
+        by = f", chosen by {prior}"
+    la.save(out)
+    fitted, _ = la.snapshot()
+    for line in (
+        f"Fitted {fitted.structure} on {len(rows)} rows; prior precision {_show(la.prior_precision)}{by}.",
+        f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. Written: {out}",
+    ):
+        console.print(escape(line), soft_wrap=True)
+
+
+@app.command()
+@_friendly
+def evaluate(
+    model: Model,
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help='Test rows, JSON lines: {"prompt", "choices", "label"}.')],
+    posterior: Posterior = Path("posterior"),
+    link_approx: LinkApprox = "probit",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for a reliability diagram and a histogram.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare the plain adapter (MAP) with its Laplace posterior on test rows."""
+    from laplace_lora_fast.data.prompts import make_batches, read_rows
+    from laplace_lora_fast.evaluation.report import metrics_table, score, write_plots
+    from laplace_lora_fast.prediction import MAP_LINK
+
+    checks.check_link(link_approx)
+    rows = read_rows(data)
+    if json_file is not None:
+        checks.check_output("--json", json_file, _inputs(model, adapter, data, posterior))
+    if plots is not None:
+        import laplace_lora_fast.evaluation.plots  # noqa: F401  it may be missing matplotlib
+
+        checks.make_writable(plots)
+    la, tokenizer = _load_posterior(model, adapter, posterior, rows, data, device, dtype)
+    loader = make_batches(tokenizer, rows, batch_size)
+    methods = {"MAP": MAP_LINK, "Laplace": link_approx}
+    grid = {data.stem: {method: la.predictions(loader, link_approx=link) for method, link in methods.items()}}
+    scores = score(grid)
+    console.print(metrics_table(scores))
+    if json_file is not None:
+        values = {method: asdict(metrics) for method, metrics in scores[data.stem].items()}
+        _write(json_file, json.dumps(values, indent=2) + "\n")
+    if plots is not None:
+        write_plots(grid, plots)
+
+
+@app.command()
+@_friendly
+def predict(
+    model: Model,
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help='Rows, JSON lines: {"prompt", "choices"}; labels are not read.')],
+    out: Annotated[Path, typer.Option(help="JSON lines with the rows' probabilities, in their order.")],
+    posterior: Posterior = Path("posterior"),
+    link_approx: LinkApprox = "probit",
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write each row's probabilities under the posterior: {"prompt", "choices", "probs"}."""
+    from laplace_lora_fast.data.prompts import batch_order, make_batches, read_rows
+
+    checks.check_link(link_approx)
+    rows = read_rows(data, labelled=False)
+    checks.check_output("--out", out, _inputs(model, adapter, data, posterior))
+    la, tokenizer = _load_posterior(model, adapter, posterior, rows, data, device, dtype)
+    predictions = la.predictions(make_batches(tokenizer, rows, batch_size), link_approx=link_approx)
+    of_row = dict(zip(batch_order(tokenizer, rows), predictions.probs.tolist(), strict=True))
+    lines = [
+        {"prompt": row.prompt, "choices": row.choices, "probs": of_row[number]}
+        for number, row in enumerate(rows)
+    ]
+    _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    console.print(f"Written: {escape(str(out))}, {len(rows)} rows.")
+
+
+@app.command()
+@_friendly
+def doctor() -> None:
+    """Print versions, devices, and for each kernel the backend that would serve it, and why."""
+    from laplace_lora_fast.cli.doctor import report
+
+    report(console)
+
+
+def main() -> None:
+    """Entry point of `laplace-lora`."""
+    if not sys.stderr.isatty():  # the bars of the libraries below too: a log would keep every refresh
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    app()
+
+
+def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    """Base model with adapter, and tokenizer."""
+    from pickle import UnpicklingError
+
+    import torch
+    from peft import PeftModel
+
+    from laplace_lora_fast.data.prompts import load_causal_lm
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    _check_adapter(adapter)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {where} cannot be used: {checks.one_line(error)}") from error
+    try:
+        base, tokenizer = load_causal_lm(source, where, "auto" if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model {source!r} cannot be loaded on {where}: {checks.one_line(error)}") from error
+    try:
+        return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+        raise ValueError(
+            f"adapter {adapter} does not fit model {source!r}: {checks.one_line(error)}"
+        ) from error
+
+
+def _check_adapter(adapter: Path) -> None:
+    """Raises ValueError for what is no adapter's folder, or would have PEFT import a module that it names."""
+    from peft import PeftConfig
+
+    if not adapter.exists():
+        raise ValueError(f"--adapter {adapter} does not exist")
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter} holds no adapter_config.json: pass a PEFT adapter folder")
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{adapter}/adapter_config.json cannot be read: {checks.one_line(error)}") from error
+    if getattr(config, "megatron_config", None) is not None:
+        raise ValueError(f"adapter {adapter} is one for Megatron layers, which are not supported")
+
+
+def _load_posterior(
+    source: str, adapter: Path, posterior: Path, rows: Sequence[Any], data: Path, device: str, dtype: str
+) -> tuple[Any, Any]:
+    """The fitted posterior, for rows with the answers it was fitted on, and the tokenizer."""
+    from laplace_lora_fast import Answers, LaplaceLoRA
+    from laplace_lora_fast.data.prompts import answer_token_ids
+
+    model, tokenizer = _load(source, adapter, device, dtype)
+    la = LaplaceLoRA.load(posterior, model)
+    if not isinstance(la.task, Answers):
+        raise ValueError(f"{posterior} was fitted with the task {la.task!r}: only Answers(..) has prompts")
+    _same_answers(answer_token_ids(tokenizer, rows), la.task.token_ids, data)
+    return la, tokenizer
+
+
+def _same_answers(found: Sequence[int], expected: Sequence[int], path: Path | None) -> None:
+    if list(found) != list(expected):
+        raise ValueError(
+            f"{path}: field 'choices' names other answers, or in another order, than the training rows"
+        )
+
+
+def _inputs(model: str, *places: Path) -> list[Path]:
+    """The files that a command reads: those it is given, and what matters of folders."""
+    files = []
+    for place in (Path(model), *places):
+        parts = [*place.glob("*.safetensors"), *place.glob("*config.json")]
+        files += parts if place.is_dir() else [place]
+    return files
+
+
+def _write(path: Path, text: str) -> None:
+    from laplace_lora_fast.saving.atomic import replacing
+
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _show(prior_precision: Any) -> str:
+    if isinstance(prior_precision, float):
+        return f"{prior_precision:.4g}"
+    if len(prior_precision) > 2:
+        return f"{min(prior_precision.values()):.4g} to {max(prior_precision.values()):.4g} by layer"
+    return ", ".join(f"{key}: {value:.4g}" for key, value in prior_precision.items())
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Warnings of this package in one line; those of the libraries below say nothing a user could act on."""
+    from laplace_lora_fast.errors import LaplaceWarning
+
+    if issubclass(category, LaplaceWarning):
+        errors.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True)

@@ -1,0 +1,234 @@
+"""Prompts with worded or lettered answers: rows on disk, answer tokens, padded batches, model loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import InvalidBatchError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, its possible answers, and which one is right.
+
+    Attributes:
+        prompt: Text up to, without, the space before the answer.
+        choices: The answers, each one token when written after the prompt and a space.
+        label: Index of the right one; 0 where it was not asked for.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
+    """Reads a JSON-lines file of `{"prompt": str, "choices": [str, ...], "label": int}`.
+
+    Args:
+        path: The file, UTF-8. Empty lines are skipped.
+        labelled: Whether labels are needed; if not, they are not looked at.
+
+    Raises:
+        InvalidBatchError: The file is missing, empty, or a line is wrong; names the line and the field.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: not UTF-8") from error
+    rows = [
+        _parse(line, f"{path}, line {number}", labelled)
+        for number, line in enumerate(text.split("\n"), 1)  # other line breaks may stand inside JSON strings
+        if line.strip()
+    ]
+    if not rows:
+        raise InvalidBatchError(f"{path}: holds no rows")
+    for row in rows:
+        if row.choices != rows[0].choices:
+            raise InvalidBatchError(
+                f"{path}: all rows must have the same 'choices', found {list(rows[0].choices)} and {list(row.choices)}"
+            )
+    return rows
+
+
+def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
+    """The token of each choice where it follows the prompt and a space.
+
+    Args:
+        tokenizer: Of the model.
+        rows: All with the same choices.
+
+    Raises:
+        InvalidBatchError: A choice is not a single token there, two are the same token, or a prompt ends in white
+            space.
+    """
+    for number, row in enumerate(rows, 1):
+        if row.prompt != row.prompt.rstrip():  # many tokenizers hide it: the space becomes a token of its own
+            raise InvalidBatchError(
+                f"the prompt of row {number} ends in white space, {row.prompt[-20:]!r}: end prompts without, the "
+                "answer follows after one space"
+            )
+    stem = tokenizer(rows[0].prompt)["input_ids"]
+    ids = []
+    for choice in rows[0].choices:
+        whole = tokenizer(f"{rows[0].prompt} {choice}")["input_ids"]
+        if whole[:-1] != stem:
+            raise InvalidBatchError(
+                f"choice {choice!r} is not one token after a prompt ending in {rows[0].prompt[-20:]!r} and a space: "
+                "use letters, or words the tokenizer knows"
+            )
+        ids.append(int(whole[-1]))
+    if len(set(ids)) < len(ids):
+        raise InvalidBatchError(f"choices {list(rows[0].choices)} share a token: {ids}")
+    return ids
+
+
+def make_batches(tokenizer: Any, rows: Iterable[PromptRow], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches sorted by length, so that little is padding.
+
+    Args:
+        tokenizer: Of the model.
+        rows: Examples.
+        batch_size: Examples in a batch; the last may have fewer.
+
+    Returns:
+        Dicts of `input_ids` [N, T] and `attention_mask` [N, T], padded on the left, and `labels` [N], int64.
+    """
+    encoded = sorted(
+        ((tokenizer(row.prompt)["input_ids"], row.label) for row in rows), key=lambda e: len(e[0])
+    )
+    return [_pad(encoded[start : start + batch_size]) for start in range(0, len(encoded), batch_size)]
+
+
+def batch_order(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
+    """The index in `rows` of each example of `make_batches`, in its order."""
+    return sorted(range(len(rows)), key=lambda i: len(tokenizer(rows[i].prompt)["input_ids"]))
+
+
+def load_causal_lm(
+    source: str, device: str | torch.device = "cpu", dtype: torch.dtype | str = "auto"
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        source: A folder, a hub name, or a .gguf file.
+        device: Where the model goes.
+        dtype: Of the weights; "auto" is that of the checkpoint.
+
+    Returns:
+        Model in evaluation mode, and tokenizer.
+
+    Raises:
+        FileNotFoundError: `source` is a path, and nothing is there.
+        OSError: There is no model, here or on the hub, or it is damaged.
+        ValueError: The model needs code of its own, which is not run.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _require_source(source)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if source.endswith(".gguf"):
+        source, options["gguf_file"] = str(Path(source).parent), Path(source).name
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return model.to(device).eval(), tokenizer
+
+
+def _require_source(source: str) -> None:
+    """Raises FileNotFoundError for what is neither there nor a hub's name, where libraries complain of the latter."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if Path(source).exists():
+        return
+    try:
+        validate_repo_id(source)
+        is_path = source.endswith(".gguf")
+    except HFValidationError:
+        is_path = True
+    if is_path:
+        raise FileNotFoundError(f"{source} does not exist")
+
+
+def _pad(encoded: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+    length = max(len(ids) for ids, _ in encoded)
+    pads = [length - len(ids) for ids, _ in encoded]
+    return {
+        "input_ids": torch.tensor([[0] * pad + ids for pad, (ids, _) in zip(pads, encoded, strict=True)]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads]),
+        "labels": torch.tensor([label for _, label in encoded]),
+    }
+
+
+def _parse(line: str, where: str, labelled: bool) -> PromptRow:
+    names = ("prompt", "choices", "label") if labelled else ("prompt", "choices")
+    fields = _json_of(line, where)
+    if not isinstance(fields, dict):
+        raise InvalidBatchError(f"{where}: expected an object with fields {', '.join(names)}")
+    for name in names:
+        if name not in fields:
+            raise InvalidBatchError(f"{where}: field {name!r} is missing")
+    prompt, choices = fields["prompt"], fields["choices"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InvalidBatchError(f"{where}: field 'prompt' must be a non-empty string")
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c for c in choices)
+    ):
+        raise InvalidBatchError(f"{where}: field 'choices' must be a list of at least two non-empty strings")
+    if len(set(choices)) < len(choices):
+        raise InvalidBatchError(f"{where}: field 'choices' repeats an answer: {choices}")
+    for name, text in (("prompt", prompt), *(("choices", choice) for choice in choices)):
+        if not _is_unicode(text):
+            raise InvalidBatchError(f"{where}: field {name!r} holds half a surrogate pair, which is no text")
+    return PromptRow(
+        prompt, tuple(choices), _checked_label(fields["label"], choices, where) if labelled else 0
+    )
+
+
+def _json_of(line: str, where: str) -> Any:
+    """The line's value. Raises InvalidBatchError where it has none, or an object names a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidBatchError(f"{where}: field {twice!r} stands there twice")
+        return fields
+
+    try:
+        return json.loads(line, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise InvalidBatchError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
+    except RecursionError as error:
+        raise InvalidBatchError(f"{where}: not read: nested too deeply") from error
+    except InvalidBatchError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise InvalidBatchError(f"{where}: not read: {error}") from error
+
+
+def _checked_label(label: Any, choices: list[str], where: str) -> int:
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        hint = f": write {choices.index(label)} for {label!r}" if label in choices else ""
+        raise InvalidBatchError(
+            f"{where}: field 'label' must be an integer in [0, {len(choices)}), the place of the right answer in "
+            f"{choices}, got {label!r}{hint}"
+        )
+    return label
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON's escapes can spell a lone surrogate."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

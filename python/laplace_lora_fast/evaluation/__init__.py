@@ -1,0 +1,1 @@
+"""How good and how honest predictions are: numbers, plots, and where results come from."""

@@ -1,0 +1,178 @@
+"""How good and how honest class probabilities are: accuracy, calibration, likelihood, temperature scaling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.evaluation.predictions import (
+    Predictions,
+    RegressionPredictions,
+    check_labels,
+    refuse_rows,
+)
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of class probabilities on a labelled set.
+
+    Attributes:
+        accuracy: Share of examples whose most probable class is the label, in [0, 1].
+        ece: Expected calibration error with 15 equal bins of confidence, (0, 1/15] to (14/15, 1], in [0, 1] (Guo et
+            al. 2017).
+        nll: Mean negative log probability of the label, in nats.
+        brier: Mean over examples of the squared distance between the probabilities and the one-hot label, summed
+            over classes, in [0, 2] (Brier 1950).
+        count: Number of examples.
+    """
+
+    accuracy: float
+    ece: float
+    nll: float
+    brier: float
+    count: int
+
+
+@dataclass(frozen=True)
+class RegressionMetrics:
+    """Scores of Gaussian predictions on a labelled set.
+
+    Attributes:
+        rmse: Root mean squared error of the means.
+        nll: Mean over examples of minus the log density of the targets, in nats, marginal in each output.
+        coverage_68: Share of targets within one standard deviation.
+        coverage_95: Share of targets within 1.96 standard deviations.
+        count: Number of examples.
+    """
+
+    rmse: float
+    nll: float
+    coverage_68: float
+    coverage_95: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predictions grouped by confidence into 15 bins (lower, upper]; empty bins are left out.
+
+    Attributes:
+        confidence: Mean confidence of each bin, [B].
+        accuracy: Share of correct predictions in each bin, [B].
+        count: Number of predictions in each bin, [B].
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    count: Tensor
+
+
+def bin_of(confidence: Tensor) -> Tensor:
+    """The bin, 0 to 14, of each confidence, fp64: a value on an edge belongs below it."""
+    edges = [index / ECE_BINS for index in range(1, ECE_BINS)]
+    return torch.bucketize(confidence, torch.tensor(edges, dtype=torch.float64))
+
+
+def bin_by_confidence(predictions: Predictions) -> Bins:
+    """Groups predictions into the bins of the calibration error. Raises ValueError where there are no labels."""
+    confidence, correct = predictions.confidence, predictions.correct.double()
+    index = bin_of(confidence)
+    count = torch.bincount(index, minlength=ECE_BINS)
+    some = count > 0
+    mean, accuracy = (
+        torch.bincount(index, values, minlength=ECE_BINS)[some] / count[some]
+        for values in (confidence, correct)
+    )
+    return Bins(mean, accuracy, count[some])
+
+
+def score(predictions: Predictions) -> Metrics:
+    """Scores class probabilities. Raises ValueError where there are no labels."""
+    probs, labels = predictions.probs, predictions.known_labels
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
+    of_label = probs.gather(1, labels[:, None])
+    bins = bin_by_confidence(predictions)
+    gaps = (bins.confidence - bins.accuracy).abs()
+    return Metrics(
+        accuracy=predictions.correct.double().mean().item(),
+        ece=(gaps * bins.count).sum().item() / len(labels),
+        nll=-of_label.log().mean().item(),
+        brier=(probs - one_hot).square().sum(1).mean().item(),
+        count=len(labels),
+    )
+
+
+def score_regression(predictions: RegressionPredictions) -> RegressionMetrics:
+    """Scores means and variances. Raises ValueError where there are no labels."""
+    if predictions.labels is None:
+        raise ValueError("there are no labels to judge by: pass batches with 'labels'")
+    errors, variance = predictions.labels - predictions.mean, predictions.variance
+    z = errors.abs() / variance.sqrt()
+    nll = 0.5 * (errors.square() / variance + (2 * math.pi * variance).log())
+    return RegressionMetrics(
+        rmse=errors.square().mean().sqrt().item(),
+        nll=nll.sum(1).mean().item(),
+        coverage_68=(z <= 1).double().mean().item(),
+        coverage_95=(z <= 1.959963984540054).double().mean().item(),
+        count=len(errors),
+    )
+
+
+def temperature_scale(val_logits: Tensor, val_labels: Tensor) -> float:
+    r"""The temperature that minimises the NLL of held-out data (Guo et al. 2017).
+
+    Minimises the mean over examples of $-\log \mathrm{softmax}(f / T)_y$ to machine precision. In 1 / T this is
+    convex, so the optimum is the only one.
+
+    Args:
+        val_logits: [N, C]. Log probabilities do as well: softmax does not see a shift.
+        val_labels: [N], in [0, C).
+
+    Returns:
+        T, positive.
+
+    Raises:
+        NumericalError: No temperature is best: every label has the largest logit (the NLL falls until T = 0), or
+            the logits say nothing about the labels (until T is infinite).
+        ValueError: A shape, a label or a logit is wrong.
+    """
+    logits, labels = val_logits.detach().cpu().double(), val_labels.detach().cpu()
+    if logits.dim() != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise ValueError(
+            f"val_logits must have shape [N, C] with N >= 1 and C >= 2, got {list(logits.shape)}"
+        )
+    check_labels(labels, *logits.shape)
+    refuse_rows(~logits.isfinite().all(1), "val_logits are not finite")
+    margins = logits - logits.gather(1, labels.long()[:, None])
+    if (margins <= 0).all():
+        raise NumericalError("temperature scaling has no optimum: every held-out label has the largest logit")
+    if margins.mean(1).mean() >= 0:
+        raise NumericalError(
+            "temperature scaling has no optimum: the held-out logits do not favour the labels"
+        )
+    return _best_temperature(margins)
+
+
+def _best_temperature(margins: Tensor) -> float:
+    """L-BFGS on log T; `margins` [N, C] are logits minus the label's logit, scaled first so that T is near one."""
+    scale = margins.abs().mean().item()
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [log_t], max_iter=200, tolerance_grad=1e-14, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = (margins / scale / log_t.exp()).logsumexp(1).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)
+    return scale * math.exp(log_t.item())

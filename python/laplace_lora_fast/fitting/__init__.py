@@ -1,0 +1,1 @@
+"""Passes over data, and fits made of them."""

@@ -1,0 +1,90 @@
+"""Which structure serves a fit where the caller left that open: decided before the first pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+import torch
+
+from laplace_lora_fast.devices import device_of
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.fitting.passes import BatchStep, Loader, Subject, run
+from laplace_lora_fast.model.batches import Batch
+from laplace_lora_fast.options import kinds
+from laplace_lora_fast.progress import length
+from laplace_lora_fast.structures.base import Problem, Structure
+
+
+class Resumed:
+    """A loader whose first batch has been looked at: its next pass starts there, later ones start anew.
+
+    A loader that hands out one stream again and again would lose that batch, and a shuffled one would draw another.
+    """
+
+    def __init__(self, loader: Loader, batches: Iterator[Batch]) -> None:
+        self._loader = loader
+        self._batches: Iterator[Batch] | None = batches
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches, self._batches = self._batches, None
+        return iter(self._loader) if batches is None else batches
+
+
+def first_batch(loader: Loader) -> tuple[Batch, Loader]:
+    """The first batch, and a loader that still has it. Raises InvalidBatchError if there is none."""
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise InvalidBatchError("the loader yielded no batch")
+    return first, Resumed(loader, chain([first], batches))
+
+
+def choose(subject: Subject, problem: Problem, loader: Loader) -> tuple[Structure, str, Loader]:
+    """The first of the structures that can be chosen, in the order of their preference, that suits the problem.
+
+    Returns:
+        It, why, and the loader, of which a first batch may have been looked at.
+    """
+    problem, loader = _sized(subject, problem, loader)
+    ranked = [(kind.preference, kind) for kind in kinds(Structure) if kind.preference is not None]
+    reasons = []
+    for _, kind in sorted(ranked, key=lambda pair: pair[0]):
+        structure = kind()
+        verdict = structure.suits(problem)
+        reasons.append(verdict.reason)
+        if verdict.suits:
+            break
+    # The last one suits everything: what speaks is why those before it do not.
+    return structure, reasons[-1] if len(reasons) == 1 else "; ".join(reasons[:-1]), loader
+
+
+def _sized(subject: Subject, problem: Problem, loader: Loader) -> tuple[Problem, Loader]:
+    """The problem with its size, if the loader tells: its first batch counts for all."""
+    with problem.ranks.together():
+        first, loader = first_batch(loader)
+        counts = _count(subject, first)
+    batches = length(loader)
+    mine = [math.nan if batches is None else float(batches * count) for count in counts]
+    examples, functions = problem.ranks.gather_numbers(mine).sum(0).tolist()
+    if math.isnan(examples):
+        return problem, loader
+    return replace(problem, n_examples=int(examples), n_functions=int(functions)), loader
+
+
+def _count(subject: Subject, batch: Batch) -> tuple[int, int]:
+    """Examples of a batch, and their functions: by a forward pass where the head does not know its outputs."""
+    head = subject.head
+    if head.n_outputs is not None and not head.grouped:
+        inputs = head.inputs(batch, device_of(subject.model), DeferredChecks())
+        return inputs.n_examples, inputs.n_examples * subject.likelihood.functions(head.n_outputs).shape[1]
+    seen: list[BatchStep] = []
+    run(subject, [batch], None, seen.append, generator=torch.Generator())
+    functions = seen[0].functions
+    blocks = zip(functions.examples, functions.sizes, strict=True)
+    return functions.n_examples, sum(len(examples) * size for examples, size in blocks)

@@ -1,0 +1,104 @@
+"""What a likelihood is asked for: from outputs and targets to log-likelihood and Fisher, from Gaussians to answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import DeferredChecks
+
+
+class Likelihood(ABC):
+    """p(y | f) for a batch of outputs f [N, C]. A plug: one file, one `register` line, one contract test.
+
+    Attributes:
+        name: as in laplace-torch, "classification" or "regression", or a name of its own.
+        links: names of the ways from a Gaussian over functions to an answer, the default first; none where the answer
+            is the Gaussian itself.
+        needs_samples: those of `links` that take a number of samples.
+        noise: its standard deviation where it was given; None where there is none or it is to be tuned.
+        has_noise: whether there is a noise scale, by whose square the curvature at unit noise is divided.
+    """
+
+    name: ClassVar[str]
+    links: ClassVar[tuple[str, ...]] = ()
+    needs_samples: ClassVar[tuple[str, ...]] = ()
+    has_noise: ClassVar[bool] = False
+    noise: float | None = None
+
+    @abstractmethod
+    def check(self, outputs: Tensor) -> None:
+        """Raises InvalidBatchError where C does not fit the likelihood."""
+
+    @abstractmethod
+    def targets(self, labels: Tensor | None, outputs: Tensor, checks: DeferredChecks) -> Tensor | None:
+        """Labels in the form the other methods take, a copy; raises InvalidBatchError where they do not fit."""
+
+    @abstractmethod
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum over the batch of log p(y | f), fp64 scalar, without terms in the noise scale."""
+
+    @abstractmethod
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient [N, C] of -log p(y | f) in f."""
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Targets drawn from p(y | f)."""
+
+    @abstractmethod
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        """S [N, C, K] with S S^T the Hessian of -log p(y | f) in f and K its rank."""
+
+    @abstractmethod
+    def functions(self, outputs: int) -> Tensor:
+        """L [C, K] with f L all that the likelihood sees of f: contrasts, or the outputs themselves."""
+
+    @abstractmethod
+    def from_functions(self, functions: Tensor) -> Tensor:
+        """Outputs [.., N, C] with these functions [.., N, K]."""
+
+    @abstractmethod
+    def answer(
+        self, mean: Tensor, cov: Tensor, link: str | None, n_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """The prediction [.., N, C] for functions ~ N(mean [.., N, K], cov [.., N, K, K])."""
+
+    @abstractmethod
+    def plain_answer(self, outputs: Tensor) -> Tensor:
+        """The prediction [N, C] of outputs [N, C] without uncertainty."""
+
+    @abstractmethod
+    def score(
+        self,
+        mean: Tensor,
+        cov: Tensor,
+        targets: Tensor,
+        link: str | None,
+        n_samples: int,
+        generator: torch.Generator,
+        noise: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean over examples of -log p(y) under G predictions, fp64 [G].
+
+        Args:
+            mean: of the functions, [(G,) N, K].
+            cov: [G, N, K, K].
+            targets: of the examples.
+            link: one of `links`, or None for the default.
+            n_samples: of a link that samples.
+            generator: of a link that samples.
+            noise: in force; None for the best under each prediction, where there is a noise, mean and cov being those
+                at unit noise then.
+
+        Returns:
+            The scores, and the best noise [G] where it was left open.
+        """
+
+    def functions_root(self, outputs: Tensor) -> Tensor:
+        """Root [N, K, K] of the Hessian in the functions."""
+        root = self.hessian_root(outputs)
+        return root[:, root.shape[1] - root.shape[2] :]

@@ -1,0 +1,163 @@
+"""Batches as transformers makes them: what is in one, which tokens are real, which sequences belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.devices import to_device
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+
+Batch = Mapping[str, Any]
+
+LABEL_KEYS = ("labels", "label")
+_NOT_FOR_THE_MODEL = (*LABEL_KEYS, "group")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch, checked and on the model's device.
+
+    Attributes:
+        model: keyword arguments of the model's forward.
+        mask: [S, T] bool, True at real tokens; None when every token is real.
+        n_sequences: S.
+        length: T, or None for inputs that are not token sequences.
+        labels: what the batch holds under "labels", or None.
+        last: [S] position of each sequence's last real token, or None for inputs that are not token sequences.
+        positions: [S, T] number of real tokens before each one, where the model may have to be told them.
+        group: [S] the example that each sequence belongs to, on the CPU; None where each is an example.
+    """
+
+    model: dict[str, Any]
+    mask: Tensor | None
+    n_sequences: int
+    length: int | None
+    labels: Tensor | None
+    last: Tensor | None
+    positions: Tensor | None = None
+    group: Tensor | None = None
+
+    @property
+    def n_examples(self) -> int:
+        """N."""
+        return self.n_sequences if self.group is None else int(self.group.max()) + 1
+
+
+def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, grouped: bool) -> Inputs:
+    """Checks a batch and moves it to `device`; labels stay where they are.
+
+    Args:
+        batch: dict of tensors.
+        device: the model's.
+        checks: takes what cannot be read without waiting.
+        grouped: whether examples are groups of sequences, told by "group" [S].
+
+    Raises:
+        InvalidBatchError: not a mapping of tensors, empty, or with a sequence that has no real token.
+    """
+    if not isinstance(batch, Mapping):
+        raise InvalidBatchError(
+            f"a batch must be a dict of tensors as transformers makes them, got {type(batch)}"
+        )
+    if batch.get("adapter_names") is not None:
+        raise InvalidBatchError(
+            "a batch mixes adapters ('adapter_names'): use the model's one active adapter"
+        )
+    n, length = _shape(batch)
+    if n == 0:
+        raise InvalidBatchError("a batch has no examples")
+    mask = batch.get("attention_mask")
+    last = positions = None
+    if mask is not None:
+        mask = _checked_mask(mask, n, length, checks)
+        positions = mask.long().cumsum(1)
+        last = positions.argmax(1)  # the first position that has seen every real token
+        if mask.device.type == "cpu" and mask.all():
+            mask = None
+    elif length is not None:
+        last = torch.full((n,), length - 1, device=device)
+    labels = batch.get("labels", batch.get("label"))
+    return Inputs(
+        model={
+            key: _usable(value, device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key not in _NOT_FOR_THE_MODEL
+        },
+        mask=None if mask is None else to_device(mask, device),
+        n_sequences=n,
+        length=length,
+        labels=None if labels is None else torch.as_tensor(labels),
+        last=None if last is None else to_device(last, device),
+        positions=None if positions is None or mask is None else (positions - 1).clamp(min=0),
+        group=_checked_group(batch.get("group"), n, grouped),
+    )
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The batch without labels that nothing would use: test sets often have -1 there."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+
+
+def _usable(x: Tensor, device: torch.device) -> Tensor:
+    """On `device`, outside any graph of the caller's, and fit for one: a tensor made in inference mode is not."""
+    x = to_device(x.detach(), device)
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
+def _shape(batch: Batch) -> tuple[int, int | None]:
+    """Number of sequences and their length (None for inputs that are not token sequences)."""
+    for key in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(key), Tensor):
+            shape = batch[key].shape
+            if len(shape) < 2 or shape[1] == 0:
+                raise InvalidBatchError(
+                    f"{key} has shape {tuple(shape)}, expected [N, T] with at least one token"
+                )
+            return shape[0], shape[1]
+    tensors = [
+        value
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and key not in _NOT_FOR_THE_MODEL
+    ]
+    if not tensors:
+        raise InvalidBatchError(f"a batch holds no input tensor; its keys are {sorted(map(str, batch))}")
+    mask = batch.get("attention_mask")
+    return tensors[0].shape[0], mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise InvalidBatchError(f"attention_mask must be a tensor [N, T], got {type(mask).__name__}")
+    if mask.dim() != 2 or mask.shape[0] != n or (length is not None and mask.shape[1] != length):
+        raise InvalidBatchError(f"attention_mask has shape {tuple(mask.shape)}, expected {(n, length)}")
+    real: Tensor = mask.bool()
+    checks.require(real.any(1).all(), "attention_mask has an all-zero row: an example without a real token")
+    return real
+
+
+def _checked_group(group: Any, n: int, grouped: bool) -> Tensor | None:
+    """[S] on the CPU, or None where no example has more than one sequence."""
+    if not grouped:
+        if group is not None:
+            raise InvalidBatchError(
+                "a batch has 'group', but in this task each sequence is an example: leave it out"
+            )
+        return None
+    if group is None:
+        raise InvalidBatchError("a batch of this task needs 'group' [S], the example of each sequence")
+    members: Tensor = torch.as_tensor(group).cpu()
+    if members.shape != (n,) or members.is_floating_point() or members.min() < 0:
+        raise InvalidBatchError(f"'group' must hold {n} indices of examples, got {tuple(members.shape)}")
+    counts = torch.bincount(members.long())
+    if not counts.all():
+        raise InvalidBatchError(
+            f"example {int(counts.argmin())} of a batch has no sequence in 'group': batches hold whole examples"
+        )
+    return members.long()

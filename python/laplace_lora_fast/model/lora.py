@@ -1,0 +1,258 @@
+"""The LoRA layers of a PEFT model: which there are and are treated, their weights. The only file that imports peft."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from laplace_lora_fast.devices import device_of
+from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.model.contexts import is_offloaded, refuse_inference_tensors
+from laplace_lora_fast.model.heads import Head
+from laplace_lora_fast.weights import SIDES, LoraWeights
+
+# PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
+_RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+Layers = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One LoRA layer with its active adapter.
+
+    Attributes:
+        name: the layer's name in `model.named_modules()`.
+        module: the LoRA layer.
+        adapter: name of the active adapter.
+        scaling: s, alpha / r (or alpha / sqrt(r) for rsLoRA).
+        features: [C] indices of the output features that carry gradient, or None for all of them. Set for an adapted
+            language-model head with answer tokens: only the answers' rows of lora_B see the data.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: str
+    scaling: float
+    features: Tensor | None = None
+
+    @property
+    def weights(self) -> LoraWeights:
+        """The weights as they are now, detached; lora_B restricted to `features`."""
+        a, b = (self._side(side).weight.detach() for side in SIDES)  # type: ignore[operator]
+        b = b if self.features is None else b[self.features.to(b.device)]
+        return LoraWeights(self.name, a, b, self.scaling)
+
+    @property
+    def parameter_names(self) -> dict[str, str]:
+        """Names of the weights in `model.named_parameters()`, by side."""
+        return {side: f"{self.name}.lora_{side}.{self.adapter}.weight" for side in SIDES}
+
+    def shape(self, side: str) -> torch.Size:
+        """Of the parameter."""
+        shape: torch.Size = self._side(side).weight.shape  # type: ignore[assignment]
+        return shape
+
+    def check(self) -> None:
+        """Raises UnsupportedAdapterError if the adapter has been switched, merged or disabled since."""
+        active = _active_adapter(self.name, self.module)  # type: ignore[arg-type]
+        if active != self.adapter:
+            raise UnsupportedAdapterError(
+                f"layer {self.name!r} has adapter {active!r} active, expected {self.adapter!r}: call model.set_adapter"
+            )
+        _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
+
+    def switch_off(self) -> RemovableHandle:
+        """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
+        return self._side(SIDES[0]).register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
+
+    def _side(self, side: str) -> nn.Module:
+        layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")
+        return layers[self.adapter]
+
+
+def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[LoraLayer]:
+    """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
+
+    Args:
+        model: a PEFT model.
+        head: says whether the language-model head is restricted to answer tokens.
+        layers: see `selected`.
+
+    Raises:
+        UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
+            (DoRA and other variants, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
+    """
+    refuse_inference_tensors(model)
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        adapter = _active_adapter(name, module)
+        if adapter is not None:
+            _refuse_unsupported(name, module, adapter)
+            features = head.features if module is head.output_layer else None
+            features = None if features is None else features.to(device_of(module))
+            found.append(LoraLayer(name, module, adapter, float(module.scaling[adapter]), features))
+    if not found:
+        raise UnsupportedAdapterError(
+            "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
+        )
+    chosen = selected(model, [layer.name for layer in found], layers)
+    return [layer for layer in found if layer.name in chosen]
+
+
+def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
+    here = {*module.lora_A, *module.lora_embedding_A}
+    active = [adapter for adapter in module.active_adapters if adapter in here]
+    if len(active) > 1:
+        raise UnsupportedAdapterError(
+            f"layer {name!r} mixes the adapters {active}: activate one with model.set_adapter(...)"
+        )
+    return active[0] if active else None
+
+
+def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None:
+    kind = type(module).__name__
+    if is_offloaded(module):
+        raise UnsupportedAdapterError(
+            f"layer {name!r} is offloaded: load the model without offloading, which leaves its weights on no device"
+        )
+    if module.merged:
+        raise UnsupportedAdapterError(
+            f"layer {name!r} has its adapter merged: call model.unmerge_adapter() first"
+        )
+    if module.disable_adapters:
+        raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
+    if module.use_dora.get(adapter, False) or adapter in module.lora_variant:
+        dora = module.use_dora.get(adapter, False)
+        what = "DoRA" if dora else type(module.lora_variant[adapter]).__name__.removesuffix("Variant")
+        raise UnsupportedAdapterError(
+            f"layer {name!r} uses a LoRA variant ({what}): only plain LoRA is supported"
+        )
+    linear = adapter in module.lora_A and all(
+        isinstance(weights[adapter], nn.Linear) for weights in (module.lora_A, module.lora_B)
+    )
+    if not linear or isinstance(module, lora.MultiheadAttention | lora.ParamWrapper):
+        raise UnsupportedAdapterError(
+            f"layer {name!r} is LoRA on a {kind} layer: only linear layers are supported; exclude it in LoraConfig"
+        )
+
+
+def parameters_left_alone(model: nn.Module, layers: Sequence[LoraLayer]) -> list[str]:
+    """Names of trained parameters that are not LoRA weights (`modules_to_save`, biases): they stay at their MAP."""
+    treated = {name for layer in layers for name in layer.parameter_names.values()}
+    saved = tuple(
+        f"{name}.modules_to_save.{layers[0].adapter}."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name not in treated and (parameter.requires_grad or name.startswith(saved))
+    ]
+
+
+def read_adapter(
+    source: str | PathLike[str] | Mapping[str, Tensor], layers: Sequence[LoraLayer]
+) -> list[LoraWeights]:
+    """Reads the weights of every layer from a PEFT adapter folder or a state dict.
+
+    Args:
+        source: an adapter folder as `save_pretrained` writes it, or a state dict whose keys are parameter names with
+            or without the adapter's name in them.
+        layers: the layers to look up.
+
+    Raises:
+        UnsupportedAdapterError: a weight is missing or has another shape; names the layer.
+    """
+    state = source if isinstance(source, Mapping) else load_peft_weights(str(source), device="cpu")
+    weights = []
+    for layer in layers:
+        found = {}
+        for side, name in layer.parameter_names.items():
+            value = state.get(name, state.get(name.replace(f".{layer.adapter}.weight", ".weight")))
+            shape = tuple(layer.shape(side))
+            if value is None or tuple(value.shape) != shape:
+                what = "no weight" if value is None else f"shape {tuple(value.shape)}"
+                raise UnsupportedAdapterError(f"adapter state has {what} for {name!r}, expected {shape}")
+            found[side] = value
+        a, b = found.values()
+        b = b if layer.features is None else b[layer.features.to(b.device)]
+        weights.append(LoraWeights(layer.name, a, b, layer.scaling))
+    return weights
+
+
+def adapter_source(adapter: str | PathLike[str] | Mapping[str, Tensor]) -> Path | Mapping[str, Tensor]:
+    """An adapter's folder or state dict. A path that is no such folder must not become a look-up on a model hub."""
+    if isinstance(adapter, Mapping):
+        return {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight for name, weight in adapter.items()}
+    folder = Path(adapter)
+    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+        raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
+    return folder
+
+
+def refuse_residual_base(model: nn.Module, layers: Sequence[LoraLayer]) -> None:
+    """Raises ValueError if the model without its adapter is not the pre-trained one, from which a refit starts."""
+    configs = getattr(model, "peft_config", {})
+    for adapter in dict.fromkeys(layer.adapter for layer in layers):
+        init = str(getattr(configs.get(adapter), "init_lora_weights", True)).lower()
+        if init.startswith(_RESIDUAL_BASE):
+            raise ValueError(
+                f"refit=True starts from the model without its adapter, which init_lora_weights={init!r} made a "
+                "residual of the pre-trained one: use Rows(), or save the adapter converted to plain LoRA "
+                "(path_initial_model_for_weight_conversion)"
+            )
+
+
+def selected(model: nn.Module, names: Sequence[str], layers: Layers) -> list[str]:
+    """The names of the LoRA layers that `layers` selects, in their order.
+
+    Args:
+        model: the model.
+        names: of all its LoRA layers, in the order of `model.named_modules()`.
+        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
+
+    Raises:
+        UnsupportedAdapterError: nothing is selected, or a layer without LoRA.
+        ValueError: another string than "last".
+    """
+    if layers is None:
+        return list(names)
+    if layers == "last":
+        stem = _numbered_layer(model, names[-1])
+        return [name for name in names if name.startswith(stem)] if stem else [names[-1]]
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
+    wanted = layers if callable(layers) else set(layers).__contains__
+    chosen = [name for name in names if wanted(name)]
+    unknown = [] if callable(layers) else sorted(set(layers) - set(names))
+    if unknown or not chosen:
+        raise UnsupportedAdapterError(
+            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {names[0]!r} is one, for example"
+        )
+    return chosen
+
+
+def _numbered_layer(model: nn.Module, name: str) -> str:
+    """The prefix of the numbered layer that `name` is in, "" if in none: "model.layers.3." of a decoder.
+
+    A layer's own parts may be numbered too (attention and MLP in T5, experts): the outermost list of layers counts.
+    In a model without a list, `nn.Sequential` may hold anything: there the innermost number counts.
+    """
+    parts = name.split(".")
+    stems = [parts[:i] for i in range(1, len(parts)) if parts[i - 1].isdigit()]
+    lists = [stem for stem in stems if isinstance(model.get_submodule(".".join(stem[:-1])), nn.ModuleList)]
+    stem = lists[0] if lists else stems[-1] if stems else []
+    return ".".join([*stem, ""]) if stem else ""

@@ -1,0 +1,97 @@
+"""The two streams of a layer, input x and output gradient g: who has them, who listens, which tokens are real."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from laplace_lora_fast.errors import InvalidBatchError
+from laplace_lora_fast.model.batches import Inputs
+
+
+class Tapped(Protocol):
+    """A layer whose streams can be tapped: `LoraLayer`, or a linear layer without LoRA."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name in `model.named_modules()`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer: its first argument is x, its output is y."""
+
+    @property
+    def features(self) -> Tensor | None:
+        """Indices of the output features that carry gradient, or None for all of them."""
+
+    def check(self) -> None:
+        """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
+
+    def switch_off(self) -> RemovableHandle | None:
+        """Takes the adapter's part out of the output until the handle is removed; None where there is no adapter."""
+
+
+class Observer(Protocol):
+    """What listens to a tap. Called without autograd and autocast; `mask` is None where every token is real."""
+
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        """Input x [S, T, d_in] of every layer in `group` (layers fed by one tensor), with its mask [S, T]."""
+
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+        """Gradient g [S, T, d_out] at the output of a layer, with its mask [S, T]."""
+
+
+def tokens_and_mask(
+    x: Tensor, inputs: Inputs, layer: str, answers_only: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Views a stream as [S, T, d] and finds its mask [S, T], None where every token is real.
+
+    Args:
+        x: input or output gradient of a layer.
+        inputs: the batch behind it.
+        layer: its name, for errors.
+        answers_only: whether the layer is a language-model head that sees each sequence's last real position alone.
+
+    Raises:
+        InvalidBatchError: its tokens cannot be matched with the batch's.
+    """
+    n, length = inputs.n_sequences, inputs.length
+    if x.dim() == 2 and x.shape[0] == n:  # pooled: one row a sequence
+        return x[:, None], None
+    if x.dim() == 2 and length is not None and x.shape[0] == n * length:
+        x = x.view(n, length, -1)
+    between = x.shape[1:-1]
+    if length is not None and len(between) > 1 and length in between and between.numel() == length:
+        x = x.flatten(1, -2)  # axes of size 1 beside the tokens
+    if x.dim() >= 3 and x.shape[0] == n:
+        if length is None:
+            return x.flatten(1, -2), None
+        if x.dim() == 3 and x.shape[1] == length:
+            return x, inputs.mask
+        if answers_only and x.shape[1] == 1:
+            return x, None
+    decoder = inputs.model.get("decoder_input_ids")
+    if isinstance(decoder, Tensor) and x.shape[:-1] == decoder.shape:
+        raise InvalidBatchError(
+            f"layer {layer!r} sees {decoder.shape[1]} tokens of the decoder, attention_mask is of the encoder's "
+            f"{length}: select layers of the encoder only with `layers`"
+        )
+    raise InvalidBatchError(
+        f"layer {layer!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
+        f"{length}: its tokens cannot be matched with the attention mask; exclude the layer in LoraConfig"
+    )
+
+
+class GraphStart(torch.autograd.Function):
+    """Identity that starts the autograd graph at its input: nothing before it takes part in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
+        return output.clone()  # a fresh tensor, so that in-place operations behind it stay legal
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None

@@ -1,0 +1,1 @@
+"""The prior of the LoRA weights, and ways of choosing its precision."""

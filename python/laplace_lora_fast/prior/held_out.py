@@ -1,0 +1,71 @@
+"""The prior precision by the likelihood of held-out data: one pass over them, none over the training data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from laplace_lora_fast.fitting.passes import Loader
+from laplace_lora_fast.options import check_choice, register
+from laplace_lora_fast.prediction import distribution, require_labels
+from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, scores, warn_of_edge
+from laplace_lora_fast.prior.precision import from_groups, group_keys
+from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
+
+
+@register
+@dataclass(frozen=True)
+class HeldOut(Tuning):
+    """Minimises the held-out negative log-likelihood over a grid: what held wherever it was measured.
+
+    Args:
+        loader: labelled batches that were not trained on.
+        per: "all" for one prior precision, "side" for one for all lora_A and one for all lora_B.
+        grid: ascending values; None for 1e-4 to 1e6, ten a decade. Of a regression with open noise they are products
+            of prior precision and noise variance.
+        link_approx: predictive link of a classification; None for "probit".
+        n_samples: of the "mc" link.
+
+    Warns:
+        LaplaceWarning: the minimum lies on the edge of the grid.
+
+    Raises:
+        InvalidBatchError: the loader is empty, or without labels.
+        NumericalError: an NLL is not a number, or none is finite.
+        ValueError: an argument is not one of its choices, or would not be looked at.
+    """
+
+    loader: Loader = field(repr=False)
+    per: str = "all"
+    grid: Sequence[float] | None = None
+    link_approx: str | None = None
+    n_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("per", self.per, ["all", "side"])  # few examples decide no more than two
+
+    def choose(self, fitted: Fitted, progress: bool) -> Tuned:
+        link, n_samples = checked_link(fitted.likelihood, self.link_approx, self.n_samples)
+        grid = checked_grid(self.grid, fitted.dtype)
+        names = fitted.fit.curvature.names
+        keys = group_keys(self.per, names)
+        groups = list(dict.fromkeys(keys))
+        choices = torch.tensor(list(itertools.product(grid, repeat=len(groups))), dtype=torch.float64)
+        precisions = choices.mT[[groups.index(key) for key in keys]]  # [n_weights, G^groups]
+        noise = None if fitted.tunes_noise else fitted.noise
+        with fitted.linearised(1.0 if noise is None else noise) as linearised:
+            blocks = distribution(linearised, precisions, self.loader, what="validate", progress=progress)
+        require_labels(blocks, "HeldOut")
+        nll, noises = scores(fitted.likelihood, blocks, link, n_samples, fitted.seed, noise)
+        index = least(nll, choices.tolist())
+        best = choices[index].tolist()
+        warn_of_edge(best, grid)
+        tuned_noise = None if noises is None else float(noises[index])
+        scale = 1.0 if tuned_noise is None else tuned_noise**2
+        return Tuned(
+            from_groups({group: value / scale for group, value in zip(groups, best, strict=True)}),
+            tuned_noise,
+        )

@@ -1,0 +1,93 @@
+"""The Gaussian prior N(mean, 1 / lambda) on the LoRA weights: which weights share a lambda, and what was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import laplace_kernels as lk
+from laplace_lora_fast.options import check_choice
+from laplace_lora_fast.weights import SIDES, WeightName
+
+PriorPrecision = float | Mapping[str, float]
+PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
+
+
+PER = ("all", "side", "layer")  # which weights share a prior precision
+
+
+def group_keys(per: str, names: Sequence[WeightName]) -> list[str]:
+    """For each weight the key of its group: "" for all, "A" / "B" for the sides, or the layer's name."""
+    check_choice("per", per, PER)
+    if per == "all":
+        return ["" for _ in names]
+    return [side if per == "side" else layer for layer, side in names]
+
+
+def from_groups(best: Mapping[str, float]) -> PriorPrecision:
+    """A prior precision of values by the keys of `group_keys`."""
+    return best[""] if set(best) == {""} else dict(best)
+
+
+def resolve(prior_precision: PriorPrecision, names: Sequence[WeightName]) -> Tensor:
+    """Spreads a scalar, {"A": .., "B": ..} or {layer: ..} over the weights.
+
+    Returns:
+        fp64 [n_weights], on the CPU.
+
+    Raises:
+        ValueError: a value is not positive and finite, or the keys do not cover the weights exactly.
+    """
+    if isinstance(prior_precision, Mapping):
+        keys = group_keys("side" if set(prior_precision) <= set(SIDES) else "layer", names)
+        missing, unknown = sorted(set(keys) - set(prior_precision)), sorted(set(prior_precision) - set(keys))
+        if missing or unknown:
+            raise ValueError(f"prior_precision: no value for {missing[:3]}, unknown keys {unknown[:3]}")
+        given = [prior_precision[key] for key in keys]
+    else:
+        given = [prior_precision] * len(names)
+    try:
+        if any(isinstance(value, str) for value in given):
+            raise TypeError("a string")
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"prior_precision must be a number or a dict of numbers, got {prior_precision!r}"
+        ) from error
+    bad = [value for value in values if not (math.isfinite(value) and value > 0)]
+    if bad:
+        raise ValueError(f"prior_precision must be positive and finite, got {bad[0]}")
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def resolve_several(
+    values: PriorPrecision | Sequence[PriorPrecision], names: Sequence[WeightName], dtype: torch.dtype
+) -> tuple[Tensor, bool]:
+    """One prior precision or a list of G.
+
+    Returns:
+        fp64 [n_weights, G], on the CPU, and whether it was a list.
+
+    Raises:
+        ValueError: as `resolve` and `require_representable`, or the list is empty.
+    """
+    several = isinstance(values, Sequence) and not isinstance(values, str)
+    tried: Sequence[PriorPrecision] = values if several else [values]  # type: ignore[assignment, list-item]
+    if not tried:
+        raise ValueError("prior_precision is an empty list")
+    columns = [resolve(value, names) for value in tried]
+    for column in columns:
+        require_representable(float(column.min()), dtype)
+    return torch.stack(columns, 1), several
+
+
+def require_representable(prior_precision: float, dtype: torch.dtype) -> None:
+    """Raises ValueError for a prior precision, positive, whose variance overflows where predictions are computed."""
+    smallest = torch.finfo(lk.accumulation_dtype(dtype)).tiny
+    if prior_precision < smallest:
+        raise ValueError(
+            f"prior_precision must be at least {smallest:.3g} for a model in {dtype}, got {prior_precision:g}"
+        )

@@ -1,0 +1,95 @@
+"""Posterior samples as PEFT keeps adapters: in ordinary folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.weights import SIDES, by_layer, stored
+
+
+def save_samples(
+    model: nn.Module, layers: Sequence[LoraLayer], samples: Sequence[Tensor], folder: str | PathLike[str]
+) -> list[Path]:
+    """Writes n adapters that `peft.PeftModel.from_pretrained` loads like any other.
+
+    Args:
+        model: the PEFT model; unchanged.
+        layers: its LoRA layers.
+        samples: of every weight, [n, r, d] each. Rows of an adapted language-model head that
+            no answer token uses keep their MAP value: the data say nothing about them.
+        folder: where the adapters' folders `sample-000`, ... go.
+
+    Returns:
+        The adapters' folders.
+
+    Raises:
+        UnsupportedAdapterError: PEFT would not write these weights as one adapter.
+        ValueError: `folder` holds samples of an earlier call that would stay.
+    """
+    _refuse_old_samples(folder, samples[0].shape[0])
+    adapter = _one_adapter(model, layers)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    paths = []
+    for index in range(samples[0].shape[0]):
+        drawn = dict(state)
+        for layer, values in zip(layers, by_layer(samples), strict=True):
+            for (side, name), value in zip(layer.parameter_names.items(), values, strict=True):
+                features = layer.features if side == SIDES[1] else None
+                drawn[name] = _with_rows(state[name], features, stored(side, value[index])).contiguous()
+        path = Path(folder) / _name(index)
+        model.save_pretrained(str(path), state_dict=drawn, selected_adapters=[adapter])  # type: ignore[operator]
+        paths.append(path if adapter == "default" else path / adapter)
+        _require_written(layers, paths[-1])
+    return paths
+
+
+def _one_adapter(model: nn.Module, layers: Sequence[LoraLayer]) -> str:
+    """The adapter of all layers. Raises UnsupportedAdapterError if there are several, or PEFT's model does not save."""
+    if not hasattr(type(model), "active_peft_config"):
+        raise UnsupportedAdapterError(
+            f"sample_adapters needs a peft.PeftModel, which can save an adapter; this is a {type(model).__name__}"
+        )
+    adapters = list(dict.fromkeys(layer.adapter for layer in layers))
+    if len(adapters) > 1:
+        raise UnsupportedAdapterError(
+            f"the LoRA layers have the adapters {adapters} active, and a sample is one adapter: activate one with "
+            "model.set_adapter(...) and fit again"
+        )
+    return adapters[0]
+
+
+def _refuse_old_samples(folder: str | PathLike[str], n: int) -> None:
+    """Raises ValueError if samples of an earlier call would stay beside n new ones: they would pass for the same."""
+    new = {_name(index) for index in range(n)}
+    old = sorted(path.name for path in Path(folder).glob("sample-*") if path.name not in new)
+    if old:
+        raise ValueError(f"folder {str(folder)!r} holds {old[0]} of an earlier call: pass an empty one")
+
+
+def _name(index: int) -> str:
+    return f"sample-{index:03d}"
+
+
+def _require_written(layers: Sequence[LoraLayer], folder: Path) -> None:
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        written = set(file.keys())
+    for layer in layers:
+        for name in layer.parameter_names.values():
+            key = name.replace(f".{layer.adapter}.weight", ".weight")
+            if key not in written:
+                raise UnsupportedAdapterError(f"PEFT did not write {key!r} to {folder}")
+
+
+def _with_rows(weight: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
+    if rows is None:
+        return values.to(weight)
+    weight = weight.clone()
+    weight[rows.to(weight.device)] = values.to(weight)
+    return weight

@@ -1,0 +1,1 @@
+"""Curvature as independent blocks: KFAC, EKFAC and the diagonal."""

@@ -1,0 +1,248 @@
+"""Kronecker-factored curvature of LoRA weights from the two streams of each layer.
+
+For the weight A of a layer (row-major vec) KFAC says H_A = G_A (x) X, for B likewise H_B = G_B (x) Z, with input
+factors X, Z and gradient factors G (Martens and Grosse 2015). Tokens share the weight (Eschenhagen et al. 2023):
+
+    expand   X = 1/M sum over tokens of x x^T              G = sum over tokens of g g^T
+    reduce   X = 1/N sum over sequences of xbar xbar^T      G = sum over sequences of gbar gbar^T
+             xbar = mean of x over real tokens             gbar = sum of g over real tokens
+    paper    X = 1/N sum over all positions of x x^T       G = sum over all positions of g g^T
+
+with M real tokens in N sequences. "paper" is what the code behind the Laplace-LoRA paper computes: like expand, but the
+input factor counts pads and is not divided by the sequence length, so its curvature is larger by the padded length.
+
+z and g_A are linear images of x and g, so two of the four factors are free: Z = A X A^T and G_A = s^2 B^T G B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+import laplace_kernels as lk
+from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.likelihoods import Fisher
+from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.base import Accumulator, Step
+from laplace_lora_fast.structures.blocks.algebra import KronBlock
+from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
+from laplace_lora_fast.structures.blocks.factors import (
+    DenseFactor,
+    Factor,
+    SketchFactor,
+    Spectrum,
+    flush_full,
+    join,
+)
+from laplace_lora_fast.weights import LoraWeights, in_order, weight_names
+
+
+class TokenSharing(str, Enum):
+    """How the tokens of a sequence share a weight."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+    PAPER = "paper"
+
+
+class FactorKind(str, Enum):
+    """How a running factor is stored."""
+
+    DENSE = "dense"
+    SKETCH = "sketch"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class FactorPlan:
+    """Which running factors are dense and which are sketched.
+
+    Attributes:
+        kind: of all factors; auto keeps the smallest ones dense as long as they fit the budget together.
+        memory_budget: bytes of dense factors for auto, with the rows that may wait for them: up to half as much again.
+        sketch_size: columns of a sketch, those in it that keep the LoRA side exact (the rank of each layer that shares
+            the factor) as long as they are no more than half: what is kept on chip is the whole.
+        seed: of the sketches.
+    """
+
+    kind: FactorKind = FactorKind.AUTO
+    memory_budget: int = 4 * 2**30
+    sketch_size: int = 128
+    seed: int = 0
+
+    def choose(self, dims: Sequence[int], itemsize: int) -> list[bool]:
+        """For each dimension whether its factor is dense."""
+        if self.kind is not FactorKind.AUTO:
+            return [self.kind is FactorKind.DENSE] * len(dims)
+        dense, used = [False] * len(dims), 0
+        for index in sorted(range(len(dims)), key=dims.__getitem__):
+            used += dims[index] ** 2 * itemsize * 3 // 2
+            dense[index] = used <= self.memory_budget
+        return dense
+
+
+class KfacAccumulator(Accumulator):
+    """Listener that sums the running factors of every layer: one per distinct input, one per output gradient.
+
+    Args:
+        layers: the tapped layers.
+        fisher: whose cotangents are sent back.
+        tokens: how they share a weight.
+        plan: dense or sketched.
+        rank: leading eigenpairs to keep of each large factor; None for the kind's default.
+        omegas: of the sketched factors, as `OmegaAccumulator` gives them; None to make them here.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LoraWeights],
+        fisher: Fisher,
+        tokens: TokenSharing,
+        plan: FactorPlan,
+        rank: int | None,
+        omegas: dict[int, Tensor] | None = None,
+    ) -> None:
+        self._layers, self._fisher, self._tokens, self._plan, self._rank = layers, fisher, tokens, plan, rank
+        self._omegas = omegas or {}
+        self._inputs: dict[int, Factor] = {}
+        self._gradients: list[Factor] = []
+        self._divisors: dict[int, Tensor | float] = {}
+        self._first_inputs: list[tuple[int, Tensor, Tensor | None]] = []
+        self._shared_inputs: list[int] = []
+
+    def start(self, step: Step) -> Tensor:
+        """Creates the factors, once the first forward pass has told which layers share their input."""
+        if not self._shared_inputs:
+            self._create(step.shared_inputs)
+        return step.functions.spread(step.fisher(self._fisher))
+
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        if self._shared_inputs:
+            self._add_input(group, x, mask)
+        else:
+            self._first_inputs.append((group, x, mask))
+
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+        add_gradient(self._gradients[layer], self._tokens, g, mask)
+
+    def finish_pass(self) -> None:
+        """Makes room for the next pass, in all factors together."""
+        flush_full(self._all_factors())
+
+    def omegas(self) -> dict[int, Tensor]:
+        """Omega of every sketched factor: accumulators with the same ones, over other data, add up."""
+        factors = enumerate(self._all_factors())
+        return {index: factor.omega for index, factor in factors if isinstance(factor, SketchFactor)}
+
+    def join(self, ranks: Ranks) -> None:
+        """Adds up the factors, and the tokens behind them, over all ranks."""
+        join(self._all_factors(), ranks)
+        counts = ranks.gather_numbers([float(self._divisors.get(leader, 0)) for leader in self._inputs]).sum(
+            0
+        )
+        self._divisors = dict(zip(self._inputs, counts.tolist(), strict=True))
+
+    def result(self) -> BlockCurvature:
+        """Eigendecomposes every weight's curvature.
+
+        Raises:
+            NumericalError: a factor is not finite; names the layer.
+        """
+        spectra: dict[int, Spectrum] = {}
+        blocks = in_order(self._blocks_of(index, spectra) for index in range(len(self._layers)))
+        return BlockCurvature(weight_names(layer.name for layer in self._layers), blocks)
+
+    def _blocks_of(self, index: int, spectra: dict[int, Spectrum]) -> tuple[KronBlock, KronBlock]:
+        """The blocks of lora_A and lora_B; spectra of inputs are kept for the layers that share them."""
+        layer, group = self._layers[index], self._shared_inputs[index]
+        x, g = self._inputs[group], self._gradients[index]
+        if not (x.is_finite() and g.is_finite()):
+            raise NumericalError(
+                f"the curvature of layer {layer.name!r} is not finite: the model overflows or a batch holds NaN"
+            )
+        divisor = float(self._divisors[group]) or 1.0  # 0 where the layer never ran
+        if group not in spectra:
+            spectra[group] = x.spectrum(self._rank).scaled(1 / divisor)
+        square = layer.scaling**2
+        a, b = layer.A.double(), layer.B.double()
+        block_a = KronBlock.kfac(spectra[group], square * g.quadratic(b), layer.A)
+        z = x.quadratic(a.mT) * (square / divisor)
+        return block_a, KronBlock.kfac(g.spectrum(self._rank), z, layer.B.mT)
+
+    def _create(self, shared_inputs: list[int]) -> None:
+        self._shared_inputs = shared_inputs
+        leaders = sorted(set(shared_inputs))
+        dtype = lk.accumulation_dtype(self._first_inputs[0][1].dtype)
+        dims = [self._layers[leader].d_in for leader in leaders] + [layer.d_out for layer in self._layers]
+        dense = self._plan.choose(dims, dtype.itemsize)
+        for position, leader in enumerate(leaders):
+            members = [
+                layer for layer, group in zip(self._layers, shared_inputs, strict=True) if group == leader
+            ]
+            exact = [member.A.mT for member in members]
+            self._inputs[leader] = self._factor(position, dense, exact, dtype)
+        for position, layer in enumerate(self._layers, len(leaders)):
+            self._gradients.append(self._factor(position, dense, [layer.B], dtype))
+        for group, x, mask in self._first_inputs:
+            self._add_input(group, x, mask)
+        self._first_inputs.clear()
+
+    def _all_factors(self) -> list[Factor]:
+        return [*self._inputs.values(), *self._gradients]
+
+    def _factor(self, index: int, dense: Sequence[bool], exact: list[Tensor], dtype: torch.dtype) -> Factor:
+        """The factor at a place of `_all_factors`."""
+        if dense[index]:
+            return DenseFactor(exact[0].shape[0], dtype, exact[0].device)
+        seed, omega, columns = self._plan.seed + index, self._omegas.get(index), torch.cat(exact, 1)
+        size = self._plan.sketch_size
+        return SketchFactor(max(size - columns.shape[1], size // 2, 1), columns, dtype, seed, omega)
+
+    def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        count = add_input(self._inputs[group], self._tokens, x, mask)
+        # On the device, if anywhere: nothing waits for it.
+        self._divisors[group] = self._divisors.get(group, 0) + count
+
+
+class OmegaAccumulator(KfacAccumulator):
+    """Makes the sketches that the first rank would make of its first batch, for all ranks to use."""
+
+    def join(self, ranks: Ranks) -> None:
+        self._shared = {index: ranks.from_first(omega) for index, omega in self.omegas().items()}
+
+    def result(self) -> dict[int, Tensor]:  # type: ignore[override]
+        """Omega of every sketched factor."""
+        return self._shared
+
+
+def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Adds inputs x [S, T, d] with mask [S, T] to a factor. Returns by how much its divisor grows."""
+    if tokens is TokenSharing.REDUCE:
+        mean = _token_sum(x, mask)
+        mean /= x.shape[1] if mask is None else mask.sum(1, keepdim=True)
+        factor.add_rows(mean)
+        return x.shape[0]
+    if tokens is TokenSharing.PAPER:
+        factor.add_tokens(x, None)
+        return x.shape[0]
+    factor.add_tokens(x, mask)
+    return x.shape[0] * x.shape[1] if mask is None else mask.sum()
+
+
+def add_gradient(factor: Factor, tokens: TokenSharing, g: Tensor, mask: Tensor | None) -> None:
+    """Adds output gradients g [S, T, d] with mask [S, T] to a factor."""
+    if tokens is TokenSharing.REDUCE:
+        factor.add_rows(_token_sum(g, mask))
+    else:
+        factor.add_tokens(g, None if tokens is TokenSharing.PAPER else mask)
+
+
+def _token_sum(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over real tokens, [S, T, d] -> [S, d], in the accumulation dtype. Masked tokens are selected away."""
+    if mask is not None:
+        x = x.where(mask[..., None], 0)
+    return x.sum(1, dtype=lk.accumulation_dtype(x.dtype))

@@ -1,0 +1,82 @@
+"""Per-example Jacobians of LoRA weights from the two streams of each layer.
+
+For lora_A the Jacobian of one output is sum_t g_A (x) x, for lora_B it is sum_t z (x) s g: an [r, d] matrix a sequence,
+formed from the streams, used, and dropped.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+import laplace_kernels as lk
+from laplace_lora_fast.structures.base import Listener, Step
+from laplace_lora_fast.weights import LoraWeights, by_layer, positions
+
+
+def jacobian(small: Tensor, large: Tensor) -> Tensor:
+    """Sum over tokens of small (x) large: [S, Ks, T, r], [S, Kl, T, d] -> [S, K, r, d]."""
+    return small.mT @ large.to(small.dtype)
+
+
+class JacobianListener(Listener):
+    """Listener that hands on every weight's Jacobian as its two token streams, one backward pass at a time.
+
+    Args:
+        layers: the tapped layers.
+        rotations: for each weight a rotation V [r, r] of the short side, or None.
+    """
+
+    def __init__(self, layers: Sequence[LoraWeights], rotations: Sequence[Tensor | None]) -> None:
+        # Maps onto the short sides, each [r, d]: BLAS reads long rows twice as fast.
+        self._maps = [
+            tuple(small if turn is None else turn.mT @ small for small, turn in zip(maps, turns, strict=True))
+            for maps, turns in zip((layer.small_maps for layer in layers), by_layer(rotations), strict=True)
+        ]
+        self._inputs: dict[int, Tensor] = {}
+        self._small_of_inputs: dict[int, Tensor] = {}
+        self._shared_inputs: Sequence[int] = []
+
+    def start(self, step: Step) -> Tensor:
+        self._shared_inputs = step.shared_inputs
+        return step.functions.plain(step.u)
+
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        self._inputs[group] = _real_tokens(x, mask)
+
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+        dtype = lk.accumulation_dtype(g.dtype)
+        x, g = self._inputs[self._shared_inputs[layer]], _real_tokens(g, mask)
+        of_gradient, of_input = self._maps[layer]
+        if of_gradient.dtype != dtype:  # once
+            of_gradient, of_input = self._maps[layer] = of_gradient.to(dtype), of_input.to(dtype)
+        if layer not in self._small_of_inputs:  # the same in every backward pass
+            self._small_of_inputs[layer] = linear(x.to(dtype), of_input)[:, None]
+        weight_a, weight_b = positions(layer)
+        self.observe_jacobian(weight_a, linear(g.to(dtype), of_gradient)[:, None], x[:, None])
+        self.observe_jacobian(weight_b, self._small_of_inputs[layer], g[:, None])
+
+    @abstractmethod
+    def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
+        """The Jacobian of every sequence in this backward pass is the sum over tokens of small (x) large.
+
+        Args:
+            weight: its position.
+            small: [S, 1, T, r], rotated.
+            large: [S, 1, T, d], zero at pads.
+        """
+
+    def finish(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._inputs.clear()
+        self._small_of_inputs.clear()
+
+
+def _real_tokens(stream: Tensor, mask: Tensor | None) -> Tensor:
+    """A stream [S, T, d] with zeros at pads."""
+    return stream if mask is None else stream.where(mask[..., None], 0)

@@ -1,0 +1,1 @@
+"""The exact GGN in row space."""

@@ -1,0 +1,187 @@
+"""Keeps the Jacobian rows of the training data and, for a refit, what else that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import InvalidBatchError, NumericalError
+from laplace_lora_fast.likelihoods import Fisher, Likelihood
+from laplace_lora_fast.likelihoods.functions import Functions
+from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.base import Accumulator, Step, require_finite
+from laplace_lora_fast.structures.jacobians import JacobianListener
+from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
+from laplace_lora_fast.structures.rows.sketch import random_projection, sketched
+from laplace_lora_fast.structures.rows.store import RowStore
+from laplace_lora_fast.weights import LoraWeights, matrices, weight_names
+
+
+class Pieces:
+    """What comes block by block of each batch, [N_b, ..], joined by the blocks' number of rows."""
+
+    def __init__(self) -> None:
+        self._of_size: dict[int, list[Tensor]] = {}
+
+    def append(self, size: int, piece: Tensor) -> None:
+        self._of_size.setdefault(size, []).append(piece)
+
+    def joined(self, sizes: Sequence[int]) -> list[Tensor]:
+        """One tensor for each size, those of all batches one after the other."""
+        return [torch.cat(self._of_size[size]) for size in sizes]
+
+    def gather(self, ranks: Ranks, sizes: Sequence[int]) -> None:
+        """Takes in the pieces of all ranks, for all sizes that any of them has."""
+        for size in sizes:
+            mine = self._of_size.get(size)
+            like = next(iter(self._of_size.values()))[0]
+            empty = like.new_empty(0, *([size] * (like.dim() - 1)))
+            self._of_size[size] = [ranks.gather(torch.cat(mine) if mine else empty)]
+
+
+class RowAccumulator(JacobianListener, Accumulator):
+    """Listener that keeps the sketched Jacobian rows of every weight, example by example.
+
+    With the exact Fisher they are the rows of the examples' functions, which vanish nowhere and serve any root of the
+    Hessian; otherwise those of the Fisher's own directions.
+
+    Args:
+        layers: the tapped layers.
+        likelihood: of the outputs.
+        fisher: exact, sampled or empirical.
+        columns: m.
+        budget: bytes of rows before they leave the device.
+        seed: of Omega.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LoraWeights],
+        likelihood: Likelihood,
+        fisher: Fisher,
+        columns: int,
+        budget: int,
+        seed: int,
+    ) -> None:
+        self._names, self._means = weight_names(layer.name for layer in layers), matrices(layers)
+        super().__init__(layers, [None] * len(self._names))
+        self._projections = [
+            random_projection(mean.shape[1], columns, seed + index, mean)
+            for index, mean in enumerate(self._means)
+        ]
+        self._likelihood, self._fisher = likelihood, fisher
+        self._store = RowStore(len(self._names), budget)
+        self._batch: list[list[Tensor]] = [[] for _ in self._names]  # [S, r m] a pass
+        self._sizes: list[Tensor] = []
+        self._roots = Pieces()
+        self._functions: Functions | None = None
+        self._n_sequences = 0
+
+    def start(self, step: Step) -> Tensor:
+        plain = super().start(step)
+        self._functions, self._n_sequences = step.functions, len(step.u)
+        if self._fisher == "exact":
+            for size, outputs in zip(step.functions.sizes, step.outputs, strict=True):
+                self._roots.append(size, self._likelihood.functions_root(outputs))
+            return plain
+        cotangents = step.functions.spread(step.fisher(self._fisher))
+        passes = cotangents.shape[2]
+        unit = torch.eye(passes, dtype=cotangents.dtype, device=cotangents.device)
+        self._roots.append(passes, unit.expand(step.functions.n_examples, -1, -1))
+        return cotangents
+
+    def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
+        self._batch[weight].append(sketched(small, large, self._projections[weight]))
+
+    def finish_pass(self) -> None:
+        """Weights that the backward pass did not reach have zero rows."""
+        passes = max(len(rows) for rows in self._batch)
+        for rows, mean, projection in zip(self._batch, self._means, self._projections, strict=True):
+            if len(rows) < passes:
+                rows.append(projection.new_zeros(self._n_sequences, mean.shape[0] * projection.shape[1]))
+
+    def finish(self) -> None:
+        """A batch is over: its rows are complete, example by example."""
+        functions = self._functions
+        assert functions is not None
+        exact, passes = self._fisher == "exact", len(self._batch[0])
+        layout = (
+            Layout.of_batch(functions.examples, functions.sizes)
+            if exact
+            else Layout(torch.full((functions.n_examples,), passes))
+        )
+        for weight, rows in enumerate(self._batch):
+            blocks = (
+                functions.combine(rows)
+                if exact
+                else [torch.stack([functions.by_example(each) for each in rows], 1)]
+            )
+            self._store.append(weight, layout.join(blocks))
+            rows.clear()
+        self._sizes.append(layout.sizes)
+        super().finish()
+
+    def join(self, ranks: Ranks) -> None:
+        """Takes in the rows of all ranks: each then holds them all."""
+        if ranks.size > 1:
+            self._store = self._store.gathered(ranks)
+            self._sizes = [ranks.gather(torch.cat(self._sizes))]
+            self._roots.gather(ranks, self._layout().block_sizes)
+
+    def _layout(self) -> Layout:
+        return Layout(torch.cat(self._sizes))
+
+    def result(self) -> RowCurvature:
+        """The curvature of all rows.
+
+        Raises:
+            NumericalError: a row is not finite; names the layer.
+        """
+        rows, layout = self._store.matrices(), self._layout()
+        require_finite(self._names, rows, "Jacobian")
+        means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
+        roots = BlockDiagonal(layout, self._roots.joined(layout.block_sizes))
+        return RowCurvature(self._names, means, rows, self._projections, roots)
+
+
+class RefitAccumulator(RowAccumulator):
+    """Keeps, beside the rows, targets and the functions with the adapter switched off."""
+
+    def __init__(
+        self, layers: Sequence[LoraWeights], likelihood: Likelihood, columns: int, budget: int, seed: int
+    ) -> None:
+        super().__init__(layers, likelihood, "exact", columns, budget, seed)
+        self._targets, self._prior = Pieces(), Pieces()
+
+    def start(self, step: Step) -> Tensor:
+        """Raises InvalidBatchError for a batch without labels."""
+        cotangents = super().start(step)
+        if step.targets is None:
+            raise InvalidBatchError("Rows(refit=True) needs 'labels' in every batch of train_loader")
+        prior = step.functions.values(step.prior_u().double())
+        for size, targets, functions in zip(step.functions.sizes, step.targets, prior, strict=True):
+            self._targets.append(size, targets)
+            self._prior.append(size, functions)
+        return cotangents
+
+    def join(self, ranks: Ranks) -> None:
+        super().join(ranks)
+        if ranks.size > 1:
+            for pieces in (self._targets, self._prior):
+                pieces.gather(ranks, self._layout().block_sizes)
+
+    def result(self) -> RefittedCurvature:
+        rows = super().result()
+        home, sizes = rows.rows[0].device, rows.roots.layout.block_sizes
+        prior = [each.to(home) for each in self._prior.joined(sizes)]
+        if not all(each.isfinite().all() for each in prior):
+            raise NumericalError("without its adapter the model gives logits that are not finite")
+        targets = [
+            (each.double() if each.is_floating_point() else each).to(home)
+            for each in self._targets.joined(sizes)
+        ]
+        return RefittedCurvature(rows, Observations(rows.roots.layout, self._likelihood, prior, targets))

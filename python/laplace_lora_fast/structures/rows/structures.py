@@ -1,0 +1,105 @@
+"""Exact rows as a plug: options, passes and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.likelihoods import Fisher, Likelihood
+from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
+from laplace_lora_fast.options import positive_integer, register
+from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
+from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
+from laplace_lora_fast.structures.rows.predict import RowPredictor
+from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.weights import LoraWeights, WeightName
+
+_MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
+
+
+@register
+@dataclass(frozen=True)
+class Rows(Structure):
+    """The exact GGN in row space, for training sets with fewer rows than there are weights.
+
+    Args:
+        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on.
+        refit: whether the outputs are centred on the linearised model's own optimum under the prior, starting from the
+            model without its adapter (Immer, Korzepa and Bauer 2021), rather than on the trained model. It needs
+            labels, costs one more forward pass a batch, and can choose its prior precision by `LeaveOneOut`.
+        fisher: "exact" (GGN), "empirical", or "mc" or `MonteCarlo(samples)`.
+
+    Raises:
+        ValueError: a value is not one of its choices, or `refit` goes with another Fisher than the exact one.
+    """
+
+    columns: int = 128
+    refit: bool = False
+    fisher: Fisher = "exact"
+
+    preference = 10
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", positive_integer("columns", self.columns))
+        if not isinstance(self.refit, bool):
+            raise ValueError(f"refit must be True or False, got {self.refit!r}")
+        object.__setattr__(self, "fisher", checked_fisher(self.fisher))
+        if self.refit and self.fisher != "exact":
+            raise ValueError(f"refit=True needs fisher='exact', got {self.fisher!r}")
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return frozenset({Ability.LEAVE_ONE_OUT if self.refit else Ability.SAMPLES})
+
+    @property
+    def uses_budget(self) -> bool:
+        return True
+
+    @property
+    def starts_without_adapter(self) -> bool:
+        return self.refit
+
+    def suits(self, problem: Problem) -> Verdict:
+        """Where the rows are fewer than the weights and than 4,096, and fit the budget."""
+        rows = problem.n_functions
+        if rows is None or problem.n_examples is None:
+            return Verdict(False, "the loader has no length, so the number of rows is unknown")
+        if self.fisher != "exact":
+            rows = problem.n_examples * fisher_passes(self.fisher, 1)
+        widths = [(layer.rank, width) for layer in problem.layers for width in (layer.d_in, layer.d_out)]
+        row_bytes = 4 * rows * sum(rank * min(width, self.columns) for rank, width in widths)
+        kernel_bytes = 3 * 8 * rows**2  # K, its factor and its eigenvectors
+        facts = (
+            f"about {rows} rows, {problem.n_parameters} weights, {(row_bytes + kernel_bytes) / 2**20:.0f} MiB"
+        )
+        few = rows < min(problem.n_parameters, _MOST_ROWS) and row_bytes + kernel_bytes <= problem.budget
+        return Verdict(few, f"{facts} suit exact rows" if few else f"{facts} do not suit exact rows")
+
+    def stages(self, problem: Problem) -> list[Stage]:
+        def accumulator(_: object) -> RowAccumulator:
+            rest = self.columns, problem.budget, problem.seed
+            if self.refit:
+                return RefitAccumulator(problem.layers, problem.likelihood, *rest)
+            return RowAccumulator(problem.layers, problem.likelihood, self.fisher, *rest)
+
+        return [Stage("fit", accumulator)]
+
+    def predictor(
+        self, curvature: RowCurvature, layers: Sequence[LoraWeights], prior_precisions: Tensor
+    ) -> RowPredictor:
+        parts, solvers = curvature.solvers_of(prior_precisions)
+        return RowPredictor(layers, curvature.rows, curvature.projections, parts, solvers, curvature.refitted)
+
+    def rebuild(
+        self,
+        names: list[WeightName],
+        tensors: dict[str, Tensor],
+        devices: Sequence[torch.device],
+        likelihood: Likelihood,
+    ) -> RowCurvature:
+        rows = RowCurvature.from_tensors(names, tensors, devices)
+        return RefittedCurvature.refitted_from(rows, tensors, likelihood) if self.refit else rows

@@ -1,0 +1,140 @@
+"""What a model answers: public objects, and nothing else.
+
+A task says which numbers the model gives for a sequence (its head), which sequences make an example, and what the
+examples' outputs say about the labels (its likelihood). A plug: a frozen dataclass here or elsewhere with one
+`register` line, a head, and at most one likelihood.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from laplace_lora_fast.likelihoods import Categorical, Gaussian, Likelihood, by_name
+from laplace_lora_fast.model.heads import AnswerHead, ClassHead, Head, OutputFn, OutputHead
+from laplace_lora_fast.options import positive_number, register
+
+
+class Task(ABC):
+    """What a model answers.
+
+    Attributes:
+        code: fields that are code: no file holds them, so that `load` has to be given the task.
+    """
+
+    code: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def head(self, model: nn.Module) -> Head:
+        """What reads the answers off the model's output. Raises ValueError for a model that cannot give them."""
+
+    @property
+    @abstractmethod
+    def likelihood(self) -> Likelihood:
+        """What the outputs say about the labels."""
+
+
+@register
+@dataclass(frozen=True)
+class Answers(Task):
+    """The answer of a causal language model to a prompt, one of C >= 2 tokens: softmax over their logits.
+
+    The logits are those at the last real position of `input_ids`; `labels` [N] index `token_ids`.
+
+    Args:
+        token_ids: of the answers, in the order of the classes.
+
+    Raises:
+        ValueError: not at least two different integers.
+    """
+
+    token_ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", _checked_tokens(self.token_ids))
+
+    def head(self, model: nn.Module) -> Head:
+        return AnswerHead(model, self.token_ids)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Categorical()
+
+
+@register
+@dataclass(frozen=True)
+class Classes(Task):
+    """The classes of a sequence classifier: softmax over its `logits` [N, C]; `labels` [N]."""
+
+    def head(self, model: nn.Module) -> Head:
+        return ClassHead(model)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Categorical()
+
+
+@register
+@dataclass(frozen=True)
+class Regression(Task):
+    """The outputs `logits` [N, C] of a regression head with Gaussian noise; `labels` [N] or [N, C].
+
+    Args:
+        noise: its standard deviation, one for all outputs; None to have it tuned with the prior precision. Until
+            then it is the one that maximises the evidence at the prior precision of the fit.
+    """
+
+    noise: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise is not None:
+            object.__setattr__(self, "noise", positive_number("noise", self.noise))
+
+    def head(self, model: nn.Module) -> Head:
+        return ClassHead(model)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Gaussian(self.noise)
+
+
+@register
+@dataclass(frozen=True)
+class Outputs(Task):
+    """Whatever a function makes of the model's output.
+
+    Args:
+        fn: (model output, batch) -> outputs [N, C]; differentiable, row n of example n.
+        likelihood: "classification" (softmax), "regression" (Gaussian noise), or a `Likelihood`.
+    """
+
+    fn: OutputFn
+    likelihood: str | Likelihood = "classification"  # type: ignore[assignment]  # a Likelihood once made
+
+    code = ("fn",)
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"fn must be a function of (model output, batch), got {self.fn!r}")
+        object.__setattr__(self, "likelihood", by_name(self.likelihood))
+
+    def head(self, model: nn.Module) -> Head:
+        return OutputHead(model, self.fn)
+
+
+def _checked_tokens(token_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
+    values = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+    try:
+        listed = list(values)
+    except TypeError:
+        listed = []
+    if len(listed) < 2 or any(isinstance(t, bool) or not hasattr(t, "__index__") for t in listed):
+        raise ValueError(f"token_ids must be at least two integers, got {token_ids!r}")
+    tokens = tuple(int(token) for token in listed)
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"token_ids repeats a token: {list(tokens)}")
+    return tokens
