@@ -39,8 +39,8 @@ def headline() -> str:
             *lines,
             "",
             f"SmolLM2-135M, {recipe['n_train']} training examples seen {recipe['epochs']} times; temperature and "
-            f"validated precision chosen on {recipe['n_val']} held-out examples; {count} test examples each, one seed, no "
-            "error bars. Product reviews and tweets are out of distribution.",
+            f"validated precision chosen on {recipe['n_val']} held-out examples; {count} test examples each, one "
+            "seed, no error bars. Product reviews and tweets are out of distribution.",
         ]
     )
 
@@ -66,7 +66,9 @@ def demo() -> str:
             name = f"{data} (n = {m['count']})" if place == 0 else ""
             cells = [f"{m[key]:.3f}" for key in ("accuracy", "ece", "nll", "brier")]
             lines.append(f"| {name} | {method} | " + " | ".join(cells) + " |")
-    scores = [list(methods.values()) for methods in record["metrics"].values()]  # from MAP to the refitted model
+    scores = [
+        list(methods.values()) for methods in record["metrics"].values()
+    ]  # from MAP to the refitted model
     moved = ", ".join(f"{each[-1]['accuracy'] - each[0]['accuracy']:+.3f}" for each in scores)
     chosen = record["prior_precision"]
     lines += [

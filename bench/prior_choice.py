@@ -80,6 +80,7 @@ def plain_rows(la: LaplaceLoRA, val: Loader, tests: Mapping[str, Loader]) -> dic
 
     def log_probs(loader: Loader) -> tuple[Tensor, Tensor]:
         found = la.predictions(loader, link_approx="map", progress=False)
+        assert isinstance(found, Predictions)
         return found.probs.log(), found.known_labels
 
     temperature = temperature_scale(*log_probs(val))

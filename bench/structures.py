@@ -110,6 +110,7 @@ def baselines(la: LaplaceLoRA, data: Data) -> dict[str, Any]:
 
     def log_probs(loader: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         found = la.predictions(loader, link_approx="map", progress=False)
+        assert isinstance(found, Predictions)
         return found.probs.log(), found.known_labels
 
     temperature = temperature_scale(*log_probs(data.val))

@@ -5,7 +5,9 @@ import toy
 from laplace_lora_fast import Answers, HeldOut, LaplaceLoRA
 
 train, held_out, test = toy.texts(128, seed=0), toy.texts(64, seed=1), toy.texts(256, seed=2)
-model = toy.train(toy.causal_model(), train, toy.answer_logits)  # yours: PeftModel.from_pretrained(base, "adapter")
+model = toy.train(
+    toy.causal_model(), train, toy.answer_logits
+)  # yours: PeftModel.from_pretrained(base, "adapter")
 
 la = LaplaceLoRA(model, Answers(toy.ANSWERS))  # the classes are these tokens, read at the end of the prompt
 la.fit(train)  # one pass over the training data

@@ -2,8 +2,8 @@
 
 import sys
 
-import toy
 import torch
+import toy
 
 try:
     from laplace import Laplace

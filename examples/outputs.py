@@ -1,7 +1,7 @@
 """Any other model: a function says what the outputs are, a likelihood what they say about the labels."""
 
-import toy
 import torch
+import toy
 
 from laplace_lora_fast import LaplaceLoRA, Outputs
 from laplace_lora_fast.likelihoods import Gaussian

@@ -2,8 +2,8 @@
 
 import tempfile
 
-import toy
 import torch
+import toy
 
 from laplace_lora_fast import Answers, HeldOut, LaplaceLoRA
 

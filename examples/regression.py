@@ -1,7 +1,7 @@
 """A regression head: a mean, and a variance that grows where the training data say little."""
 
-import toy
 import torch
+import toy
 
 from laplace_lora_fast import HeldOut, LaplaceLoRA, Regression
 

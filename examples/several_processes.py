@@ -3,9 +3,9 @@
 import tempfile
 from pathlib import Path
 
-import toy
 import torch
 import torch.distributed as dist
+import toy
 
 from laplace_lora_fast import Answers, LaplaceLoRA
 

@@ -40,7 +40,9 @@ def encoder(outputs=2, seed=0):
     """A text encoder of two layers with LoRA on its attention and a trained head."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.BertConfig(vocab_size=VOCABULARY, initializer_range=0.2, num_labels=outputs, **sizes)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, initializer_range=0.2, num_labels=outputs, **sizes
+    )
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
     return peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
 

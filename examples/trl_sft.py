@@ -5,7 +5,6 @@ import tempfile
 
 import tokenizers
 import toy
-import torch
 import transformers
 
 try:
@@ -17,27 +16,36 @@ except ImportError:
 from laplace_lora_fast import Answers
 from laplace_lora_fast.integrations.trainer import LaplaceCallback
 
+WORDS = {"<pad>": 0, "<end>": 1, **{f"w{number}": number for number in range(2, toy.VOCABULARY)}}
+
 
 def examples(n, seed):
-    """Tokenised already: the answer follows the text, and `completion_mask` says that it alone is learnt."""
+    """Prompts and completions, as TRL takes them."""
     (batch,) = toy.texts(n, seed, batch_size=n)
-    answers = torch.tensor(toy.ANSWERS)[batch["labels"]]
-    words = torch.cat([batch["input_ids"], answers[:, None]], 1).tolist()
-    mask = [[0] * toy.LENGTH + [1]] * n
-    return datasets.Dataset.from_dict({"input_ids": words, "completion_mask": mask})
+    pairs = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+    rows = [
+        {"prompt": " ".join(f"w{word}" for word in words), "completion": f" w{toy.ANSWERS[label]}"}
+        for words, label in pairs
+    ]
+    return datasets.Dataset.from_list(rows)
 
 
-words = {f"w{number}": number for number in range(toy.VOCABULARY)}  # the Trainer wants a tokenizer for its pads
-tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words)), pad_token="w0", eos_token="w1"
-)
-callback = LaplaceCallback(Answers(toy.ANSWERS), eval_data=examples(64, seed=1))
+core = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS))
+core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
+callback = LaplaceCallback(Answers(toy.ANSWERS))  # held out: the Trainer's evaluation set
 with tempfile.TemporaryDirectory() as folder:
     args = trl.SFTConfig(
-        folder, num_train_epochs=5, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, bf16=False
+        folder, num_train_epochs=5, learning_rate=1e-2, eval_strategy="epoch", bf16=False, use_cpu=True
     )
-    train = examples(128, seed=0)
-    model = toy.causal_model()
-    trl.SFTTrainer(model, args, train_dataset=train, processing_class=tokenizer, callbacks=[callback]).train()
+    trainer = trl.SFTTrainer(
+        toy.causal_model(),
+        args,
+        train_dataset=examples(128, seed=0),
+        eval_dataset=examples(64, seed=1),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.train()
 print(callback.laplace)
 print(callback.laplace.predict(toy.texts(3, seed=2)[0]))

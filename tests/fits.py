@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,11 +85,8 @@ class Pooled(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         real = attention_mask.bool()[..., None]
         hidden = self.first(torch.where(real, self.embed(input_ids), self.filler))
-        if self.segment is None:
-            hidden = self.middle(hidden)
-        else:
-            hidden = checkpoint(self.middle, hidden, **self.segment)
-        return self.head(torch.where(real, hidden, 0).sum(1) / real.sum(1))
+        middle = self.middle if self.segment is None else partial(checkpoint, self.middle, **self.segment)
+        return self.head(torch.where(real, middle(hidden), 0).sum(1) / real.sum(1))
 
     def middle(self, hidden: Tensor) -> Tensor:
         self.calls += 1

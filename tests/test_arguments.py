@@ -189,7 +189,7 @@ def test_noise_is_checked_when_assigned(value):
 def test_noise_of_a_classification():
     la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS)
     assert la.sigma_noise is None
-    with pytest.raises(ValueError, match="Answers.*no noise"):
+    with pytest.raises(ValueError, match=r"Answers.* has no noise"):
         la.sigma_noise = 1.0
 
 
@@ -248,9 +248,22 @@ def test_a_refit_has_one_prior_precision():
     la.fit([tiny.batch(6)], progress=False)
     with pytest.raises(ValueError, match="per='all'"):
         la.optimize_prior_precision(Evidence(per="side"))
-    for tuning in (LeaveOneOut(n_samples=10), LeaveOneOut(grid=[1.0])):
-        with pytest.raises(ValueError, match="n_samples|grid"):
-            la.optimize_prior_precision(tuning, progress=False)
+    assert la.prior_precision == 1.0
+
+
+LEAVE_ONE_OUT = {
+    "link": (LeaveOneOut(link_approx="map"), "link_approx must be one of"),
+    "samples of a link that draws none": (LeaveOneOut(n_samples=10), "n_samples has no effect"),
+    "grid of one": (LeaveOneOut(grid=[1.0]), "grid must hold at least two ascending"),
+}
+
+
+@pytest.mark.parametrize("name", LEAVE_ONE_OUT)
+def test_leave_one_out(name):
+    tuning, match = LEAVE_ONE_OUT[name]
+    la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS, structure=Rows(refit=True))
+    with pytest.raises(ValueError, match=match):
+        la.fit([tiny.batch(6)], progress=False).optimize_prior_precision(tuning, progress=False)
 
 
 def test_links(fitted):

@@ -1,4 +1,4 @@
-"""The caller's autocast holds for the model's forward pass, as in training, and for nothing that is computed from it."""
+"""The caller's autocast holds for the model's forward pass, as in training, and for nothing computed from it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def test_gradient_checkpointing(name, reentrant, input_grads):
         for seen in calls:
             seen.clear()
         la = fitted(model, task, tiny.split(train, 4), structure)
-        checks = 1 + 2 * (task == ANSWERS)  # of the rows of the first batch, and two for where positions start
+        checks = 1 + 2 * (
+            task == ANSWERS
+        )  # of the rows of the first batch, and two for where positions start
         for seen in calls:  # two batches, each one forward and two backward passes that run the forward again
             assert len(seen) == 2 * (1 + 2) + checks
         assert_same(results(la, test), value)

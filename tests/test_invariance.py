@@ -95,9 +95,7 @@ def test_other_structures_see_no_padding_batching_order_or_checkpointing(structu
     build, task = MODELS[name]
     sides = ("right", "right") if name == "bert" else ("left", "right")
     train, test = (tiny.batch(7, 5, seed=s, padding="right") for s in (1, 2))
-    expected = results(
-        fitted(build(), task, [prepared(name, train)], structure), prepared(name, test)
-    )
+    expected = results(fitted(build(), task, [prepared(name, train)], structure), prepared(name, test))
     padded, order = tiny.repad(train, sides[0], 8), torch.randperm(7)
     shuffled = {k: v[order] for k, v in padded.items()}
     loader = [prepared(name, batch) for batch in tiny.split(shuffled, 3)]

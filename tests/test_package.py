@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import laplace_lora_fast
-from laplace_lora_fast import progress, provenance
+from laplace_lora_fast import progress
+from laplace_lora_fast.evaluation import provenance
 
 
 def test_every_export_is_there_on_first_use():
     for name in laplace_lora_fast.__all__:
-        home = importlib.import_module(getattr(laplace_lora_fast, name).__module__)
-        assert getattr(laplace_lora_fast, name) is getattr(home, name)
+        exported = getattr(laplace_lora_fast, name)
+        assert exported.__name__ == name
+        assert exported is getattr(importlib.import_module(exported.__module__), name)
     assert set(laplace_lora_fast.__all__) <= set(dir(laplace_lora_fast))
     with pytest.raises(AttributeError, match="no attribute 'LaplaceLora'"):
         _ = laplace_lora_fast.LaplaceLora
     code = "from laplace_lora_fast import *; LaplaceLoRA, LaplaceWarning"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_package_imports_nothing_heavy():
+    code = "import sys, laplace_lora_fast; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_entry_point_is_there():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()  # Python 3.10 reads no TOML
+    ((module, name),) = re.findall(r'^laplace-lora = "(.+):(.+)"$', project, flags=re.M)
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize(("terminal", "notebook"), [(False, False), (True, False), (False, True)])

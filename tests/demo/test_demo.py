@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast import Answers, Evidence, HeldOut, LaplaceLoRA, LeaveOneOut, Rows
+from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import run as run_module
 from laplace_lora_fast.demo import task
 from laplace_lora_fast.demo.task import Recipe
-from laplace_lora_fast.prompts import answer_token_ids, make_batches
 from tests import tiny, words
 
 SMALL = Recipe(n_train=12, n_val=20, n_test=10, epochs=3, learning_rate=0.02, batch_size=5, rank=2)
@@ -127,11 +127,11 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     train, val = (make_batches(tokenizer, rows, 5) for rows in task.split(SMALL))
     answers = answer_token_ids(tokenizer, task.split(SMALL)[0])
     task.fine_tune(model, train, answers, SMALL)
-    la = LaplaceLoRA(model, answer_token_ids=answers).fit(train, progress=False)
-    refit = LaplaceLoRA(model, answer_token_ids=answers, mean="refit").fit(train, progress=False)
-    left_out = refit.optimize_prior_precision("loo", progress=False)
-    evidence = la.optimize_prior_precision("marglik")
-    validated = la.optimize_prior_precision("val_nll", val_loader=val, progress=False)
+    la = LaplaceLoRA(model, Answers(answers)).fit(train, progress=False)
+    refit = LaplaceLoRA(model, Answers(answers), structure=Rows(refit=True)).fit(train, progress=False)
+    left_out = refit.optimize_prior_precision(LeaveOneOut(), progress=False)
+    evidence = la.optimize_prior_precision(Evidence())
+    validated = la.optimize_prior_precision(HeldOut(val), progress=False)
     assert results["prior_precision"]["evidence"] == pytest.approx(evidence, rel=1e-3)
     assert results["prior_precision"]["validated"] == pytest.approx(validated)
     assert results["prior_precision"]["left_out"] == pytest.approx(left_out)

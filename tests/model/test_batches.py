@@ -1,4 +1,4 @@
-"""A batch that would give a wrong number raises a typed error, and leaves the model and the earlier fit as they were."""
+"""A batch that would give a wrong number raises a typed error; the model and the earlier fit stay as they were."""
 
 from __future__ import annotations
 

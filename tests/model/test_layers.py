@@ -1,4 +1,4 @@
-"""Which layers `layers="last"` selects (names and predicates: test_lora_layers), and which parameters no posterior covers."""
+"""Which layers `layers="last"` selects, and which trained parameters no posterior covers."""
 
 from __future__ import annotations
 

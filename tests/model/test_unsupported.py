@@ -61,15 +61,11 @@ def unadapted():
 
 
 def with_ia3():
-    return peft.get_peft_model(
-        unadapted(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    )
+    return peft.get_peft_model(unadapted(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
 
 
 def with_adalora():
-    return peft.get_peft_model(
-        unadapted(), peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)
-    )
+    return peft.get_peft_model(unadapted(), peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10))
 
 
 MODELS = {

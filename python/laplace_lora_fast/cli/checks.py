@@ -173,7 +173,7 @@ def _chosen(
     """The class that a short name stands for, None for one of `also`; ValueError for options that it has not."""
     if name not in kinds and name not in also:
         raise ValueError(f"{option} must be {_either([*also, *kinds])}, got {name!r}")
-    kind = kinds.get(name)
+    kind: Any = kinds.get(name)
     for each in _given(options):
         if kind is None or each not in _fields(kind):
             raise ValueError(_belongs(option, name, each, kinds))
@@ -186,10 +186,11 @@ def _belongs(option: str, name: str, field: str, kinds: Mapping[str, type]) -> s
     return f"{flag} is an option of {option} {_either(owners)}, not of {option} {name}"
 
 
-def _by_name(base: type) -> dict[str, type]:
+def _by_name(base: type[Any]) -> dict[str, type]:
     from laplace_lora_fast.options import kinds, short_name
 
-    return dict(sorted((short_name(kind), kind) for kind in kinds(base)))
+    by_name = {short_name(kind): kind for kind in kinds(base)}
+    return {name: by_name[name] for name in sorted(by_name)}
 
 
 def _fields(kind: type) -> list[str]:

@@ -111,8 +111,8 @@ def fit(
     per: Annotated[
         str | None,
         typer.Option(
-            help="A prior precision for all weights, by side (lora_A, lora_B) with held_out or evidence, or by layer "
-            "with evidence."
+            help="all (default): one prior precision; side: one for lora_A, one for lora_B (held_out, evidence); "
+            "layer: one a LoRA layer (evidence)."
         ),
     ] = None,
     grid: Annotated[
@@ -136,8 +136,9 @@ def fit(
         bool | None,
         typer.Option(
             help="rows: predict with the linearised model's own optimum under the prior, which moves the predictions, "
-            "not with the adapter's own. Default: only if neither --val nor --prior is given, --structure is auto or "
-            f"rows, --fisher exact, and there are no more than {checks.MOST_REFIT_ROWS} rows x (choices - 1)."
+            "not with the adapter's own. Default: with --prior leave_one_out; and without --val, --prior and --per, if "
+            "--structure is auto or rows, --fisher exact, and there are no more than "
+            f"{checks.MOST_REFIT_ROWS} rows x (choices - 1)."
         ),
     ] = None,
     tokens: Annotated[
@@ -309,7 +310,11 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
         raise ValueError(f"model {source!r} cannot be loaded on {where}: {checks.one_line(error)}") from error
     try:
         return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+    except UnpicklingError as error:  # whose message tells how to run the code in it
+        raise ValueError(
+            f"adapter {adapter} does not fit: its pickle holds more than tensors; save it as safetensors"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
             f"adapter {adapter} does not fit model {source!r}: {checks.one_line(error)}"
         ) from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +10,9 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.devices import device_of
-from laplace_lora_fast.errors import InvalidBatchError, LaplaceWarning
+from laplace_lora_fast.errors import InvalidBatchError
 from laplace_lora_fast.fitting.choose import first_batch
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, Subject, run
-from laplace_lora_fast.model.lora import LoraLayer
 from laplace_lora_fast.progress import track
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.base import Accumulator, Curvature, Problem, Stage, Structure
@@ -50,14 +47,12 @@ class Tally:
 
     Attributes:
         shared_inputs: for each layer the layer whose input it shares.
-        reached: for each layer whether a gradient came there.
         n_examples: N.
         n_outputs: U.
         log_likelihood: None if some batch had no labels.
     """
 
     shared_inputs: list[int]
-    reached: list[bool]
     n_examples: int = 0
     n_outputs: int = 0
     log_likelihood: Tensor | float | None = 0.0
@@ -136,26 +131,22 @@ def _run_stage(
     ranks = problem.ranks
     # The generator takes the lowest 32 bits of a seed: ranks have to differ there.
     generator = torch.Generator().manual_seed(problem.seed + 0x9E3779B9 * ranks.rank)
-    tally = Tally([], [])
+    tally = Tally([])
     with ranks.together():
         batches = track(loader, stage.name, progress and ranks.rank == 0)
         tap = run(subject, batches, accumulator, tally.count, generator=generator)
     assert tap.shared_inputs is not None
     tally.shared_inputs = tap.shared_inputs
-    tally.reached = [index in tap.reached for index in range(len(subject.layers))]
     _require_same_model(problem, tally)
     accumulator.join(ranks)
     with torch.autocast(device_of(subject.model).type, enabled=False):
         result = accumulator.result()
     _add_up(tally, ranks)
-    idle = [layer for layer, there in zip(subject.layers, tally.reached, strict=True) if not there]
-    _warn_of_idle_layers([layer for layer in idle if isinstance(layer, LoraLayer)])
     return result, tally
 
 
 def _add_up(tally: Tally, ranks: Ranks) -> None:
     """Makes the counts those of all ranks."""
-    tally.reached = ranks.gather_numbers([float(there) for there in tally.reached]).any(0).tolist()
     log_likelihood = math.nan if tally.log_likelihood is None else float(tally.log_likelihood)
     totals = ranks.gather_numbers([tally.n_examples, log_likelihood]).sum(0).tolist()
     tally.n_examples = int(totals[0])
@@ -171,11 +162,3 @@ def _require_same_model(problem: Problem, tally: Tally) -> None:
     ranks.require_same(norms, "the adapter's weights: give them all the same model")
     shapes = [tally.n_outputs, *tally.shared_inputs]
     ranks.require_same(shapes, "the number of outputs or which layers share an input")
-
-
-def _warn_of_idle_layers(idle: Sequence[LoraLayer]) -> None:
-    if idle:
-        names = [layer.name for layer in idle]
-        warnings.warn(
-            f"no gradient reached {names}: their posterior is the prior", LaplaceWarning, stacklevel=5
-        )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -62,28 +67,77 @@ def refuse_inference_tensors(model: nn.Module) -> None:
             )
 
 
-def _has_own_dropout(module: nn.Module) -> bool:
-    return any(
-        "drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()
-    )
-
-
 @contextmanager
-def evaluation_mode(model: nn.Module, checkpointing: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, except that transformers' checkpointed layers keep the flag that makes them checkpoint."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every module, whatever keeps some in training mode otherwise."""
     were_training = [module for module in model.modules() if module.training]
-    were_not = [layer for layer in checkpointing if not layer.training]
     try:
         for module in were_training:
             module.training = False
-        for layer in checkpointing:
-            layer.training = not _has_own_dropout(layer)
         yield
     finally:
         for module in were_training:
             module.training = True
-        for layer in were_not:
-            layer.training = False
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module], is_own: Callable[[], bool]) -> Iterator[None]:
+    """Layers that checkpoint in evaluation mode, in passes of one's own.
+
+    transformers checkpoints layers in training mode only. Left in it, they would drop what their own code or their
+    configuration says; so the checkpoint is put around their forward here. Modules that checkpoint others by code of
+    their own do not in evaluation mode: that costs memory, not exactness.
+    """
+
+    def around(layer: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not (is_own() and torch.is_grad_enabled()):
+                return inner(*args, **kwargs)
+            return layer._gradient_checkpointing_func(partial(inner, **kwargs), *args)  # type: ignore[operator]
+
+        return forward
+
+    replaced = [layer for layer in layers if _checkpoints_itself(layer)]
+    own = {id(layer): vars(layer).get("forward") for layer in replaced}
+    try:
+        for layer in replaced:
+            layer.forward = around(layer, layer.forward)
+        yield
+    finally:
+        for layer in replaced:
+            former = own[id(layer)]
+            if former is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = former
+
+
+def _checkpoints_itself(layer: nn.Module) -> bool:
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(layer).__mro__)
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """One at a time on a model: other threads wait."""
+    key = unwrapped(model)
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(key, threading.RLock())
+    with lock:
+        yield
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """No compiled code: it fuses layers away, and its backward passes run once only."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
@@ -102,10 +156,35 @@ def frozen(model: nn.Module, but: Sequence[nn.Parameter] = ()) -> Iterator[None]
 
 @contextmanager
 def without_fast_path() -> Iterator[None]:
-    """No fused nn.TransformerEncoderLayer: in evaluation mode it computes with the base weights, past their LoRA."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    """No fused nn.TransformerEncoderLayer: in evaluation mode it computes with the base weights, past their LoRA.
+
+    The flag is the process's: it comes back when the last of several threads leaves.
+    """
+    _FAST_PATH.enter()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
+        _FAST_PATH.leave()
+
+
+class _FastPath:
+    """Counts who needs the fast path off."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._was_enabled = threading.Lock(), 0, True
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._was_enabled = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.backends.mha.set_fastpath_enabled(self._was_enabled)
+
+
+_FAST_PATH = _FastPath()

@@ -7,6 +7,7 @@ real position, `OutputHead` whatever a function of the user's makes of the outpu
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,8 @@ class Head:
         output_layer: the layer that is shown the last real position of every sequence only, or None.
         features: of `output_layer`, those that carry gradient.
         rows_checked: whether a tap has found that each layer's rows are the sequences.
+        is_deterministic: whether a tap has found that two forward passes agree.
+        plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
     """
 
     grouped = False
@@ -45,7 +48,8 @@ class Head:
         self.n_outputs: int | None = None
         self.output_layer: nn.Module | None = None
         self.features: Tensor | None = None
-        self.rows_checked = False
+        self.rows_checked = self.is_deterministic = False
+        self.plain_layers: set[str] = set()
         self._accepts = set(inspect.signature(innermost(model).forward).parameters)
 
     def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
@@ -137,7 +141,7 @@ class AnswerHead(Head):
             self.features = torch.tensor(list(token_ids))
         self.output_layer = model.get_output_embeddings()  # type: ignore[operator]
         self.n_outputs = len(token_ids)
-        self._last: Tensor | None = None
+        self._local = threading.local()
         self._counts_from_zero: bool | None = None
 
     def placed(self, model: nn.Module, inputs: Inputs) -> Inputs:
@@ -165,11 +169,11 @@ class AnswerHead(Head):
             handle.remove()
 
     def u(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        self._last = inputs.last
+        self._local.last = inputs.last
         try:
             return super().u(model, inputs)
         finally:
-            self._last = None
+            self._local.last = None
 
     def read(self, output: Any, inputs: Inputs) -> Tensor:
         logits = super().read(output, inputs)
@@ -186,11 +190,12 @@ class AnswerHead(Head):
         return text and "position_ids" in self._accepts
 
     def _gather_last(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._last is None:
+        last = getattr(self._local, "last", None)  # of this thread's pass: a plain forward beside it has none
+        if last is None:
             return None
         hidden = args[0]
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[rows, self._last.to(hidden.device)][:, None], *args[1:])
+        return (hidden[rows, last.to(hidden.device)][:, None], *args[1:])
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ network without LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,17 @@ class LinearLayer:
     module: nn.Linear
     features: Tensor | None = None
 
+    adapted: ClassVar[bool] = False
+    adapter_parts: ClassVar[Sequence[nn.Module]] = ()
+    base: ClassVar[None] = None
+
     def check(self) -> None:
         """A plain layer is always ready."""
 
-    def switch_off(self) -> None:
+    def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
+        """A plain layer is W x + b by definition."""
+
+    def switch_off(self, is_own: Callable[[], bool]) -> None:
         """There is no adapter."""
 
 

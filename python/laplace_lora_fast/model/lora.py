@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -18,6 +19,7 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.contexts import is_offloaded, refuse_inference_tensors
 from laplace_lora_fast.model.heads import Head
+from laplace_lora_fast.model.observer import close
 from laplace_lora_fast.weights import SIDES, LoraWeights
 
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
@@ -71,9 +73,61 @@ class LoraLayer:
             )
         _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
 
-    def switch_off(self) -> RemovableHandle:
+    adapted: ClassVar[bool] = True
+
+    @property
+    def adapter_parts(self) -> Sequence[nn.Module]:
+        """lora_A and lora_B."""
+        return [self._side(side) for side in SIDES]
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer below the adapter."""
+        base: nn.Module = self.module.get_base_layer()  # type: ignore[operator]
+        return base
+
+    def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
+        """Raises UnsupportedAdapterError unless output = base + s B A x, with these parameters A and B.
+
+        Up to rounding in the coarsest dtype on the way. lora_A and lora_B are run once more, so that what hooks or
+        parametrisations make of them shows; a bias of lora_B is part of it.
+        """
+        a, b = self.adapter_parts
+        inner = x.to(a.weight.dtype)  # type: ignore[arg-type]
+        z = a(inner)
+        plain_z = nn.functional.linear(inner, a.weight, a.bias)  # type: ignore[arg-type]
+        delta = b(z)
+        plain_delta = nn.functional.linear(z, b.weight, b.bias)  # type: ignore[arg-type]
+        dtypes = (x.dtype, output.dtype, z.dtype)
+        dropped = self.module.lora_dropout[self.adapter](inner)  # type: ignore[index, operator]
+        for what, found, expected in (
+            ("lora_dropout", dropped, inner),
+            ("lora_A", z, plain_z),
+            ("lora_B", delta, plain_delta),
+        ):
+            if not close(found, expected, expected.norm(), *dtypes):
+                raise UnsupportedAdapterError(
+                    f"layer {self.name!r}: a hook, a parametrisation or a replaced module changes what its {what} "
+                    "gives: remove it while the posterior is used, or leave the layer out with `layers`"
+                )
+        if base is None:
+            return  # the base layer's forward was called past its hooks
+        change = output.double() - base.double()
+        size = base.norm().double() + output.norm().double() + delta.norm().double() * abs(self.scaling)
+        if not close(change, self.scaling * plain_delta.double(), size, *dtypes):
+            raise UnsupportedAdapterError(
+                f"layer {self.name!r} does not compute W0 x + s B A x with the weights of adapter {self.adapter!r}: "
+                "its forward has been replaced, or it is a variant of LoRA that this version does not know. Leave it "
+                "out with `layers`"
+            )
+
+    def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle:
         """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
-        return self._side(SIDES[0]).register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
+
+        def zero(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return torch.zeros_like(output) if is_own() else output
+
+        return self._side(SIDES[0]).register_forward_hook(zero)
 
     def _side(self, side: str) -> nn.Module:
         layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")

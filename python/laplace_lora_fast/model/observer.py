@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +31,23 @@ class Tapped(Protocol):
     def check(self) -> None:
         """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
 
-    def switch_off(self) -> RemovableHandle | None:
-        """Takes the adapter's part out of the output until the handle is removed; None where there is no adapter."""
+    @property
+    def adapted(self) -> bool:
+        """Whether it is a LoRA layer, which has to run in every pass."""
+
+    @property
+    def adapter_parts(self) -> Sequence[nn.Module]:
+        """lora_A and lora_B; nothing without LoRA."""
+
+    @property
+    def base(self) -> nn.Module | None:
+        """The layer below the adapter."""
+
+    def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
+        """Raises UnsupportedAdapterError unless input, output and the base layer's output fit W0 x + s B A x."""
+
+    def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle | None:
+        """Takes the adapter's part out of the output, in passes of one's own, until the handle is removed."""
 
 
 class Observer(Protocol):
@@ -95,3 +111,9 @@ class GraphStart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
+
+
+def close(found: Tensor, expected: Tensor, scale: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether two results of the same computation agree up to rounding in the coarsest dtype on the way."""
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    return bool((found.double() - expected.double()).norm() <= 16 * eps * scale.double() + 1e-30)

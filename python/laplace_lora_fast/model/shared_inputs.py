@@ -1,8 +1,13 @@
-"""Which layers are fed by one tensor (q, k and v; gate and up): their input is observed once."""
+"""Which layers are fed by one tensor (q, k and v; gate and up): their input is observed once.
+
+A layer may run several times in a forward pass (shared layers, as ALBERT's): its inputs are then one stream, and layers
+share it that have the same tensors in the same order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,41 +23,64 @@ class SharedInputs:
         groups: as for `Tap`.
 
     Attributes:
-        groups: for each layer the index of the first with the same input; None before the first pass has ended.
-        leaders: the same of the layers that have run in this pass.
+        groups: for each layer the index of the first with the same inputs; None before the first pass has ended.
+        uses: of every layer that has run in this pass, how often.
     """
 
     def __init__(self, layers: Sequence[str], groups: list[int] | None) -> None:
         self._layers, self.groups = layers, groups
+        self._expected: dict[int, int] | None = None  # uses of the first pass
         self.start()
+
+    @property
+    def known(self) -> bool:
+        """Whether a pass has ended: how often each layer runs is then no surprise."""
+        return self._expected is not None
+
+    def expected(self, index: int) -> int:
+        """How often a layer ran in the first pass."""
+        assert self._expected is not None
+        return self._expected.get(index, 1)
 
     def start(self) -> None:
         """Before a forward pass."""
-        self.leaders: dict[int, int] = {}
-        self._first = WeakIdKeyDictionary()  # an input -> its first layer
+        self.uses: dict[int, int] = {}
+        self._inputs: dict[int, list[int]] = {}  # of every layer, which tensors
+        self._numbers = WeakIdKeyDictionary()  # an input -> its number
+        self._count = count()
         self._kept = WeakIdKeyDictionary()  # what was observed -> its layer and version
 
-    def leads(self, index: int, x: Tensor) -> bool:
-        """Whether the layer is the one at which its input x is observed.
+    def enter(self, index: int, x: Tensor) -> None:
+        """Takes note that a layer runs with input x.
 
         Raises:
-            InvalidBatchError: it shared its input in an earlier pass, and does not now.
-            UnsupportedAdapterError: it has run before.
+            InvalidBatchError: it shared its input in an earlier pass, or ran less often, and does not now.
         """
+        number = self._numbers.get(x)
+        if number is None:
+            number = self._numbers[x] = next(self._count)
+        inputs = self._inputs.setdefault(index, [])
+        inputs.append(number)
+        self.uses[index] = len(inputs)
         layer = self._layers[index]
-        if index in self.leaders:
-            raise UnsupportedAdapterError(
-                f"layer {layer!r} ran twice in one forward pass: exclude shared layers"
+        if self._expected is not None and len(inputs) > self._expected.get(index, len(inputs)):
+            raise InvalidBatchError(
+                f"layer {layer!r} runs more often than in the first batch ({self._expected[index]} times): pass "
+                "batches in which it runs as often"
             )
-        leader: int = self._first.setdefault(x, index)
-        if self.groups is not None and leader != self.groups[index]:
-            if self.groups[index] != index:
+        if self.groups is not None and self.groups[index] != index:
+            leaders = self._inputs.get(self.groups[index], [])
+            if leaders[len(inputs) - 1 : len(inputs)] != [number]:
                 raise InvalidBatchError(
                     f"layer {layer!r} no longer shares its input with the layers it did before"
                 )
-            leader = index  # shared now, apart in the first batch: it has its own factor
-        self.leaders[index] = leader
-        return leader == index
+
+    def leader(self, index: int) -> int:
+        """The layer at which the inputs of this one are observed. Before the first pass has ended: the first so far."""
+        if self.groups is not None:
+            return self.groups[index]
+        mine = self._inputs[index]
+        return next(other for other, inputs in self._inputs.items() if inputs[: len(mine)] == mine)
 
     def keep(self, index: int, x: Tensor) -> None:
         """An observer may keep x until the backward passes are over."""
@@ -63,8 +91,14 @@ class SharedInputs:
         for x, (index, version) in self._kept.items():
             if x._version != version:
                 raise UnsupportedAdapterError(
-                    f"the input of layer {self._layers[index]!r} is changed in place after the layer ran: exclude the "
-                    "layer in LoraConfig"
+                    f"the input of layer {self._layers[index]!r} is changed in place after the layer ran: leave the "
+                    "layer out with `layers`"
                 )
         if self.groups is None:
-            self.groups = [self.leaders.get(index, index) for index in range(len(self._layers))]
+            first: dict[tuple[int, ...], int] = {}
+            groups = list(range(len(self._layers)))
+            for index, inputs in self._inputs.items():  # in the order in which they ran
+                groups[index] = first.setdefault(tuple(inputs), index)
+            self.groups = groups
+        if self._expected is None:
+            self._expected = dict(self.uses)

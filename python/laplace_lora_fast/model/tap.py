@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,30 +14,40 @@ from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
+    checkpointed,
     checkpointing_layers,
+    eager,
     evaluation_mode,
+    exclusive,
     frozen,
     input_embeddings,
     reentrant,
     without_fast_path,
 )
+from laplace_lora_fast.model.gradients import send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.leaks import Leaks, first_sequence
 from laplace_lora_fast.model.observer import GraphStart, Observer, Tapped, tokens_and_mask
+from laplace_lora_fast.model.proofs import FirstBatch, require_all_ran, require_gradients
 from laplace_lora_fast.model.shared_inputs import SharedInputs
+
+Stream = tuple[Tensor, Tensor | None]  # [S, T, d] and its mask [S, T]
 
 
 class Tap:
     """Forward and backward passes of a model with an observer on its LoRA layers.
 
     Used as a context manager. Inside, every parameter is frozen and the model is in evaluation mode; on exit, also
-    after an error, training flags, `requires_grad` flags and hooks are as before. The caller's autocast holds for the
-    model's forward pass only, not for what is computed from its outputs.
+    after an error, training flags, `requires_grad` flags and hooks are as before. One tap at a time is on a model:
+    others wait. A plain forward pass in another thread sees nothing of it. The caller's autocast holds for the model's
+    forward pass only, not for what is computed from its outputs.
 
     Gradient checkpointing never counts anything twice: inputs are observed in the forward phase only (the recomputed
-    forward runs in the backward phase), gradients in the backward phase only.
+    forward runs in the backward phase), gradients in the backward phase only. The streams of a layer that runs several
+    times are those of all its uses, one behind the other.
 
-    Gradients at pads are refused in every batch: at once on the CPU, elsewhere on exit.
+    Gradients at pads are refused in every batch: at once on the CPU, elsewhere on exit. In a model's first batch more
+    is proved: see `proofs`.
 
     Args:
         model: the model the layers belong to.
@@ -60,11 +71,16 @@ class Tap:
         self.model, self.head, self.layers, self.observer = model, head, layers, observer
         self._parameters = list(parameters)
         self._sharing = SharedInputs([layer.name for layer in layers], shared_inputs)
-        self.reached: set[int] = set()  # layers that saw a gradient
         self._checks = DeferredChecks()
         self._leaks = Leaks(self._checks)
-        self._forward_phase = self._checks_rows = self._rows_checked = False
+        self._first = FirstBatch(head, layers)
+        self._forward_phase = self._backward_phase = self._checks_rows = False
         self._inputs: Inputs | None = None
+        self._streams: dict[
+            int, list[Stream]
+        ] = {}  # inputs of layers that have not run as often as they will
+        self._gradients: dict[int, dict[int, Stream]] = {}  # of a backward pass, by layer and use
+        self._reached: set[int] = set()  # layers that saw a gradient of this batch
         self._stack = ExitStack()
 
     @property
@@ -74,27 +90,25 @@ class Tap:
 
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
+            stack.enter_context(exclusive(self.model))
+            self._thread = threading.get_ident()
             checkpointing = [] if self._parameters else checkpointing_layers(self.model)
-            stack.enter_context(evaluation_mode(self.model, checkpointing))
+            stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(frozen(self.model, self._parameters))
+            stack.enter_context(checkpointed(checkpointing, self._is_own))
             stack.enter_context(self.head.installed())
             stack.enter_context(without_fast_path())
+            stack.enter_context(eager())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
             self._autocast = autocast_of_caller(self.model)
             stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
             self._anchor = torch.zeros((), requires_grad=True)
-            for index, layer in enumerate(self.layers):
+            self._reentrant = reentrant(checkpointing)
+            for layer in self.layers:
                 layer.check()
-                if self.observer is None:
-                    continue
-                hook = self._forward_hook(self.observer, index)
-                # Before hooks of the user, which may change the output.
-                handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                stack.callback(handle.remove)
-            if self.observer is not None and reentrant(checkpointing):  # needs an input that requires grad
-                embedding = input_embeddings(self.model)
-                stack.callback(embedding.register_forward_hook(lambda *a: self._start_graph(a[-1])).remove)
+            if self.observer is not None:
+                self._listen(self.observer, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -102,15 +116,22 @@ class Tap:
         self._stack.close()
         if kind is None:
             self._checks.settle()
-            self.head.rows_checked |= self._rows_checked
+            self._first.finish()
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Runs the model and shows the observer every distinct input. Returns u [S, U] with its graph."""
+        """Runs the model and shows the observer every distinct input. Returns u [S, U] with its graph.
+
+        Raises:
+            UnsupportedAdapterError: a layer did not run, or did what it should not; names it.
+        """
         with self._autocast:
             inputs = self.head.placed(self.model, inputs)
         self._inputs = inputs
         self._sharing.start()
         self._leaks.start_batch()
+        self._streams.clear()
+        self._reached.clear()
+        self._first.start_pass()
         self._forward_phase = True
         try:
             with self._autocast:
@@ -119,7 +140,8 @@ class Tap:
             self._forward_phase = False
         if self.observer is None:
             return u
-        self._sharing.finish()
+        require_all_ran(self.layers, self._sharing.uses, self._first.parts_ran)
+        self._finish_inputs(self.observer)
         if not u.requires_grad:
             raise UnsupportedAdapterError(
                 "the logits do not depend on any LoRA layer of the active adapter (detached outputs, or gradient "
@@ -131,24 +153,28 @@ class Tap:
         """U [S, U] with the adapter switched off in every tapped LoRA layer: no graph, nothing observed."""
         with ExitStack() as stack, torch.no_grad(), self._autocast:
             for layer in self.layers:
-                handle = layer.switch_off()
+                handle = layer.switch_off(self._is_own)
                 if handle is not None:
                     stack.callback(handle.remove)
             return self.head.u(self.model, self.head.placed(self.model, inputs))
 
-    def check_rows(self, u: Tensor) -> None:
-        """Between `forward` and `backward`: refuses layers whose rows are not sequences, in the model's first batch.
+    def prove(self, u: Tensor) -> None:
+        """Between `forward` and `backward`, in the model's first batch: see `proofs`.
 
-        One backward pass more, from the first sequence's outputs alone, which the observer does not see.
+        One forward pass more, which has to agree bit for bit, and one backward pass from the first sequence's outputs
+        alone, which the observer does not see.
         """
-        if self.head.rows_checked or self._rows_checked or len(u) == 1:
-            return
-        self._checks_rows = True
-        try:
-            self.backward(u, first_sequence(u), last=False)
-        finally:
-            self._checks_rows = False
-        self._rows_checked = True
+        assert self._inputs is not None
+        if self._first.may_be_random:
+            with self._autocast:
+                self._first.require_same(u, self.head.u(self.model, self._inputs))
+        if self._first.may_mix_rows(len(u)):
+            self._checks_rows = True
+            try:
+                self.backward(u, first_sequence(u), last=False)
+            finally:
+                self._checks_rows = False
+            self._first.rows_are_sequences = True
 
     def backward(self, u: Tensor, cotangent: Tensor, last: bool) -> Sequence[Tensor | None]:
         """Sends `cotangent` [S, U] back from `u` and shows the observer every gradient.
@@ -160,25 +186,64 @@ class Tap:
 
         Returns:
             Gradients of the tap's `parameters`.
+
+        Raises:
+            UnsupportedAdapterError: no gradient arrived at a layer in any pass of the batch; names it.
         """
-        cotangent = cotangent.to(u.dtype)
-        if self._parameters:
-            return torch.autograd.grad(
-                u, self._parameters, cotangent, retain_graph=not last, allow_unused=True
-            )
-        torch.autograd.backward(u, cotangent, retain_graph=not last)
-        return ()
+        self._gradients.clear()
+        self._backward_phase = True
+        try:
+            leaves: Sequence[Tensor] = self._parameters or [self._anchor]
+            found = send_back(u, cotangent.to(u.dtype), leaves, not last, self._reentrant)
+        finally:
+            self._backward_phase = False
+        for index in sorted(self._gradients):  # uses that nothing depends on
+            self._deliver_gradient(index)
+        if last:
+            require_gradients(self.layers, self._reached)
+        return found if self._parameters else ()
+
+    def _listen(self, observer: Observer, stack: ExitStack) -> None:
+        """Hooks on all layers, until the stack is closed."""
+        for index, layer in enumerate(self.layers):
+            # Before hooks of the user, which may change the output.
+            hook = self._forward_hook(observer, index)
+            handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+            self._first.watch(index, self._is_own, stack)
+        if self._reentrant:  # needs an input that requires grad
+            embedding = input_embeddings(self.model)
+
+            def start(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                return self._start_graph(output) if self._is_own() else output
+
+            stack.callback(embedding.register_forward_hook(start).remove)
+
+    def _is_own(self) -> bool:
+        """Whether this code runs in one of the tap's passes, not in a plain forward pass of another thread.
+
+        A backward pass on a GPU, and what it recomputes, runs in a thread of autograd's.
+        """
+        if threading.get_ident() == self._thread:
+            return True
+        return self._backward_phase and torch._C._current_graph_task_id() != -1
 
     def _forward_hook(self, observer: Observer, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if not self._is_own():
+                return output
+            use = 0
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    self._first.require_plain(index, x, output)
+                    self._sharing.enter(index, x)
+                    use = self._sharing.uses[index] - 1
                     self._observe_input(observer, index, x)
             if not torch.is_grad_enabled():  # first run of a reentrant checkpoint: its rerun has the graph
                 return output
             output = self._start_graph(output)
-            output.register_hook(lambda g: self._observe_gradient(observer, index, g))
+            output.register_hook(lambda g: self._observe_gradient(index, use, g))
             return output
 
         return hook
@@ -190,26 +255,66 @@ class Tap:
         return started
 
     def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
-        if self._sharing.leads(index, x):
-            tokens, mask = self._tokens(self.layers[index], x.detach())
-            self._sharing.keep(index, tokens)
-            self._leaks.observe_input(index, tokens, mask)
-            observer.observe_input(index, tokens, mask)
+        if self._sharing.leader(index) != index:
+            return
+        stream = self._tokens(self.layers[index], x.detach())
+        self._sharing.keep(index, stream[0])
+        self._streams.setdefault(index, []).append(stream)
+        if self._sharing.known and self._sharing.expected(index) == len(self._streams[index]):
+            self._deliver_input(observer, index)
 
-    def _observe_gradient(self, observer: Observer, index: int, g: Tensor) -> None:
+    def _finish_inputs(self, observer: Observer) -> None:
+        """After a forward pass: in a first one it is only known now how often each layer runs, and who shares."""
+        self._sharing.finish()
+        assert self.shared_inputs is not None
+        for index in list(self._streams):
+            if self.shared_inputs[index] == index:
+                self._deliver_input(observer, index)
+
+    def _deliver_input(self, observer: Observer, index: int) -> None:
+        tokens, mask = _joined(self._streams.pop(index))
+        self._leaks.observe_input(index, tokens, mask)
+        observer.observe_input(index, tokens, mask)
+
+    def _observe_gradient(self, index: int, use: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
         layer = self.layers[index]
-        g, mask = self._tokens(layer, g)
+        stream = self._tokens(layer, g)
         if self._checks_rows:
-            self._leaks.require_own_row(g, mask, layer.name)
+            self._leaks.require_own_row(*stream, layer.name)
             return
-        self._leaks.require_off_pads(self._sharing.leaders[index], g, layer.name)
+        self._reached.add(index)
+        uses = self._gradients.setdefault(index, {})
+        uses[use] = stream
+        if len(uses) == self._sharing.uses[index]:
+            self._deliver_gradient(index)
+
+    def _deliver_gradient(self, index: int) -> None:
+        layer, uses = self.layers[index], self._gradients.pop(index)
+        if len(uses) < self._sharing.uses[index]:
+            zero = torch.zeros_like(next(iter(uses.values()))[0])
+            mask = next(iter(uses.values()))[1]
+            uses = {use: uses.get(use, (zero, mask)) for use in range(self._sharing.uses[index])}
+        g, mask = _joined([uses[use] for use in sorted(uses)])
+        assert self.shared_inputs is not None
+        assert self.observer is not None
+        self._leaks.require_off_pads(self.shared_inputs[index], g, layer.name)
         if layer.features is not None:
             g = g.index_select(-1, layer.features.to(g.device))
-        self.reached.add(index)
-        observer.observe_gradient(index, g, mask)
+        self.observer.observe_gradient(index, g, mask)
 
-    def _tokens(self, layer: Tapped, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _tokens(self, layer: Tapped, x: Tensor) -> Stream:
         assert self._inputs is not None
         inputs = self.head.as_called(self._inputs)
         return tokens_and_mask(x, inputs, layer.name, layer.module is self.head.output_layer)
+
+
+def _joined(streams: Sequence[Stream]) -> Stream:
+    """The streams of all uses of a layer, one behind the other."""
+    if len(streams) == 1:
+        return streams[0]
+    tokens = torch.cat([x for x, _ in streams], 1)
+    if all(mask is None for _, mask in streams):
+        return tokens, None
+    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in streams]
+    return tokens, torch.cat(masks, 1)

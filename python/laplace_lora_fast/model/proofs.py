@@ -1,0 +1,133 @@
+"""What a tap has to see before its numbers may be believed.
+
+In every forward pass all tapped LoRA layers run, with their lora_A and lora_B, and in every batch a gradient arrives at
+each. In a model's first batch more is proved, by doing:
+
+- each layer computes W0 x + s B A x, with these A and B: no hook, parametrisation or replacement in between;
+- two forward passes agree bit for bit: nothing random is left on;
+- row n of what a layer sees is sequence n, and depends on no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.model.heads import Head
+from laplace_lora_fast.model.observer import Tapped
+
+_LEAVE_OUT = "or leave them out: LaplaceLoRA(.., layers=lambda name: ..)"
+
+
+def require_all_ran(layers: Sequence[Tapped], uses: Mapping[int, int], parts_ran: set[int]) -> None:
+    """Raises UnsupportedAdapterError if the forward pass went around a LoRA layer; names it."""
+    idle = [index for index, layer in enumerate(layers) if layer.adapted and index not in uses]
+    if not idle:
+        return
+    names = [layers[index].name for index in idle]
+    if parts_ran & set(idle):
+        raise UnsupportedAdapterError(
+            f"{_listed(names)}: the model calls layer.forward(x), past all hooks: let it call layer(x), {_LEAVE_OUT}"
+        )
+    raise UnsupportedAdapterError(
+        f"{_listed(names)}: the forward pass went around the layer, though its adapter is active. Fused LoRA kernels "
+        "(unsloth, axolotl's lora_*_kernel, liger) compute it elsewhere: load model and adapter with transformers and "
+        f"peft alone. If these layers have no part in the answers, {_LEAVE_OUT[3:]}"
+    )
+
+
+def require_gradients(layers: Sequence[Tapped], reached: set[int]) -> None:
+    """Raises UnsupportedAdapterError if no gradient arrived at a LoRA layer that ran; names it."""
+    idle = [layer.name for index, layer in enumerate(layers) if layer.adapted and index not in reached]
+    if idle:
+        raise UnsupportedAdapterError(
+            f"{_listed(idle)}: no gradient arrived, though the layer ran: something behind it lets none pass (a "
+            "quantised kernel for inference, .detach(), torch.no_grad), or the answers do not depend on it. Load the "
+            f"base model unquantised, {_LEAVE_OUT}"
+        )
+
+
+class FirstBatch:
+    """The proofs of a model's first batch. What is proved is kept by the head.
+
+    Args:
+        head: of the model.
+        layers: the tapped ones.
+    """
+
+    def __init__(self, head: Head, layers: Sequence[Tapped]) -> None:
+        self._head, self._layers = head, layers
+        self._bases: dict[int, Tensor] = {}
+        self._is_plain: set[int] = set()
+        self._is_same = False
+        self.rows_are_sequences = False
+        self.parts_ran: set[int] = set()  # layers whose lora_A or lora_B has run in this pass
+
+    @property
+    def may_be_random(self) -> bool:
+        """Whether two forward passes have to be compared yet."""
+        return not (self._head.is_deterministic or self._is_same)
+
+    def may_mix_rows(self, n_sequences: int) -> bool:
+        """Whether rows have to be compared with sequences yet: one sequence says nothing about them."""
+        return n_sequences > 1 and not (self._head.rows_checked or self.rows_are_sequences)
+
+    def start_pass(self) -> None:
+        """Before a forward pass."""
+        self._bases.clear()
+        self.parts_ran.clear()
+
+    def watch(self, index: int, is_own: Callable[[], bool], stack: ExitStack) -> None:
+        """Hooks on the parts of a LoRA layer, until the stack is closed."""
+        layer = self._layers[index]
+
+        def keep_base(module: nn.Module, args: Any, output: Any) -> None:
+            if is_own() and isinstance(output, Tensor):
+                self._bases[index] = output.detach()
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if is_own():
+                self.parts_ran.add(index)
+
+        for part in layer.adapter_parts:
+            stack.callback(part.register_forward_hook(note).remove)
+        if layer.base is not None and layer.name not in self._head.plain_layers:
+            stack.callback(layer.base.register_forward_hook(keep_base).remove)
+
+    def require_plain(self, index: int, x: Tensor, output: Tensor) -> None:
+        """Raises UnsupportedAdapterError unless the layer's output is W0 x + s B A x, in a first batch."""
+        layer = self._layers[index]
+        if not layer.adapted or layer.name in self._head.plain_layers or index in self._is_plain:
+            return
+        if index not in self.parts_ran:
+            raise UnsupportedAdapterError(
+                f"layer {layer.name!r} ran without its lora_A and lora_B: its forward has been replaced (fused kernels "
+                f"do that): load model and adapter with transformers and peft alone, {_LEAVE_OUT}"
+            )
+        layer.require_plain(x, self._bases.pop(index, None), output)
+        self._is_plain.add(index)
+
+    def require_same(self, u: Tensor, again: Tensor) -> None:
+        """Raises UnsupportedAdapterError unless both forward passes gave the same, NaN where NaN is."""
+        if not bool(((u == again) | (u.isnan() & again.isnan())).all()):
+            raise UnsupportedAdapterError(
+                "two forward passes in evaluation mode differ: something random is left on (dropout by hand, layer "
+                "drop, sampled routing), or a kernel adds up in another order each time. Switch it off in the model's "
+                "configuration, or call torch.use_deterministic_algorithms(True)"
+            )
+        self._is_same = True
+
+    def finish(self) -> None:
+        """All is proved: later taps need not repeat it."""
+        self._head.rows_checked |= self.rows_are_sequences
+        self._head.is_deterministic |= self._is_same
+        self._head.plain_layers |= {self._layers[index].name for index in self._is_plain}
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3]) + (", .." if len(names) > 3 else "")
+    return f"layer {shown}" if len(names) == 1 else f"layers {shown} ({len(names)} of them)"
