@@ -19,6 +19,7 @@ BAD = {
     "no adapter": ("--adapter .", "holds no adapter_config.json"),
     "no such adapter": ("--adapter none", "--adapter none does not exist"),
     "no model": ("--model ./none", "model './none' cannot be loaded on cpu: ./none does not exist"),
+    "no model here or on the hub": ("--model models/none", "cpu: no folder of that name exists here, and"),
     "no such file": ("--model none.gguf", "none.gguf does not exist"),
     "dtype": ("--dtype int8", "--dtype must be"),
     "device": ("--device nowhere", "--device nowhere cannot be used"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_lora_fast import Classes, InvalidBatchError, LaplaceLoRA, UnsupportedAdapterError
+from laplace_lora_fast import Classes, InvalidBatchError, LaplaceLoRA, Outputs, UnsupportedAdapterError
 from tests import tiny
-from tests.model.taps import ANSWERS, LLAMA_ALL, Recorder, read, tapped
+from tests.model.taps import ANSWERS, LLAMA_ALL, Recorder, assert_same_gradients, read, tapped
 
 
 def groups_by_name(model, task):
@@ -67,18 +67,49 @@ def test_inputs_that_are_no_longer_shared():
 
 
 class Twice(nn.Module):
+    """One layer runs twice; `both`: two layers do, fed by one tensor each time."""
+
+    def __init__(self, both=False):
+        super().__init__()
+        self.shared, self.beside, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.both = both
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.shared(x).tanh() * (self.beside(x) if self.both else 1)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 5, 4)])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_layer_that_runs_twice(both, shape):
+    """Its weights are shared by the tokens of both runs."""
+    targets = ("shared", "beside", "head") if both else ("shared", "head")
+    model = tiny.adapt(Twice(both), targets=targets, r=2)
+    summed = Outputs(lambda output, _: output.flatten(1, -2).sum(1) if output.dim() > 2 else output)
+    assert_same_gradients(model, {"x": torch.randn(*shape, dtype=torch.float64)}, summed)
+
+
+class OftenEnough(nn.Module):
+    """A layer that runs as often as there are tokens."""
+
     def __init__(self):
         super().__init__()
         self.shared, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.head(self.shared(self.shared(x)))
+        for _ in range(x.shape[1]):
+            x = self.shared(x).tanh()
+        return self.head(x.mean(1))
 
 
-def test_a_layer_that_runs_twice():
-    la = LaplaceLoRA(tiny.adapt(Twice(), targets=("head", "shared"), r=2), Classes())
-    with pytest.raises(UnsupportedAdapterError, match=r"'base_model.model.shared' ran twice"):
-        la.fit([{"x": torch.randn(3, 4, dtype=torch.float64)}], progress=False)
+def test_a_layer_that_runs_more_often_than_in_the_first_batch():
+    la = LaplaceLoRA(tiny.adapt(OftenEnough(), targets=("shared",), r=2), Classes())
+    batches = [{"x": torch.randn(3, length, 4, dtype=torch.float64)} for length in (2, 3)]
+    with pytest.raises(
+        InvalidBatchError, match=r"'base_model.model.shared' runs more often than in the first"
+    ):
+        la.fit(batches, progress=False)
 
 
 class ChangesItsInput(nn.Module):

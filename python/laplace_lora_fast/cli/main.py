@@ -307,7 +307,10 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
     try:
         base, tokenizer = load_causal_lm(source, where, "auto" if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model {source!r} cannot be loaded on {where}: {checks.one_line(error)}") from error
+        message = checks.one_line(error)
+        if not Path(source).exists() and not isinstance(error, FileNotFoundError):
+            message = f"no folder of that name exists here, and from the hub: {message}"
+        raise ValueError(f"model {source!r} cannot be loaded on {where}: {message}") from error
     try:
         return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
     except UnpicklingError as error:  # whose message tells how to run the code in it

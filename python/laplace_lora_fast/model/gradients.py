@@ -13,20 +13,19 @@ def send_back(
 ) -> Sequence[Tensor | None]:
     """Gradients of `leaves`, on the way to which all hooks run.
 
-    Only what leads to the leaves is gone through: modules of the user's behind the model (an output function's own
-    head) get no gradient. Reentrant checkpoints forbid that and write `.grad` wherever the graph leads; what was there
-    before is put back.
+    Reentrant checkpoints allow no other way than one that writes `.grad` wherever the graph leads; what was there before
+    is put back.
 
     Args:
         u: [S, U] with its graph.
         cotangent: dL/du.
-        leaves: tensors that require grad.
+        leaves: tensors that require grad: all that the layers' gradients are on the way to.
         retain: whether another pass follows.
         reentrant: whether there are reentrant checkpoints in the graph.
     """
     if not reentrant:
         return torch.autograd.grad(u, list(leaves), cotangent, retain_graph=retain, allow_unused=True)
-    outside = {id(leaf): leaf for leaf in (*_leaves(u), *leaves)}.values()
+    outside = {id(leaf): leaf for leaf in (*leaves_of(u)[0], *leaves)}.values()
     before = [(leaf, leaf.grad) for leaf in outside]
     for leaf in outside:
         leaf.grad = None
@@ -38,16 +37,17 @@ def send_back(
             leaf.grad = grad
 
 
-def _leaves(u: Tensor) -> list[Tensor]:
-    """All leaves that a backward pass from u would write to, but for those inside reentrant checkpoints."""
-    seen, found, waiting = set(), [], [u.grad_fn]
+def leaves_of(u: Tensor) -> tuple[list[Tensor], bool]:
+    """All leaves that the graph of u leads to, but for those inside reentrant checkpoints, and whether it has any."""
+    seen, found, waiting, reentrant = set(), [], [u.grad_fn], False
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        reentrant |= type(node).__name__ == "CheckpointFunctionBackward"
         leaf = getattr(node, "variable", None)  # of AccumulateGrad
         if isinstance(leaf, Tensor):
             found.append(leaf)
         waiting.extend(following for following, _ in node.next_functions)
-    return found
+    return found, reentrant

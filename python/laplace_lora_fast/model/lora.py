@@ -19,7 +19,7 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.contexts import is_offloaded, refuse_inference_tensors
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.observer import close
+from laplace_lora_fast.model.observer import close, size
 from laplace_lora_fast.weights import SIDES, LoraWeights
 
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
@@ -105,7 +105,7 @@ class LoraLayer:
             ("lora_A", z, plain_z),
             ("lora_B", delta, plain_delta),
         ):
-            if not close(found, expected, expected.norm(), *dtypes):
+            if not close(found, expected, size(expected), *dtypes):
                 raise UnsupportedAdapterError(
                     f"layer {self.name!r}: a hook, a parametrisation or a replaced module changes what its {what} "
                     "gives: remove it while the posterior is used, or leave the layer out with `layers`"
@@ -113,8 +113,8 @@ class LoraLayer:
         if base is None:
             return  # the base layer's forward was called past its hooks
         change = output.double() - base.double()
-        size = base.norm().double() + output.norm().double() + delta.norm().double() * abs(self.scaling)
-        if not close(change, self.scaling * plain_delta.double(), size, *dtypes):
+        scale = size(base) + size(output) + size(delta) * abs(self.scaling)
+        if not close(change, self.scaling * plain_delta.double(), scale, *dtypes):
             raise UnsupportedAdapterError(
                 f"layer {self.name!r} does not compute W0 x + s B A x with the weights of adapter {self.adapter!r}: "
                 "its forward has been replaced, or it is a variant of LoRA that this version does not know. Leave it "

@@ -24,7 +24,7 @@ from laplace_lora_fast.model.contexts import (
     reentrant,
     without_fast_path,
 )
-from laplace_lora_fast.model.gradients import send_back
+from laplace_lora_fast.model.gradients import leaves_of, send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.leaks import Leaks, first_sequence
 from laplace_lora_fast.model.observer import GraphStart, Observer, Tapped, tokens_and_mask
@@ -104,6 +104,9 @@ class Tap:
             self._autocast = autocast_of_caller(self.model)
             stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
             self._anchor = torch.zeros((), requires_grad=True)
+            # Embeddings that were told to require grad, and an output function's own modules, are leaves beside it.
+            self._leaves: list[Tensor] = [*self._parameters, self._anchor]
+            self._leads_elsewhere = True
             self._reentrant = reentrant(checkpointing)
             for layer in self.layers:
                 layer.check()
@@ -147,6 +150,11 @@ class Tap:
                 "the logits do not depend on any LoRA layer of the active adapter (detached outputs, or gradient "
                 "checkpointing with use_reentrant=True in custom code whose inputs do not require grad)"
             )
+        if self._leads_elsewhere:
+            found, reentrant_code = leaves_of(u)
+            self._leaves, self._reentrant = [*self._parameters, *found], self._reentrant or reentrant_code
+            known = {id(self._anchor), *map(id, self._parameters)}
+            self._leads_elsewhere = any(id(leaf) not in known for leaf in self._leaves)
         return u
 
     def prior_u(self, inputs: Inputs) -> Tensor:
@@ -193,15 +201,14 @@ class Tap:
         self._gradients.clear()
         self._backward_phase = True
         try:
-            leaves: Sequence[Tensor] = self._parameters or [self._anchor]
-            found = send_back(u, cotangent.to(u.dtype), leaves, not last, self._reentrant)
+            found = send_back(u, cotangent.to(u.dtype), self._leaves, not last, self._reentrant)
         finally:
             self._backward_phase = False
         for index in sorted(self._gradients):  # uses that nothing depends on
             self._deliver_gradient(index)
         if last:
             require_gradients(self.layers, self._reached)
-        return found if self._parameters else ()
+        return found[: len(self._parameters)]
 
     def _listen(self, observer: Observer, stack: ExitStack) -> None:
         """Hooks on all layers, until the stack is closed."""

@@ -46,6 +46,8 @@ class HeldOut(Tuning):
 
     def __post_init__(self) -> None:
         check_choice("per", self.per, ["all", "side"])  # few examples decide no more than two
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(float(value) for value in self.grid))
 
     def choose(self, fitted: Fitted, progress: bool) -> Tuned:
         link, n_samples = checked_link(fitted.likelihood, self.link_approx, self.n_samples)

@@ -42,6 +42,10 @@ class LeaveOneOut(Tuning):
     link_approx: str | None = None
     n_samples: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(float(value) for value in self.grid))
+
     def choose(self, fitted: Fitted, progress: bool) -> Tuned:
         structure = fitted.fit.structure
         if Ability.LEAVE_ONE_OUT not in structure.abilities:
