@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Where there is an nvcc the tests insist on the CUDA library; elsewhere it is left out, visibly.
 BUILD_CUDA := $(if $(shell command -v nvcc),1,0)
 
-.PHONY: bench demo test
+.PHONY: bench demo docs quick test
 
 # A first run installs; stamp files keep later ones from doing so again. On a machine with other work, set
 # OMP_WAIT_POLICY=PASSIVE: threads then sleep, rather than spin, while they wait.
@@ -20,13 +20,24 @@ test: $(VENV)/.test-stamp
 	$(BIN)/python -m bench.gpu_report --dry
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels/interpreted
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/compiled
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
 
-# Ours, the bare passes and the peers in one run; then the README's figures from the files.
+# Under a minute on two cores, for while one works: linters, the rules of the house, frozen numbers, every plug's contract.
+quick: $(VENV)/.test-stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto tests/test_house.py tests/replay/test_replay.py \
+		-k "test_house or (decoder and not columns and not sketch)"
+
+# The site, from docs/, examples/ and docstrings, into site/; broken links are errors.
+docs: $(VENV)/.test-stamp
+	$(BIN)/mkdocs build --strict
+
+# Ours, the bare passes and the peers in one run; then the figures of README and docs from the files.
 bench: $(VENV)/.test-stamp $(VENV)/.demo-stamp
 	$(BIN)/python -m pytest -p no:cacheprovider bench --benchmark-json=benchmark.json
 	$(BIN)/python -m bench.report benchmark.json
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.docs
 
 # torch first and at a fixed version: the package's looser requirement could fetch another, much larger build.
 $(VENV)/.torch-stamp:

@@ -278,6 +278,7 @@ class Tap:
             if self.shared_inputs[index] == index:
                 self._deliver_input(observer, index)
 
+    @torch.no_grad()
     def _deliver_input(self, observer: Observer, index: int) -> None:
         tokens, mask = _joined(self._streams.pop(index))
         self._leaks.observe_input(index, tokens, mask)
@@ -296,6 +297,7 @@ class Tap:
         if len(uses) == self._sharing.uses[index]:
             self._deliver_gradient(index)
 
+    @torch.no_grad()
     def _deliver_gradient(self, index: int) -> None:
         layer, uses = self.layers[index], self._gradients.pop(index)
         if len(uses) < self._sharing.uses[index]:
