@@ -31,7 +31,6 @@ from laplace_lora_fast import (
     Regression,
     Rows,
 )
-from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.fit import Tally
 from laplace_lora_fast.fitting.passes import Subject, run
 from laplace_lora_fast.model.lora import lora_layers

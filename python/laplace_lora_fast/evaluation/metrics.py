@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from laplace_lora_fast.errors import NumericalError
-from laplace_lora_fast.evaluation.predictions import (
-    Predictions,
-    RegressionPredictions,
-    check_labels,
-    refuse_rows,
-)
 
 ECE_BINS = 15
+
+
+class Judged(Protocol):
+    """Class probabilities with labels: see `predictions.Predictions`."""
+
+    probs: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of the most probable class, [N]."""
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the most probable class is the label, [N] bool."""
+
+    @property
+    def known_labels(self) -> Tensor:
+        """[N]. Raises ValueError where there are none."""
+
+
+class JudgedRegression(Protocol):
+    """Means and variances with targets: see `predictions.RegressionPredictions`."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def known_labels(self) -> Tensor:
+        """[N, C]. Raises ValueError where there are none."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +104,7 @@ def bin_of(confidence: Tensor) -> Tensor:
     return torch.bucketize(confidence, torch.tensor(edges, dtype=torch.float64))
 
 
-def bin_by_confidence(predictions: Predictions) -> Bins:
+def bin_by_confidence(predictions: Judged) -> Bins:
     """Groups predictions into the bins of the calibration error. Raises ValueError where there are no labels."""
     confidence, correct = predictions.confidence, predictions.correct.double()
     index = bin_of(confidence)
@@ -93,7 +117,7 @@ def bin_by_confidence(predictions: Predictions) -> Bins:
     return Bins(mean, accuracy, count[some])
 
 
-def score(predictions: Predictions) -> Metrics:
+def score(predictions: Judged) -> Metrics:
     """Scores class probabilities. Raises ValueError where there are no labels."""
     probs, labels = predictions.probs, predictions.known_labels
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
@@ -109,11 +133,9 @@ def score(predictions: Predictions) -> Metrics:
     )
 
 
-def score_regression(predictions: RegressionPredictions) -> RegressionMetrics:
+def score_regression(predictions: JudgedRegression) -> RegressionMetrics:
     """Scores means and variances. Raises ValueError where there are no labels."""
-    if predictions.labels is None:
-        raise ValueError("there are no labels to judge by: pass batches with 'labels'")
-    errors, variance = predictions.labels - predictions.mean, predictions.variance
+    errors, variance = predictions.known_labels - predictions.mean, predictions.variance
     z = errors.abs() / variance.sqrt()
     nll = 0.5 * (errors.square() / variance + (2 * math.pi * variance).log())
     return RegressionMetrics(
@@ -176,3 +198,18 @@ def _best_temperature(margins: Tensor) -> float:
 
     optimiser.step(closure)
     return scale * math.exp(log_t.item())
+
+
+def check_labels(labels: Tensor, n: int, classes: int) -> None:
+    """Raises ValueError unless labels are N class indices."""
+    if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"labels must hold {n} class indices, got shape {list(labels.shape)} of {labels.dtype}"
+        )
+    refuse_rows((labels < 0) | (labels >= classes), f"labels must lie in [0, {classes})")
+
+
+def refuse_rows(bad: Tensor, message: str) -> None:
+    """Raises ValueError with the first row that is bad."""
+    if bad.any():
+        raise ValueError(f"{message}: row {int(bad.int().argmax())}")

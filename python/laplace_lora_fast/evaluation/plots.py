@@ -14,11 +14,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from laplace_lora_fast.evaluation.metrics import ECE_BINS, bin_by_confidence, bin_of
-from laplace_lora_fast.evaluation.predictions import Predictions
+from laplace_lora_fast.evaluation.metrics import ECE_BINS, Judged, bin_by_confidence, bin_of, score
 from laplace_lora_fast.saving.atomic import replacing
 
-Grid = Mapping[str, Mapping[str, Predictions]]  # data set -> method -> predictions
+Grid = Mapping[str, Mapping[str, Judged]]  # data set -> method -> predictions
 
 # Okabe and Ito's colours, told apart with every common kind of colour vision.
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#5F5F5F"
@@ -49,7 +48,7 @@ def reliability_diagram(grid: Grid, path: str | Path) -> None:
         ax.vlines(bins.confidence, low, high, color=_BLUE, linewidth=1.2)
         area = 12 + 300 * bins.count / bins.count.sum()
         ax.scatter(bins.confidence, bins.accuracy, area, _BLUE, edgecolor="white", clip_on=False, zorder=3)
-        scores = predictions.metrics()
+        scores = score(predictions)
         ax.set_title(f"ECE {scores.ece:.3f}   NLL {scores.nll:.3f}", fontsize=9, color=_GREY)
         margin = 0.04 * (1 - lowest)
         ax.set(xlim=(lowest - margin, 1 + margin), ylim=(-0.04, 1.04))
@@ -88,7 +87,7 @@ def confidence_histogram(grid: Grid, path: str | Path) -> None:
         ax.bar(centres, right.tolist(), color=_BLUE, **style)
         # a second sign besides colour, for grey prints
         ax.bar(centres, wrong.tolist(), bottom=right.tolist(), color=_VERMILION, hatch="////", **style)
-        mean, accuracy = predictions.confidence.mean().item(), predictions.metrics().accuracy
+        mean, accuracy = predictions.confidence.mean().item(), score(predictions).accuracy
         ax.axvline(mean, color="black", linewidth=1.4)
         ax.axvline(accuracy, color="black", linewidth=1.4, linestyle=":")
         ax.set_title(f"confidence {mean:.3f}   accuracy {accuracy:.3f}", fontsize=9, color=_GREY)
@@ -123,7 +122,7 @@ def wilson_interval(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return centre - half, centre + half
 
 
-def _panels(grid: Grid, x_label: str, y_label: str) -> tuple[Figure, list[tuple[Any, Predictions]]]:
+def _panels(grid: Grid, x_label: str, y_label: str) -> tuple[Figure, list[tuple[Any, Judged]]]:
     """A figure with labelled panels, and each panel's axes with its predictions."""
     rows = list(grid.values())
     methods = list(rows[0]) if rows else []

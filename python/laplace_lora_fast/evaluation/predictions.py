@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from laplace_lora_fast.evaluation.metrics import Metrics, RegressionMetrics
+from laplace_lora_fast.evaluation.metrics import (
+    Metrics,
+    RegressionMetrics,
+    check_labels,
+    refuse_rows,
+    score,
+    score_regression,
+)
 
 _ROW_SUM_TOLERANCE = 1e-3
 
@@ -58,14 +63,10 @@ class Predictions:
     @property
     def known_labels(self) -> Tensor:
         """The labels. Raises ValueError where there are none."""
-        if self.labels is None:
-            raise ValueError("there are no labels to judge by: pass batches with 'labels'")
-        return self.labels
+        return _known(self.labels)
 
     def metrics(self) -> Metrics:
         """Accuracy, calibration error, NLL and Brier score."""
-        from laplace_lora_fast.evaluation.metrics import score
-
         return score(self)
 
     def plot(self, path: str | Path) -> None:
@@ -98,23 +99,17 @@ class RegressionPredictions:
         if len(set(shapes)) > 1 or self.mean.dim() != 2:
             raise ValueError(f"mean, variance and labels must all be [N, C], got {shapes}")
 
+    @property
+    def known_labels(self) -> Tensor:
+        """The targets. Raises ValueError where there are none."""
+        return _known(self.labels)
+
     def metrics(self) -> RegressionMetrics:
         """Root mean squared error, NLL, and how many targets lie in the 68 % and 95 % intervals."""
-        from laplace_lora_fast.evaluation.metrics import score_regression
-
         return score_regression(self)
 
 
-def check_labels(labels: Tensor, n: int, classes: int) -> None:
-    """Raises ValueError unless labels are N class indices."""
-    if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"labels must hold {n} class indices, got shape {list(labels.shape)} of {labels.dtype}"
-        )
-    refuse_rows((labels < 0) | (labels >= classes), f"labels must lie in [0, {classes})")
-
-
-def refuse_rows(bad: Tensor, message: str) -> None:
-    """Raises ValueError with the first row that is bad."""
-    if bad.any():
-        raise ValueError(f"{message}: row {int(bad.int().argmax())}")
+def _known(labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise ValueError("there are no labels to judge by: pass batches with 'labels'")
+    return labels
