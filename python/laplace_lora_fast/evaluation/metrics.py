@@ -17,7 +17,9 @@ ECE_BINS = 15
 class Judged(Protocol):
     """Class probabilities with labels: see `predictions.Predictions`."""
 
-    probs: Tensor
+    @property
+    def probs(self) -> Tensor:
+        """[N, C]."""
 
     @property
     def confidence(self) -> Tensor:
@@ -35,8 +37,13 @@ class Judged(Protocol):
 class JudgedRegression(Protocol):
     """Means and variances with targets: see `predictions.RegressionPredictions`."""
 
-    mean: Tensor
-    variance: Tensor
+    @property
+    def mean(self) -> Tensor:
+        """[N, C]."""
+
+    @property
+    def variance(self) -> Tensor:
+        """[N, C]."""
 
     @property
     def known_labels(self) -> Tensor:
