@@ -14,7 +14,6 @@ from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.contexts import unwrapped
 from laplace_lora_fast.model.lora import (
-    Layers,
     LoraLayer,
     adapter_source,
     lora_layers,
@@ -22,6 +21,8 @@ from laplace_lora_fast.model.lora import (
     read_adapter,
     refuse_residual_base,
 )
+from laplace_lora_fast.model.selection import Layers
+from laplace_lora_fast.model.storage import refuse_meta
 from laplace_lora_fast.options import integer, named, positive_integer, positive_number
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.prediction import LinearisedModel
@@ -66,6 +67,7 @@ class LaplaceState:
         ):
             raise ValueError(f"{self.structure!r} keeps to no budget: leave it out")
         self._peft_model = unwrapped(model)
+        refuse_meta(self._peft_model)
         self._head = self.task.head(self._peft_model)
         self._selection = layers
         self.layers = lora_layers(self._peft_model, self._head, layers)

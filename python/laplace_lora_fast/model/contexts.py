@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from laplace_lora_fast.devices import device_of
-from laplace_lora_fast.errors import UnsupportedAdapterError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -56,15 +55,6 @@ def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps a parameter elsewhere, and fetches it for the forward pass only."""
     hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
     return hooked and any(parameter.is_meta for parameter in module.parameters())
-
-
-def refuse_inference_tensors(model: nn.Module) -> None:
-    """Raises UnsupportedAdapterError for parameters that autograd cannot use."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_inference():
-            raise UnsupportedAdapterError(
-                f"parameter {name!r} was made in torch.inference_mode: load the model outside of it"
-            )
 
 
 @contextmanager

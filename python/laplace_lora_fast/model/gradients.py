@@ -13,8 +13,8 @@ def send_back(
 ) -> Sequence[Tensor | None]:
     """Gradients of `leaves`, on the way to which all hooks run.
 
-    Reentrant checkpoints allow no other way than one that writes `.grad` wherever the graph leads; what was there before
-    is put back.
+    Reentrant checkpoints allow no other way than one that writes `.grad` wherever the graph leads; what was there
+    before is put back.
 
     Args:
         u: [S, U] with its graph.

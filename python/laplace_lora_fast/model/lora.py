@@ -11,21 +11,27 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import UnsupportedAdapterError
-from laplace_lora_fast.model.contexts import is_offloaded, refuse_inference_tensors
+from laplace_lora_fast.model.contexts import is_offloaded
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import close, size
+from laplace_lora_fast.model.selection import Layers, selected
+from laplace_lora_fast.model.storage import refuse_storage
 from laplace_lora_fast.weights import SIDES, LoraWeights
 
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
 _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-Layers = str | Sequence[str] | Callable[[str], bool] | None
+# Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
+_PLAIN_IN_EVALUATION = ("Montecl", "Velora")
+_LEAVE_OUT = (
+    "leave it out with layers=lambda name: .., train it as plain LoRA, or merge it into the base model"
+)
 
 
 @dataclass(frozen=True)
@@ -124,10 +130,10 @@ class LoraLayer:
     def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle:
         """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
 
-        def zero(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return torch.zeros_like(output) if is_own() else output
+        def zero(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (torch.zeros_like(args[0]), *args[1:]) if is_own() else args
 
-        return self._side(SIDES[0]).register_forward_hook(zero)
+        return self._side(SIDES[1]).register_forward_pre_hook(zero)
 
     def _side(self, side: str) -> nn.Module:
         layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")
@@ -146,33 +152,70 @@ def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[Lor
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
             (DoRA and other variants, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
     """
-    refuse_inference_tensors(model)
+    refuse_storage(model)
+    active = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, lora.LoraLayer) and _has_active(module)
+    }
+    if not active:
+        raise UnsupportedAdapterError(_why_none(model))
     found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, lora.LoraLayer):
-            continue
+    for name in selected(model, list(active), layers):  # what is left out is not looked at
+        module = active[name]
         adapter = _active_adapter(name, module)
-        if adapter is not None:
-            _refuse_unsupported(name, module, adapter)
-            features = head.features if module is head.output_layer else None
-            features = None if features is None else features.to(device_of(module))
-            found.append(LoraLayer(name, module, adapter, float(module.scaling[adapter]), features))
-    if not found:
-        raise UnsupportedAdapterError(
-            "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
+        _refuse_unsupported(name, module, adapter)
+        features = head.features if module is head.output_layer else None
+        features = None if features is None else features.to(device_of(module))
+        found.append(LoraLayer(name, module, adapter, float(module.scaling[adapter]), features))
+    _refuse_tied(found)
+    return found
+
+
+def _why_none(model: nn.Module) -> str:
+    """Why there is nothing to treat: another method of PEFT, or none."""
+    others = {
+        type(module).__name__: type(module).__module__.split(".")[-2]
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, lora.LoraLayer)
+    }
+    if others:
+        kinds = sorted(set(others.values()))
+        return (
+            f"the active adapter is {', '.join(kinds)}, not LoRA: its weights have another Jacobian. Train a LoRA "
+            "adapter (peft.LoraConfig)"
         )
-    chosen = selected(model, [layer.name for layer in found], layers)
-    return [layer for layer in found if layer.name in chosen]
+    if any(isinstance(module, lora.LoraLayer) for module in model.modules()):
+        return "model has LoRA layers, but no adapter is active: call model.set_adapter(name)"
+    return "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
 
 
-def _active_adapter(name: str, module: lora.LoraLayer) -> str | None:
+def _refuse_tied(layers: Sequence[LoraLayer]) -> None:
+    """A weight of two layers would be two weights here."""
+    owners: dict[int, str] = {}
+    for layer in layers:
+        for part in layer.adapter_parts:
+            weight: Tensor = part.weight  # type: ignore[assignment]
+            key = weight.data_ptr()
+            if key and owners.setdefault(key, layer.name) != layer.name:
+                raise UnsupportedAdapterError(
+                    f"layers {owners[key]!r} and {layer.name!r} share a LoRA weight: leave one of them out with "
+                    "`layers`"
+                )
+
+
+def _has_active(module: lora.LoraLayer) -> bool:
+    return any(adapter in {*module.lora_A, *module.lora_embedding_A} for adapter in module.active_adapters)
+
+
+def _active_adapter(name: str, module: lora.LoraLayer) -> str:
     here = {*module.lora_A, *module.lora_embedding_A}
     active = [adapter for adapter in module.active_adapters if adapter in here]
     if len(active) > 1:
         raise UnsupportedAdapterError(
             f"layer {name!r} mixes the adapters {active}: activate one with model.set_adapter(...)"
         )
-    return active[0] if active else None
+    return active[0] if active else ""
 
 
 def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None:
@@ -187,18 +230,22 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
         )
     if module.disable_adapters:
         raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
-    if module.use_dora.get(adapter, False) or adapter in module.lora_variant:
-        dora = module.use_dora.get(adapter, False)
-        what = "DoRA" if dora else type(module.lora_variant[adapter]).__name__.removesuffix("Variant")
+    if module.use_dora.get(adapter, False):
         raise UnsupportedAdapterError(
-            f"layer {name!r} uses a LoRA variant ({what}): only plain LoRA is supported"
+            f"layer {name!r} uses DoRA, whose Jacobian goes through the norm of W0 + s B A too: {_LEAVE_OUT}"
+        )
+    variant = type(module.lora_variant.get(adapter)).__name__
+    if adapter in module.lora_variant and not variant.startswith(_PLAIN_IN_EVALUATION):
+        raise UnsupportedAdapterError(
+            f"layer {name!r} uses a LoRA variant ({variant.removesuffix('Variant')}): only plain LoRA is supported; "
+            f"{_LEAVE_OUT}"
         )
     linear = adapter in module.lora_A and all(
         isinstance(weights[adapter], nn.Linear) for weights in (module.lora_A, module.lora_B)
     )
     if not linear or isinstance(module, lora.MultiheadAttention | lora.ParamWrapper):
         raise UnsupportedAdapterError(
-            f"layer {name!r} is LoRA on a {kind} layer: only linear layers are supported; exclude it in LoraConfig"
+            f"layer {name!r} is LoRA on a {kind} layer: only linear layers are supported; {_LEAVE_OUT}"
         )
 
 
@@ -268,45 +315,3 @@ def refuse_residual_base(model: nn.Module, layers: Sequence[LoraLayer]) -> None:
                 "residual of the pre-trained one: use Rows(), or save the adapter converted to plain LoRA "
                 "(path_initial_model_for_weight_conversion)"
             )
-
-
-def selected(model: nn.Module, names: Sequence[str], layers: Layers) -> list[str]:
-    """The names of the LoRA layers that `layers` selects, in their order.
-
-    Args:
-        model: the model.
-        names: of all its LoRA layers, in the order of `model.named_modules()`.
-        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
-
-    Raises:
-        UnsupportedAdapterError: nothing is selected, or a layer without LoRA.
-        ValueError: another string than "last".
-    """
-    if layers is None:
-        return list(names)
-    if layers == "last":
-        stem = _numbered_layer(model, names[-1])
-        return [name for name in names if name.startswith(stem)] if stem else [names[-1]]
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
-    wanted = layers if callable(layers) else set(layers).__contains__
-    chosen = [name for name in names if wanted(name)]
-    unknown = [] if callable(layers) else sorted(set(layers) - set(names))
-    if unknown or not chosen:
-        raise UnsupportedAdapterError(
-            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {names[0]!r} is one, for example"
-        )
-    return chosen
-
-
-def _numbered_layer(model: nn.Module, name: str) -> str:
-    """The prefix of the numbered layer that `name` is in, "" if in none: "model.layers.3." of a decoder.
-
-    A layer's own parts may be numbered too (attention and MLP in T5, experts): the outermost list of layers counts.
-    In a model without a list, `nn.Sequential` may hold anything: there the innermost number counts.
-    """
-    parts = name.split(".")
-    stems = [parts[:i] for i in range(1, len(parts)) if parts[i - 1].isdigit()]
-    lists = [stem for stem in stems if isinstance(model.get_submodule(".".join(stem[:-1])), nn.ModuleList)]
-    stem = lists[0] if lists else stems[-1] if stems else []
-    return ".".join([*stem, ""]) if stem else ""

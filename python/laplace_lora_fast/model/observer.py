@@ -126,4 +126,5 @@ def close(found: Tensor, expected: Tensor, scale: Tensor, *dtypes: torch.dtype) 
 
 def size(x: Tensor) -> Tensor:
     """Norm of what is finite, fp64."""
-    return x.double().where(x.isfinite(), 0).norm()
+    norm: Tensor = x.double().where(x.isfinite(), 0).norm()
+    return norm

@@ -30,6 +30,7 @@ from laplace_lora_fast.model.leaks import Leaks, first_sequence
 from laplace_lora_fast.model.observer import GraphStart, Observer, Tapped, tokens_and_mask
 from laplace_lora_fast.model.proofs import FirstBatch, require_all_ran, require_gradients
 from laplace_lora_fast.model.shared_inputs import SharedInputs
+from laplace_lora_fast.model.storage import differentiable_kernels
 
 Stream = tuple[Tensor, Tensor | None]  # [S, T, d] and its mask [S, T]
 
@@ -97,6 +98,7 @@ class Tap:
             stack.enter_context(frozen(self.model, self._parameters))
             stack.enter_context(checkpointed(checkpointing, self._is_own))
             stack.enter_context(self.head.installed())
+            stack.enter_context(differentiable_kernels(self.model))
             stack.enter_context(without_fast_path())
             stack.enter_context(eager())
             stack.enter_context(torch.inference_mode(False))

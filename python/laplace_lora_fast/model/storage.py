@@ -1,0 +1,74 @@
+"""Weights that are not where or what they seem, and kernels that let no gradient through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from laplace_lora_fast.errors import UnsupportedAdapterError
+
+
+def refuse_storage(model: nn.Module) -> None:
+    """Raises UnsupportedAdapterError for parameters that a forward pass or autograd cannot use here; names one."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "FullyShardedDataParallel" or kind.startswith("FSDP"):
+            raise UnsupportedAdapterError(
+                "the model is sharded by FSDP: no rank holds whole weights. Load the adapter on an unsharded copy of "
+                "the base model (one process, or one copy a rank with fit(group=..))"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UnsupportedAdapterError(
+                f"parameter {name!r} was made in torch.inference_mode: load the model outside of it"
+            )
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise UnsupportedAdapterError(
+                f"parameter {name!r} is a DTensor, spread over processes (FSDP2, tensor parallelism): load the model "
+                "unsharded"
+            )
+        if hasattr(parameter, "ds_id"):
+            raise UnsupportedAdapterError(
+                f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: save the adapter and load it on an unsharded "
+                "copy of the base model"
+            )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raises UnsupportedAdapterError for weights on the meta device, unless accelerate fetches them for their use."""
+    for module_name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                raise UnsupportedAdapterError(
+                    f"parameter {f'{module_name}.{name}'!r} is on the meta device: load its values first"
+                )
+
+
+@contextmanager
+def differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Bitsandbytes' 4-bit layers without their packed form for CPUs, which lets no gradient through.
+
+    They take it on at any evaluation pass on a CPU with AVX512-BF16, and stay in it. Inside they are unpacked; outside
+    they pack themselves again when they like.
+    """
+    layers: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    try:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+            state: Any = getattr(layer.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+                with torch.no_grad():
+                    layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+                layer.quant_state = layer.weight.quant_state
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
