@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from laplace_lora_fast.prior.held_out import HeldOut
     from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
     from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, Rows
-    from laplace_lora_fast.tasks import Answers, Classes, Outputs, Regression
+    from laplace_lora_fast.tasks import Answers, Classes, MultiLabel, Outputs, Regression
 
 _MODULES = {
     "laplace": ("LaplaceLoRA",),
-    "tasks": ("Answers", "Classes", "Outputs", "Regression"),
+    "tasks": ("Answers", "Classes", "MultiLabel", "Outputs", "Regression"),
     "structures": ("Diagonal", "EKFAC", "KFAC", "Rows"),
     "likelihoods": ("MonteCarlo",),
     "prior.evidence": ("Evidence",),
@@ -57,6 +57,7 @@ __all__ = [
     "LaplaceWarning",
     "LeaveOneOut",
     "MonteCarlo",
+    "MultiLabel",
     "NotFittedError",
     "NumericalError",
     "Outputs",

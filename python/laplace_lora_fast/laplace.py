@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from laplace_lora_fast.errors import LaplaceError, StateError
-from laplace_lora_fast.evaluation.predictions import Predictions, RegressionPredictions
+from laplace_lora_fast.evaluation.predictions import LabelPredictions, Predictions, RegressionPredictions
 from laplace_lora_fast.fitting.choose import choose
 from laplace_lora_fast.fitting.fit import fit
 from laplace_lora_fast.fitting.passes import Loader, Subject
@@ -250,17 +250,21 @@ class LaplaceLoRA(LaplaceState):
         n_samples: int | None = None,
         prior_precision: PriorPrecision | None = None,
         progress: bool = True,
-    ) -> Predictions | RegressionPredictions:
+    ) -> Predictions | LabelPredictions | RegressionPredictions:
         """`predict` over a loader, with the labels.
 
         Returns:
-            Of all examples in the loader's order, with `metrics()` and `plot()`. Labels are None if not all batches
+            Of all examples in the loader's order, with `metrics()`: `Predictions` of classes (`plot()` too),
+            `LabelPredictions` of independent labels, `RegressionPredictions` of means and variances.
+
+            Labels are None if not all batches
             have them; labels that are there have to be valid: leave out the -1 of an unlabelled test set.
         """
         precisions = self._resolve(prior_precision)[:, None]
         if not self.likelihood.has_noise:
             result, labels = self._answers(loader, link_approx, n_samples, precisions, progress)
-            return Predictions(result[0], labels)
+            kind = Predictions if self.likelihood.gives_classes else LabelPredictions
+            return kind(result[0], labels)
         checked_link(self.likelihood, link_approx, n_samples)
         block = one_block(self._distribution(loader, precisions, progress=progress))
         mean = block.mean[0] if block.mean.dim() == 3 else block.mean

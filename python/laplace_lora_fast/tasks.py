@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from laplace_lora_fast.likelihoods import Categorical, Gaussian, Likelihood, by_name
+from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, by_name
 from laplace_lora_fast.model.heads import AnswerHead, ClassHead, Head, OutputFn, OutputHead
 from laplace_lora_fast.options import positive_number, register
 
@@ -71,11 +71,26 @@ class Classes(Task):
     """The classes of a sequence classifier: softmax over its `logits` [N, C]; `labels` [N]."""
 
     def head(self, model: nn.Module) -> Head:
+        _refuse_problem(model, self, ("regression", "multi_label_classification"))
         return ClassHead(model)
 
     @property
     def likelihood(self) -> Likelihood:
         return Categorical()
+
+
+@register
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """C independent yes-or-no labels of a sequence classifier's `logits` [N, C]; `labels` [N, C] zeros and ones."""
+
+    def head(self, model: nn.Module) -> Head:
+        _refuse_problem(model, self, ("regression", "single_label_classification"))
+        return ClassHead(model)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Bernoulli()
 
 
 @register
@@ -95,6 +110,7 @@ class Regression(Task):
             object.__setattr__(self, "noise", positive_number("noise", self.noise))
 
     def head(self, model: nn.Module) -> Head:
+        _refuse_problem(model, self, ("single_label_classification", "multi_label_classification"))
         return ClassHead(model)
 
     @property
@@ -124,6 +140,23 @@ class Outputs(Task):
 
     def head(self, model: nn.Module) -> Head:
         return OutputHead(model, self.fn)
+
+
+_TASK_OF = {
+    "regression": "Regression()",
+    "single_label_classification": "Classes()",
+    "multi_label_classification": "MultiLabel()",
+}
+
+
+def _refuse_problem(model: nn.Module, task: Task, others: Sequence[str]) -> None:
+    """Raises ValueError where the model says of itself that it was trained for another kind of labels."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in others:
+        raise ValueError(
+            f"the model's config.problem_type is {problem!r}: pass {_TASK_OF[str(problem)]}, not {task!r}; or set "
+            "problem_type right if it is not what the model was trained for"
+        )
 
 
 def _checked_tokens(token_ids: Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from laplace_lora_fast import (
     Classes,
     InvalidBatchError,
     LaplaceLoRA,
+    MultiLabel,
     Outputs,
     Regression,
     Rows,
@@ -28,6 +29,7 @@ from tests.oracle import assert_close
 TASKS = {
     "Answers": (tiny.tiny_llama, Answers(tiny.ANSWERS)),
     "Classes": (lambda: tiny.tiny_llama_classifier(3), Classes()),
+    "MultiLabel": (lambda: tiny.tiny_llama_classifier(3), MultiLabel()),
     "Regression": (lambda: tiny.tiny_llama_classifier(2), Regression(noise=0.5)),
     "Outputs": (tiny.tiny_llama, Outputs(lambda output, batch: output.logits[:, -1, :3])),
     "BestOf": (tiny.tiny_llama, toys.BestOf()),
@@ -41,6 +43,9 @@ def data(task: Task, seed: int = 0) -> tiny.Batch:
     )
     if isinstance(task, toys.BestOf):
         return batch | {"group": GROUP, "labels": torch.tensor([1, 2, 0])}
+    if isinstance(task, MultiLabel):
+        generator = torch.Generator().manual_seed(seed)
+        batch["labels"] = torch.randint(0, 2, (7, 3), generator=generator)
     if isinstance(task, Regression):
         generator = torch.Generator().manual_seed(seed)
         batch["labels"] = torch.randn(7, 2, generator=generator, dtype=torch.float64)

@@ -71,7 +71,7 @@ def with_adalora():
 MODELS = {
     "plain model": (unadapted, "no LoRA layer"),
     "unadapted torch module": (Images, "no LoRA layer"),
-    "IA3": (with_ia3, "no LoRA layer"),
+    "IA3": (with_ia3, "ia3, not LoRA"),
     "AdaLoRA": (with_adalora, r"'[\w.]+q_proj'.*SVDLinear"),
     "DoRA": (
         lambda: tiny.tiny_llama(use_dora=True),

@@ -91,6 +91,38 @@ class RegressionMetrics:
 
 
 @dataclass(frozen=True)
+class LabelMetrics:
+    """Scores of probabilities of independent labels.
+
+    Attributes:
+        accuracy: Share of labels that the more probable value meets.
+        exact: Share of examples all of whose labels it meets.
+        nll: Mean over examples of minus the log probability of all their labels, in nats.
+        brier: Mean over labels of the squared distance between probability and label.
+        count: Number of examples.
+    """
+
+    accuracy: float
+    exact: float
+    nll: float
+    brier: float
+    count: int
+
+
+def score_labels(probs: Tensor, labels: Tensor) -> LabelMetrics:
+    """Scores probabilities [N, C] of zeros and ones [N, C]."""
+    right = (probs > 0.5) == (labels > 0.5)
+    of_label = torch.where(labels > 0.5, probs, 1 - probs)
+    return LabelMetrics(
+        accuracy=right.double().mean().item(),
+        exact=right.all(1).double().mean().item(),
+        nll=-of_label.log().sum(1).mean().item(),
+        brier=(probs - labels).square().mean().item(),
+        count=len(labels),
+    )
+
+
+@dataclass(frozen=True)
 class Bins:
     """Predictions grouped by confidence into 15 bins (lower, upper]; empty bins are left out.
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.evaluation.metrics import (
+    LabelMetrics,
     Metrics,
     RegressionMetrics,
     check_labels,
     refuse_rows,
     score,
+    score_labels,
     score_regression,
 )
 
@@ -107,6 +109,33 @@ class RegressionPredictions:
     def metrics(self) -> RegressionMetrics:
         """Root mean squared error, NLL, and how many targets lie in the 68 % and 95 % intervals."""
         return score_regression(self)
+
+
+@dataclass(frozen=True)
+class LabelPredictions:
+    """Answers that are no distribution over classes, such as probabilities of independent labels, and targets.
+
+    Attributes:
+        probs: [N, C], fp64 on the CPU.
+        labels: [N, ..] or None.
+    """
+
+    probs: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probs", self.probs.detach().cpu().double())
+        if self.labels is not None:
+            object.__setattr__(self, "labels", self.labels.detach().cpu())
+
+    @property
+    def known_labels(self) -> Tensor:
+        """The targets. Raises ValueError where there are none."""
+        return _known(self.labels)
+
+    def metrics(self) -> LabelMetrics:
+        """Accuracy, NLL and Brier score of zeros and ones."""
+        return score_labels(self.probs, self.known_labels.double())
 
 
 def _known(labels: Tensor | None) -> Tensor:

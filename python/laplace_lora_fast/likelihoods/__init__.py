@@ -1,12 +1,13 @@
 """Likelihoods: what the outputs say about the targets, and what a Gaussian over outputs says about an answer."""
 
 from laplace_lora_fast.likelihoods.base import Likelihood
+from laplace_lora_fast.likelihoods.bernoulli import Bernoulli
 from laplace_lora_fast.likelihoods.categorical import Categorical
 from laplace_lora_fast.likelihoods.fisher import Fisher, MonteCarlo
 from laplace_lora_fast.likelihoods.gaussian import Gaussian
 from laplace_lora_fast.options import kinds
 
-__all__ = ["Categorical", "Fisher", "Gaussian", "Likelihood", "MonteCarlo", "by_name"]
+__all__ = ["Bernoulli", "Categorical", "Fisher", "Gaussian", "Likelihood", "MonteCarlo", "by_name"]
 
 
 def by_name(likelihood: str | Likelihood) -> Likelihood:

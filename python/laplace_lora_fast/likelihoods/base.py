@@ -20,12 +20,14 @@ class Likelihood(ABC):
             is the Gaussian itself.
         needs_samples: those of `links` that take a number of samples.
         noise: its standard deviation where it was given; None where there is none or it is to be tuned.
+        gives_classes: whether answers are distributions over classes, so that rows sum to one.
         has_noise: whether there is a noise scale, by whose square the curvature at unit noise is divided.
     """
 
     name: ClassVar[str]
     links: ClassVar[tuple[str, ...]] = ()
     needs_samples: ClassVar[tuple[str, ...]] = ()
+    gives_classes: ClassVar[bool] = False
     has_noise: ClassVar[bool] = False
     noise: float | None = None
 

@@ -25,6 +25,7 @@ class Categorical(Likelihood):
     name = "classification"
     links = LINKS
     needs_samples = SAMPLING_LINKS
+    gives_classes = True
 
     def check(self, outputs: Tensor) -> None:
         if outputs.shape[1] < 2:

@@ -16,6 +16,8 @@ Batch = Mapping[str, Any]
 
 LABEL_KEYS = ("labels", "label")
 _NOT_FOR_THE_MODEL = (*LABEL_KEYS, "group")
+_OTHER_LABELS = ("label_ids", "target", "targets", "y")  # what no model takes, and labels are called elsewhere
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "seq_lens")  # of collators that pack
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, group
         raise InvalidBatchError(
             "a batch mixes adapters ('adapter_names'): use the model's one active adapter"
         )
+    _refuse_keys(batch)
     n, length = _shape(batch)
     if n == 0:
         raise InvalidBatchError("a batch has no examples")
@@ -81,6 +84,7 @@ def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, group
             mask = None
     elif length is not None:
         last = torch.full((n,), length - 1, device=device)
+    _refuse_packed(batch.get("position_ids"), mask, checks)
     labels = batch.get("labels", batch.get("label"))
     return Inputs(
         model={
@@ -98,11 +102,41 @@ def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, group
     )
 
 
+def _refuse_keys(batch: Batch) -> None:
+    other = [key for key in _OTHER_LABELS if key in batch]
+    if other and not any(key in batch for key in LABEL_KEYS):
+        raise InvalidBatchError(
+            f"a batch has {other[0]!r} and no 'labels': rename it to 'labels', or leave it out where there are none"
+        )
+    packed = [key for key in _PACKED if batch.get(key) is not None]
+    if packed:
+        raise InvalidBatchError(
+            f"a batch packs several examples into one row ({packed[0]!r}): collate with padding instead "
+            "(DataCollatorWithPadding; packing=False, padding_free=False in TRL)"
+        )
+
+
+def _refuse_packed(positions: Any, mask: Tensor | None, checks: DeferredChecks) -> None:
+    """Positions that start again inside a row are those of a second example there."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    falls = positions[:, 1:] < positions[:, :-1]
+    if mask is not None:  # what pads have is nobody's business
+        if mask.shape != positions.shape:
+            return
+        real = mask.to(positions.device)
+        falls = falls & real[:, 1:] & real[:, :-1]
+    checks.require(
+        ~falls.any(),
+        "'position_ids' start again inside a row: several examples are packed into it; collate with padding instead",
+    )
+
+
 def without_labels(batch: Batch) -> Batch:
     """The batch without labels that nothing would use: test sets often have -1 there."""
     if not isinstance(batch, Mapping):
         return batch
-    return {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    return {key: value for key, value in batch.items() if key not in (*LABEL_KEYS, *_OTHER_LABELS)}
 
 
 def _usable(x: Tensor, device: torch.device) -> Tensor:

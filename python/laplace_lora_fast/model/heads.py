@@ -50,17 +50,43 @@ class Head:
         self.features: Tensor | None = None
         self.rows_checked = self.is_deterministic = False
         self.plain_layers: set[str] = set()
-        self._accepts = set(inspect.signature(innermost(model).forward).parameters)
+        parameters = inspect.signature(innermost(model).forward).parameters
+        self._accepts = set(parameters)
+        self._accepts_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        self._vocabulary, self._context = _vocabulary(model), _context(model)
 
     def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
         """Checks a batch and moves it to `device`. Raises InvalidBatchError as `read_batch` does."""
         inputs = read_batch(batch, device, checks, self.grouped)
+        self._require_accepted(inputs)
+        self._require_in_range(inputs, checks)
         positions = inputs.positions if self._places(inputs) else None
         return replace(
             inputs,
             model=inputs.model | ({"use_cache": False} if "use_cache" in self._accepts else {}),
             positions=None if positions is None else to_device(positions, device),
         )
+
+    def _require_accepted(self, inputs: Inputs) -> None:
+        unknown = [] if self._accepts_any else [key for key in inputs.model if key not in self._accepts]
+        if unknown:
+            raise InvalidBatchError(f"a batch has {unknown[0]!r}, which the model does not take: leave it out")
+
+    def _require_in_range(self, inputs: Inputs, checks: DeferredChecks) -> None:
+        """Tokens in the vocabulary, and no more of them than the model has positions."""
+        ids = inputs.model.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            return
+        if self._context is not None and ids.dim() == 2:
+            real = ids.shape[1] if inputs.mask is None else inputs.mask.sum(1).max()
+            message = f"a prompt is longer than the model's context of {self._context} tokens"
+            fits = torch.as_tensor(real <= self._context)
+            if fits.device.type == "cpu" and not fits:
+                message += f": it has {int(real)}"
+            checks.require(fits, message + ": shorten it, from the left where the answer stands at its end")
+        if self._vocabulary is not None:
+            known = ((ids >= 0) & (ids < self._vocabulary)).all()
+            checks.require(known, f"'input_ids' must lie in [0, {self._vocabulary}), the model's vocabulary")
 
     def placed(self, model: nn.Module, inputs: Inputs) -> Inputs:
         """The inputs with `position_ids` where the model has to be told them."""
@@ -205,6 +231,29 @@ def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     row["attention_mask"] = torch.ones_like(row["attention_mask"])
     positions = torch.arange(row["attention_mask"].shape[1], device=row["attention_mask"].device)[None]
     return torch.equal(model(**row).logits, model(**row, position_ids=positions).logits)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Rows of the input embedding, where it is one."""
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            try:
+                embedding = module.get_input_embeddings()  # type: ignore[operator]
+            except (NotImplementedError, AttributeError):
+                return None
+            return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    return None
+
+
+def _context(model: nn.Module) -> int | None:
+    """Most tokens that the model has positions for; None where it says nothing, or counts relatively."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 1:
+            return value
+    return None
 
 
 def innermost(model: nn.Module) -> nn.Module:

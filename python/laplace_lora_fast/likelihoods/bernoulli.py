@@ -1,0 +1,95 @@
+"""Independent yes-or-no labels: multi-label classification."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.devices import to_device
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.likelihoods.base import Likelihood
+from laplace_lora_fast.options import check_choice, register
+
+
+@register
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """A logistic likelihood of each of C labels; labels are [N, C] zeros and ones, functions the logits."""
+
+    name = "multi_label"
+    links = ("probit", "mc")
+    needs_samples = ("mc",)
+
+    def check(self, outputs: Tensor) -> None:
+        """Any number of labels will do."""
+
+    def targets(self, labels: Tensor | None, outputs: Tensor, checks: DeferredChecks) -> Tensor | None:
+        if labels is None:
+            return None
+        if labels.shape != outputs.shape and (labels.shape != outputs.shape[:1] or outputs.shape[1] != 1):
+            raise InvalidBatchError(
+                f"'labels' have shape {tuple(labels.shape)}, expected {tuple(outputs.shape)} zeros and ones"
+            )
+        labels = labels.reshape(outputs.shape)
+        checks.require(((labels == 0) | (labels == 1)).all(), "'labels' must be zeros and ones")
+        return to_device(labels.to(outputs.dtype), outputs.device).clone()
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -torch.nn.functional.binary_cross_entropy_with_logits(
+            outputs.double(), targets.double(), reduction="sum"
+        )
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sigmoid() - targets
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.rand(outputs.shape, generator=generator, dtype=torch.float64)
+        return (to_device(noise, outputs.device) < outputs.double().sigmoid()).to(outputs.dtype)
+
+    def hessian_root(self, outputs: Tensor) -> Tensor:
+        """Diagonal, sqrt(p (1 - p)); neither factor is a difference of nearly equal numbers."""
+        half = 0.5 * torch.nn.functional.logsigmoid(outputs)
+        return torch.diag_embed((half + 0.5 * torch.nn.functional.logsigmoid(-outputs)).exp())
+
+    def functions(self, outputs: int) -> Tensor:
+        return torch.eye(outputs)
+
+    def from_functions(self, functions: Tensor) -> Tensor:
+        return functions
+
+    def answer(
+        self, mean: Tensor, cov: Tensor, link: str | None, n_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """Probability of each label [.., N, C], marginal in it.
+
+        "probit" is MacKay's (1992): sigmoid(m / sqrt(1 + pi / 8 v)).
+        """
+        link = check_choice("link_approx", link or self.links[0], self.links)
+        variance = cov.diagonal(dim1=-2, dim2=-1).clamp_min(0)
+        if link == "probit":
+            return (mean / (1 + math.pi / 8 * variance).sqrt()).sigmoid()
+        noise = torch.randn(n_samples, generator=generator, dtype=torch.float64).to(mean)
+        total = torch.zeros_like(variance)
+        for each in noise:  # a sample at a time: priors x examples x labels are many
+            total += (mean + variance.sqrt() * each).sigmoid()
+        return total / n_samples
+
+    def plain_answer(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid()
+
+    def score(
+        self,
+        mean: Tensor,
+        cov: Tensor,
+        targets: Tensor,
+        link: str | None,
+        n_samples: int,
+        generator: torch.Generator,
+        noise: float | None,
+    ) -> tuple[Tensor, None]:
+        probs = self.answer(mean, cov, link, n_samples, generator).double()
+        of_label = torch.where(targets > 0.5, probs, 1 - probs)
+        return -of_label.log().sum(-1).mean(-1), None
