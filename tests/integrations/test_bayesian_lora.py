@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast import KFAC, Answers, LaplaceLoRA
-from laplace_lora_fast.integrations import bayesian_lora as ours
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.integrations import bayesian_lora as ours
 from tests import oracle, tiny
 from tests.integrations import batched
 from tests.oracle import assert_close

@@ -17,8 +17,8 @@ from laplace import Laplace
 from laplace.curvature import CurvatureInterface, CurvlinopsEF, CurvlinopsGGN, EFInterface, GGNInterface
 from laplace.utils import Kron
 
-from laplace_lora_fast.integrations.laplace_torch import FastEF, FastGGN
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.integrations.laplace_torch import FastEF, FastGGN
 
 PAIRS = [(FastGGN, CurvlinopsGGN), (FastEF, CurvlinopsEF)]
 MODES = ["expand", "reduce"]

@@ -19,8 +19,8 @@ pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch")
 from laplace import Laplace
 from laplace.utils import Kron
 
-from laplace_lora_fast.integrations.laplace_torch import FastEF, FastGGN, LowRankKron
 from laplace_lora_fast.errors import NotFittedError, UnsupportedAdapterError
+from laplace_lora_fast.integrations.laplace_torch import FastEF, FastGGN, LowRankKron
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -225,3 +225,21 @@ def test_fp32_accumulation_of_low_precision_rows_does_not_drift() -> None:
     expected = updates * (x.double().mT @ x.double())
     half_an_ulp = torch.finfo(torch.float32).eps / 2  # equal updates can all round the same way
     assert_close(factor.spectrum(None).dense().double(), expected, updates * half_an_ulp)
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0, 3000.0])
+def test_a_channel_far_above_the_others_costs_no_digits(factor):
+    """Accumulated in fp32: small eigenvalues and their directions are those of the same sum in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 24, generator=generator, dtype=torch.float64)
+    x[:, 3] *= factor
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        running = DenseFactor(24, dtype, torch.device("cpu"))
+        for rows in x.to(dtype).split(100):
+            running.add_tokens(rows, None)
+        spectrum = running.spectrum(None)
+        u, values = spectrum.vectors.double(), spectrum.values
+        found.append((u / (values + 1.0)) @ u.mT)  # the inverse under a prior precision of 1
+    error = (found[0] - found[1]).abs().max() / found[1].abs().max()
+    assert error < 1e-4

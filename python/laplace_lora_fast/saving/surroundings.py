@@ -1,0 +1,315 @@
+"""What a model's answers depend on beside the LoRA weights under the posterior: the other tensors, and settings.
+
+Left out is what an answer does not depend on: inactive adapters, what `modules_to_save` stand in for, dropout, names
+and paths. Tensors that are no parameters or buffers, and settings that are no plain values, are not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.saving.sums import Sums, plain_parts, sums
+
+_PLAIN = (bool, int, float, str, type(None))
+_WITHOUT_EFFECT = {
+    *("training", "gradient_checkpointing", "use_cache", "forward", "max_seq_len_cached", "inplace"),
+    *("name_or_path", "loss_type", "problem_type", "active_adapter", "peft_type", "vocab_size", "architectures"),
+    *("dtype", "torch_dtype", "transformers_version", "quantization_config", "id2label", "label2id", "auto_map"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict"),
+    *("initializer_range", "task_specific_params", "finetuning_task", "torchscript", "tokenizer_class"),
+    *("ephemeral_gpu_offload", "compute_type_is_set", "peft_config", "merged_adapters"),
+    *("in_features", "out_features"),
+}
+_OF_GENERATION = {"pad_token_id", "bos_token_id", "eos_token_id", "padding_idx"}  # of causal language models
+_CONTAINERS = {"ModuleDict", "ModuleList", "ParameterDict", "BufferDict", "Sequential", "Identity"}
+
+Settings = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a tensor stands.
+
+    Attributes:
+        name: of the parameter or buffer.
+        holder: the module's dict that has it.
+        key: its name there.
+        derived: whether the model makes it of its configuration: a buffer that PyTorch does not save.
+        base: whether it is of a layer below an adapter, which merging changes.
+    """
+
+    name: str
+    holder: Mapping[str, Tensor | None]
+    key: str
+    derived: bool
+    base: bool
+
+    def tensor(self) -> Tensor | None:
+        """What stands there now."""
+        return self.holder.get(self.key)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a model's answers depend on beside the LoRA weights under the posterior.
+
+    Attributes:
+        tensors: sums over every parameter and buffer, by name; None for one that cannot be read.
+        derived: likewise over what the model makes again when it is loaded: buffers that PyTorch does not save, and
+            scales beside quantised weights. Compared where both models have them, up to rounding.
+        settings: plain values of the configuration, and of all modules of a kind together.
+        version: of transformers: another one may name its modules otherwise.
+    """
+
+    tensors: dict[str, Sums | None]
+    derived: dict[str, Sums | None]
+    settings: dict[str, Settings]
+    version: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Sequence[LoraLayer]) -> Surroundings:
+        """Reads everything: some 20 s a core for 7 billion parameters of 16 bits, and no time on a GPU."""
+        tensors, derived = read(list(places(model, layers)))
+        return cls(tensors, derived, settings_of(model, layers), _transformers_version(model))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return vars(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Surroundings:
+        """Raises ValueError, TypeError, KeyError or AttributeError where this is not what `to_json` gives."""
+        tensors, derived = (
+            {name: None if each is None else Sums.from_json(each) for name, each in data[key].items()}
+            for key in ("tensors", "derived")
+        )
+        settings = {str(kind): dict(values) for kind, values in data["settings"].items()}
+        return cls(tensors, derived, settings, data["version"])
+
+    def difference(self, now: Surroundings, rounded: Sequence[str] = ()) -> str | None:
+        """What is not as it was, or None.
+
+        Args:
+            now: of the model in question.
+            rounded: names of tensors that merging and unmerging an adapter may have rounded.
+        """
+        for name in [*self.tensors, *(name for name in now.tensors if name not in self.tensors)]:
+            if name not in self.tensors or name not in now.tensors:
+                return f"parameter {name!r}, which one of the models does not have,"
+            if not _agree(self.tensors[name], now.tensors[name], name in rounded):
+                return f"parameter {name!r}"
+        for name in self.derived.keys() & now.derived.keys():
+            if not _agree(self.derived[name], now.derived[name], True):
+                return f"buffer {name!r}"
+        return self._other_setting(now)
+
+    def _other_setting(self, now: Surroundings) -> str | None:
+        strict = self.version == now.version
+        for kind, values in self.settings.items():
+            others = now.settings.get(kind)
+            if others is None:
+                if strict:
+                    return f"{kind}, which the model no longer has,"
+                continue
+            for key, value in values.items():
+                if key in others and others[key] != value and (strict or key != "number"):
+                    return f"{kind}.{key} ({_short(value)} then, {_short(others[key])} now)"
+        return None
+
+    def common(self, other: Surroundings) -> Surroundings:
+        """Without the settings that are not the other's: what a forward pass counts is none."""
+        settings = {
+            kind: {key: value for key, value in values.items() if other.settings.get(kind, {}).get(key) == value}
+            for kind, values in self.settings.items()
+        }
+        return Surroundings(self.tensors, self.derived, settings, self.version)
+
+
+def read(found: Sequence[Place]) -> tuple[dict[str, Sums | None], dict[str, Sums | None]]:
+    """Sums over the tensors at these places, and over those that are derived."""
+    plain: dict[str, Tensor] = {}
+    derived: dict[str, Tensor] = {}
+    unread = {}
+    for place in found:
+        tensor = place.tensor()
+        parts = {} if tensor is None else dict(plain_parts(place.name, tensor))
+        if tensor is not None and place.name not in parts and not parts:
+            unread[place.name] = None
+        for name, part in parts.items():
+            (derived if place.derived or "#" in name else plain)[name] = part
+    values = sums(plain | derived)
+    return unread | {name: values[name] for name in plain}, {name: values[name] for name in derived}
+
+
+def places(model: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[Place]:
+    """Every parameter and buffer that answers may depend on, but the weights under the posterior."""
+    treated = {name for layer in layers for name in layer.parameter_names.values()}
+    bases = tuple(f"{name}.base_layer." for name, module in modules(model) if hasattr(module, "base_layer"))
+    for name, module in modules(model):
+        prefix = f"{name}." if name else ""
+        for holder in (module._parameters, module._buffers):
+            for key, tensor in holder.items():
+                full = prefix + key
+                if tensor is None or full in treated or _is_recomputed(module, key):
+                    continue
+                derived = key in module._non_persistent_buffers_set
+                yield Place(full, holder, key, derived, full.startswith(bases))
+
+
+def settings_of(model: nn.Module, layers: Sequence[LoraLayer]) -> dict[str, Settings]:
+    """Plain values: "config" of the model's configuration, and for every class of modules what they hold, as lists."""
+    ignored = _ignored(model)
+    found: dict[str, Settings] = {"config": dict(config_values(model))}
+    lists: dict[str, dict[str, list[Any]]] = {}
+    for _, module in modules(model):
+        kind = type(module).__name__
+        if is_without_settings(module):
+            continue
+        own = lists.setdefault(kind, {})
+        own.setdefault("number", []).append(1)
+        for key, value in module_values(module):
+            if key not in ignored:
+                own.setdefault(key, []).append(value)
+        for key, value in _scalings(module, layers):
+            own.setdefault(key, []).append(value)
+    for kind, values in lists.items():
+        found[kind] = {key: _summary(key, each) for key, each in values.items()}
+    return found
+
+
+def is_without_settings(module: nn.Module) -> bool:
+    """Whether nothing that a module holds has an effect in evaluation mode: containers, dropout, PEFT's outer ones."""
+    kind = type(module).__name__
+    return kind in _CONTAINERS or "Dropout" in kind or hasattr(module, "peft_config")
+
+
+def module_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The plain values that a module holds."""
+    for key, value in vars(module).items():
+        if _has_effect(key) and _is_plain(value):
+            yield key, value
+
+
+def config_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The plain values of a model's configuration, those of nested ones with their names in front."""
+    ignored = _ignored(model)
+    for prefix, config in configs(model):
+        for key, value in config.items():
+            if _has_effect(key) and key not in ignored and (_is_plain(value) or isinstance(value, dict)):
+                yield prefix + key, _as_json(value)
+
+
+def _ignored(model: nn.Module) -> set[str]:
+    return _OF_GENERATION if "CausalLM" in type(_inner(model)).__name__ else set()
+
+
+def configs(model: nn.Module, depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the configuration and those nested in it hold."""
+    config = getattr(_inner(model), "config", None)
+    waiting = [("", config, depth)]
+    while waiting:
+        prefix, each, left = waiting.pop(0)
+        if not hasattr(each, "to_dict") or not left:
+            continue
+        values = vars(each)
+        yield prefix, values
+        waiting += [
+            (f"{prefix}{key}.", value, left - 1)
+            for key, value in values.items()
+            if hasattr(value, "to_dict") and _has_effect(key)
+        ]
+
+
+def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that answers may depend on."""
+    idle: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in idle or name.rpartition(".")[0] in idle:
+            idle.add(name)
+            continue
+        idle.update(f"{name}.{part}" if name else part for part in _idle_parts(module))
+        yield name, module
+
+
+def _idle_parts(module: nn.Module) -> Iterator[str]:
+    """Inactive adapters of one of PEFT's modules, and the original that an active one stands in for."""
+    names = vars(type(module)).get("adapter_layer_names") or getattr(type(module), "adapter_layer_names", ())
+    if not names:
+        return
+    active = set(module.active_adapters)  # type: ignore[arg-type]
+    for name in names:
+        for key in getattr(module, name, None) or ():
+            if key not in active:
+                yield f"{name}.{key}"
+            elif name == "modules_to_save":
+                yield "original_module"
+
+
+def _is_recomputed(module: nn.Module, key: str) -> bool:
+    """Whether a forward pass makes a buffer anew: frequencies of rotary embeddings that depend on the length."""
+    kind = str(getattr(module, "rope_type", ""))
+    return "original" not in key and ("dynamic" in kind or "longrope" in kind) and key.endswith("inv_freq")
+
+
+def _scalings(module: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[tuple[str, float]]:
+    """The scaling of an active adapter that has no posterior; those that have are compared by name."""
+    scaling = getattr(module, "scaling", None)
+    if isinstance(scaling, dict) and not any(layer.module is module for layer in layers):
+        active = getattr(module, "active_adapters", ())
+        yield "scaling", [scaling[adapter] for adapter in active if adapter in scaling]
+
+
+def _has_effect(key: str) -> bool:
+    return not key.startswith("_") and key not in _WITHOUT_EFFECT and "drop" not in key
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return len(value) <= 64 and all(type(each) in _PLAIN for each in value)
+    return type(value) in _PLAIN
+
+
+def _summary(key: str, values: list[Any]) -> Any:
+    """One value where all modules of a class have the same, else the list; of what is counted the number."""
+    if key == "number":
+        return len(values)
+    first = _as_json(values[0])
+    return first if all(_as_json(value) == first for value in values) else [_as_json(value) for value in values]
+
+
+def _as_json(value: Any) -> Any:
+    """As JSON gives it back; NaN, which equals nothing, as text."""
+    if isinstance(value, tuple | list):
+        return [_as_json(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(each) for key, each in value.items()}
+    return value if type(value) in _PLAIN and value == value else str(value)
+
+
+def _agree(one: Sums | None, other: Sums | None, rounding: bool) -> bool:
+    return one is None or other is None or one.agrees(other, rounding)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def _transformers_version(model: nn.Module) -> str | None:
+    """Of the library that its configuration is from: the classes of its modules may be named otherwise in another."""
+    config = getattr(_inner(model), "config", None)
+    if not type(config).__module__.startswith("transformers"):
+        return None
+    import transformers
+
+    return str(transformers.__version__)
