@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     from laplace_lora_fast.prior.held_out import HeldOut
     from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
     from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, Rows
-    from laplace_lora_fast.tasks import Answers, Classes, MultiLabel, Outputs, Regression
+    from laplace_lora_fast.tasks import (
+        Answers,
+        Classes,
+        MultiLabel,
+        Options,
+        Outputs,
+        Preference,
+        Regression,
+    )
 
 _MODULES = {
     "laplace": ("LaplaceLoRA",),
-    "tasks": ("Answers", "Classes", "MultiLabel", "Outputs", "Regression"),
+    "tasks": ("Answers", "Classes", "MultiLabel", "Options", "Outputs", "Preference", "Regression"),
     "structures": ("Diagonal", "EKFAC", "KFAC", "Rows"),
     "likelihoods": ("MonteCarlo",),
     "prior.evidence": ("Evidence",),
@@ -60,7 +68,9 @@ __all__ = [
     "MultiLabel",
     "NotFittedError",
     "NumericalError",
+    "Options",
     "Outputs",
+    "Preference",
     "RankError",
     "Regression",
     "Rows",

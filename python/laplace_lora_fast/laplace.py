@@ -35,7 +35,7 @@ from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.precision import PriorPrecision, PriorPrecisions
 from laplace_lora_fast.prior.tuning import Fitted, Tuning
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.saving import adapters
+from laplace_lora_fast.saving import adapters, agreement
 from laplace_lora_fast.saving import posterior as saved_posterior
 from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.state import LaplaceState
@@ -110,6 +110,9 @@ class LaplaceLoRA(LaplaceState):
         ranks = Ranks(group)
         with ranks.together():
             layers = self._current_layers()
+            fitted_on = FittedOn(self._peft_model, layers)
+            facts = agreement.facts(self._described(layers), layers, fitted_on.surroundings, self._prior_mean)
+        ranks.agree(facts)
         subject = Subject(self.model, self._head, layers, self.likelihood)
         problem = Problem(
             layers=[layer.weights for layer in layers],
@@ -122,9 +125,10 @@ class LaplaceLoRA(LaplaceState):
             structure, reason = self.structure, ""
         else:
             structure, reason, train_loader = choose(subject, problem, train_loader)
-        self._fit = fit(subject, structure, problem, train_loader, reason, progress)
-        self.layers = layers
-        self._fitted_on = FittedOn(self._peft_model, layers)
+        fitted = fit(subject, structure, problem, train_loader, reason, progress)
+        with ranks.together():
+            fitted_on.fitted()
+        self._fit, self._fitted_on, self.layers = fitted, fitted_on, layers
         if self.likelihood.has_noise and self._noise is None and self._fit.log_likelihood is not None:
             self._noise = self._marginal_likelihood().best_noise(self._resolve(None))
         return self
@@ -274,15 +278,16 @@ class LaplaceLoRA(LaplaceState):
         """Draws n adapters from the posterior and writes them as ordinary PEFT adapter folders.
 
         Args:
-            folder: of the new folders; one with more samples than n is refused.
+            folder: of the new folders; does not exist, or is empty. All n are there in the end, or none.
             n: how many, at least 1.
 
         Returns:
             The folders, loadable by `peft.PeftModel.from_pretrained`.
 
         Raises:
+            FileExistsError: `folder` is not empty.
             UnsupportedAdapterError: the model is no PeftModel, or has several adapters active.
-            ValueError: `n` is no positive integer, or `folder` holds other samples.
+            ValueError: `n` is no positive integer.
         """
         n = positive_integer("n", n)
         samples = self.posterior.sample(n, torch.Generator().manual_seed(self.seed))
@@ -292,19 +297,10 @@ class LaplaceLoRA(LaplaceState):
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
         fitted = self._fitted()
         assert self._fitted_on is not None
-        self._fitted_on.require_frozen()
-        settings = saved_posterior.settings_of(
-            self.task,
-            self.structure,
-            self.prior_precision,
-            self._noise,
-            None if self._selection is None else [layer.name for layer in self.layers],
-            self.budget,
-            self.seed,
-        )
+        self._fitted_on.require_all()
         scalings = [layer.scaling for layer in self.layers]
-        frozen = self._fitted_on.frozen
-        saved_posterior.save(folder, fitted, self._prior_mean, settings, scalings, frozen)
+        surroundings = self._fitted_on.surroundings
+        saved_posterior.save(folder, fitted, self._prior_mean, self._settings(), scalings, surroundings)
 
     @classmethod
     def load(cls, folder: str | PathLike[str], model: nn.Module, *, task: Task | None = None) -> LaplaceLoRA:
@@ -327,13 +323,12 @@ class LaplaceLoRA(LaplaceState):
             la = cls(model, **settings)
         except LaplaceError:
             raise
-        except (TypeError, ValueError) as error:
+        except saved_posterior.MALFORMED as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
         fitted, prior_mean = saved.rebuild(la.layers, la.likelihood)
         saved_posterior.check(fitted.curvature, la.layers)
         la._fit, la._prior_mean, la._noise = fitted, prior_mean, noise
-        frozen = saved.frozen_weights(la._peft_model, la.layers)
-        la._fitted_on = FittedOn(la._peft_model, la.layers, frozen)
+        la._fitted_on = saved.fitted_on(la._peft_model, la.layers)
         return la
 
     def summary(self) -> Summary:

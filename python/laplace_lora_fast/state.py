@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pickle import UnpicklingError
+from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from laplace_lora_fast.errors import NotFittedError, UnsupportedAdapterError
+from laplace_lora_fast.errors import LaplaceError, NotFittedError, UnsupportedAdapterError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
@@ -147,13 +150,42 @@ class LaplaceState:
         return f"LaplaceLoRA({', '.join(arguments)})  # {state}"
 
     def _read_prior_mean(self, source: str | PathLike[str] | Mapping[str, Tensor]) -> list[Tensor]:
-        weights = read_adapter(adapter_source(source), self.layers)
+        try:
+            weights = read_adapter(adapter_source(source), self.layers)
+        except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+            if isinstance(error, LaplaceError):
+                raise
+            raise ValueError(
+                f"prior_mean: the adapter in {str(source)!r} is damaged, or holds objects other than tensors, which are "
+                f"not loaded as they may be code: save it as safetensors ({str(error).splitlines()[0]})"
+            ) from error
         refits = isinstance(self.structure, Structure) and self.structure.starts_without_adapter
         if refits and any(bool(layer.B.any()) for layer in weights):
             raise ValueError(
                 "refit=True starts from the model without its adapter: prior_mean must have lora_B = 0"
             )
         return matrices(weights)
+
+    def _settings(self) -> dict[str, Any]:
+        """What this was made with, as JSON. Raises TypeError for an option without a JSON form."""
+        return saved_posterior.settings_of(
+            self.task,
+            self.structure,
+            self.prior_precision,
+            self._noise,
+            None if self._selection is None else [layer.name for layer in self.layers],
+            self.budget,
+            self.seed,
+        )
+
+    def _described(self, layers: Sequence[LoraLayer]) -> dict[str, Any]:
+        """The same for comparison: layers by name; an option without a JSON form by its class."""
+        try:
+            settings = self._settings()
+        except TypeError:
+            settings = {"task": type(self.task).__name__, "structure": type(self.structure).__name__}
+            settings |= {"prior_precision": self.prior_precision, "seed": self.seed, "budget": self.budget}
+        return settings | {"layers": [layer.name for layer in layers]}
 
     def _refuse_residual_base(self, layers: Sequence[LoraLayer]) -> None:
         if isinstance(self.structure, Structure) and self.structure.starts_without_adapter:

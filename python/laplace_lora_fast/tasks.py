@@ -15,8 +15,17 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, by_name
-from laplace_lora_fast.model.heads import AnswerHead, ClassHead, Head, OutputFn, OutputHead
-from laplace_lora_fast.options import positive_number, register
+from laplace_lora_fast.model.causal_heads import AnswerHead, OptionHead
+from laplace_lora_fast.model.heads import (
+    ChoiceHead,
+    ClassHead,
+    Head,
+    OutputFn,
+    OutputHead,
+    RewardHead,
+    innermost,
+)
+from laplace_lora_fast.options import check_choice, positive_number, register
 
 
 class Task(ABC):
@@ -116,6 +125,60 @@ class Regression(Task):
     @property
     def likelihood(self) -> Likelihood:
         return Gaussian(self.noise)
+
+
+@register
+@dataclass(frozen=True)
+class Options(Task):
+    """Which of an example's options a language model finds most likely: softmax over their scores.
+
+    An option is any text; its score is the log probability of its tokens behind the prompt. Examples may have different
+    numbers of options. A batch has one sequence an option (prompt and option), "option_mask" [S, T], true at the
+    option's tokens, "group" [S], the example of each sequence, and `labels` [N]: see `data.option_batches`. For models
+    with a multiple-choice head, batches are theirs: `input_ids` [N, C, T].
+
+    One backward pass a batch, whatever the number of options. With options of one token it is `Answers`.
+
+    Args:
+        score: "sum" of the tokens' log probabilities, or their "mean".
+    """
+
+    score: str = "sum"
+
+    def __post_init__(self) -> None:
+        check_choice("score", self.score, ["sum", "mean"])
+
+    def head(self, model: nn.Module) -> Head:
+        if "MultipleChoice" not in type(innermost(model)).__name__:
+            return OptionHead(model, self.score == "mean")
+        if self.score != "sum":
+            raise ValueError("a multiple-choice head gives one score an option: leave score='mean' out")
+        return ChoiceHead(model)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Categorical()
+
+
+@register
+@dataclass(frozen=True)
+class Preference(Task):
+    """Which of an example's sequences a reward model prefers: softmax over their rewards (Bradley-Terry for two).
+
+    The reward is the one output of a sequence classifier with num_labels=1, as TRL's RewardTrainer trains it. A batch
+    has "group" [S], the example of each sequence, and `labels` [N], the preferred one in its group: see
+    `data.preference_batches`. A shift of all rewards of an example changes nothing: rewards are known up to that.
+    """
+
+    def head(self, model: nn.Module) -> Head:
+        outputs = getattr(getattr(model, "config", None), "num_labels", 1)
+        if outputs != 1:
+            raise ValueError(f"Preference needs a reward model with one output, this one has {outputs}")
+        return RewardHead(model)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Categorical()
 
 
 @register

@@ -15,7 +15,9 @@ from laplace_lora_fast import (
     InvalidBatchError,
     LaplaceLoRA,
     MultiLabel,
+    Options,
     Outputs,
+    Preference,
     Regression,
     Rows,
 )
@@ -32,6 +34,8 @@ TASKS = {
     "MultiLabel": (lambda: tiny.tiny_llama_classifier(3), MultiLabel()),
     "Regression": (lambda: tiny.tiny_llama_classifier(2), Regression(noise=0.5)),
     "Outputs": (tiny.tiny_llama, Outputs(lambda output, batch: output.logits[:, -1, :3])),
+    "Options": (tiny.tiny_llama, Options()),
+    "Preference": (lambda: tiny.tiny_llama_classifier(1), Preference()),
     "BestOf": (tiny.tiny_llama, toys.BestOf()),
 }
 GROUP = torch.tensor([0, 0, 1, 1, 1, 2, 2])  # examples of 2, 3 and 2 sequences
@@ -41,8 +45,14 @@ def data(task: Task, seed: int = 0) -> tiny.Batch:
     batch = tiny.batch(
         7, length=6, seed=seed, padding="left" if isinstance(task, Answers | Outputs) else "right"
     )
-    if isinstance(task, toys.BestOf):
-        return batch | {"group": GROUP, "labels": torch.tensor([1, 2, 0])}
+    if isinstance(task, toys.BestOf | Options | Preference):
+        batch |= {"group": GROUP, "labels": torch.tensor([1, 2, 0])}
+    if isinstance(task, Options):
+        real = batch["attention_mask"].sum(1, keepdim=True)
+        place = torch.arange(6)
+        batch["option_mask"] = (
+            (place >= real - 1 - (torch.arange(7)[:, None] % 2)) & (place < real) & (place > 0)
+        )
     if isinstance(task, MultiLabel):
         generator = torch.Generator().manual_seed(seed)
         batch["labels"] = torch.randint(0, 2, (7, 3), generator=generator)

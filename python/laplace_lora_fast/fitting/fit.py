@@ -154,11 +154,6 @@ def _add_up(tally: Tally, ranks: Ranks) -> None:
 
 
 def _require_same_model(problem: Problem, tally: Tally) -> None:
-    ranks = problem.ranks
-    if ranks.size == 1:
-        return
-    norms = [float(weight.double().norm()) for layer in problem.layers for weight in (layer.A, layer.B)]
-    ranks.require_same([len(norms)], "their number of LoRA layers")
-    ranks.require_same(norms, "the adapter's weights: give them all the same model")
+    """Of what only a pass shows; the weights and options were compared before."""
     shapes = [tally.n_outputs, *tally.shared_inputs]
-    ranks.require_same(shapes, "the number of outputs or which layers share an input")
+    problem.ranks.require_same(shapes, "the number of outputs or which layers share an input")

@@ -150,7 +150,11 @@ def run(
             )
             for outputs in step.outputs:
                 subject.likelihood.check(outputs)
-            checks.require(u.isfinite().all(), f"batch {index} gives logits that are not finite")
+            checks.require(
+                u.isfinite().all(),
+                f"batch {index} gives logits that are not finite: load the model in bfloat16 or float32, or pad "
+                "on the other side",
+            )
             step.read_targets(checks)
             if listener is not None:
                 _send_back(tap, graph, step, listener)

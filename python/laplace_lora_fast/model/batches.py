@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ Batch = Mapping[str, Any]
 
 LABEL_KEYS = ("labels", "label")
 _NOT_FOR_THE_MODEL = (*LABEL_KEYS, "group")
-_OTHER_LABELS = ("label_ids", "target", "targets", "y")  # what no model takes, and labels are called elsewhere
+_OTHER_LABELS = (
+    "label_ids",
+    "target",
+    "targets",
+    "y",
+)  # what no model takes, and labels are called elsewhere
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "seq_lens")  # of collators that pack
 
 
@@ -33,6 +38,7 @@ class Inputs:
         last: [S] position of each sequence's last real token, or None for inputs that are not token sequences.
         positions: [S, T] number of real tokens before each one, where the model may have to be told them.
         group: [S] the example that each sequence belongs to, on the CPU; None where each is an example.
+        own: what the head asked for and the model is not given.
     """
 
     model: dict[str, Any]
@@ -43,6 +49,7 @@ class Inputs:
     last: Tensor | None
     positions: Tensor | None = None
     group: Tensor | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_examples(self) -> int:
@@ -50,7 +57,9 @@ class Inputs:
         return self.n_sequences if self.group is None else int(self.group.max()) + 1
 
 
-def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, grouped: bool) -> Inputs:
+def read_batch(
+    batch: Batch, device: torch.device, checks: DeferredChecks, grouped: bool, own: Sequence[str] = ()
+) -> Inputs:
     """Checks a batch and moves it to `device`; labels stay where they are.
 
     Args:
@@ -58,6 +67,7 @@ def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, group
         device: the model's.
         checks: takes what cannot be read without waiting.
         grouped: whether examples are groups of sequences, told by "group" [S].
+        own: keys of tensors that are the head's, not the model's.
 
     Raises:
         InvalidBatchError: not a mapping of tensors, empty, or with a sequence that has no real token.
@@ -90,7 +100,7 @@ def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, group
         model={
             key: _usable(value, device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
-            if key not in _NOT_FOR_THE_MODEL
+            if key not in (*_NOT_FOR_THE_MODEL, *own)
         },
         mask=None if mask is None else to_device(mask, device),
         n_sequences=n,
@@ -99,7 +109,15 @@ def read_batch(batch: Batch, device: torch.device, checks: DeferredChecks, group
         last=None if last is None else to_device(last, device),
         positions=None if positions is None or mask is None else (positions - 1).clamp(min=0),
         group=_checked_group(batch.get("group"), n, grouped),
+        own={key: _required(batch, key) for key in own},
     )
+
+
+def _required(batch: Batch, key: str) -> Tensor:
+    if not isinstance(batch.get(key), Tensor):
+        raise InvalidBatchError(f"a batch of this task needs {key!r}, a tensor")
+    value: Tensor = batch[key]
+    return value
 
 
 def _refuse_keys(batch: Batch) -> None:

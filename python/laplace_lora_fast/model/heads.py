@@ -1,29 +1,25 @@
 """From a batch to u [S, U]: what the model's output says of every sequence.
 
-A head is what a task needs of the model. `ClassHead` reads classifiers, `AnswerHead` the answers' logits at the last
-real position, `OutputHead` whatever a function of the user's makes of the output.
+A head is what a task needs of the model. `ClassHead` reads classifiers, `OutputHead` whatever a function of the user's
+makes of the output; causal_heads.py has those of language models.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
-from laplace_lora_fast.model.batches import Batch, Inputs, read_batch
+from laplace_lora_fast.model.batches import LABEL_KEYS, Batch, Inputs, read_batch
 
 OutputFn = Callable[[Any, Mapping[str, Any]], Tensor]
-
-_TEXT = {"input_ids", "inputs_embeds", "token_type_ids", "attention_mask"}
-_PROBED = 8  # tokens
 
 
 class Head:
@@ -34,6 +30,7 @@ class Head:
 
     Attributes:
         grouped: whether an example is a group of sequences.
+        own_keys: of a batch's tensors that are the head's, not the model's.
         n_outputs: U where it is known beforehand.
         output_layer: the layer that is shown the last real position of every sequence only, or None.
         features: of `output_layer`, those that carry gradient.
@@ -43,6 +40,7 @@ class Head:
     """
 
     grouped = False
+    own_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.n_outputs: int | None = None
@@ -57,7 +55,7 @@ class Head:
 
     def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
         """Checks a batch and moves it to `device`. Raises InvalidBatchError as `read_batch` does."""
-        inputs = read_batch(batch, device, checks, self.grouped)
+        inputs = read_batch(batch, device, checks, self.grouped, self.own_keys)
         self._require_accepted(inputs)
         self._require_in_range(inputs, checks)
         positions = inputs.positions if self._places(inputs) else None
@@ -70,7 +68,9 @@ class Head:
     def _require_accepted(self, inputs: Inputs) -> None:
         unknown = [] if self._accepts_any else [key for key in inputs.model if key not in self._accepts]
         if unknown:
-            raise InvalidBatchError(f"a batch has {unknown[0]!r}, which the model does not take: leave it out")
+            raise InvalidBatchError(
+                f"a batch has {unknown[0]!r}, which the model does not take: leave it out"
+            )
 
     def _require_in_range(self, inputs: Inputs, checks: DeferredChecks) -> None:
         """Tokens in the vocabulary, and no more of them than the model has positions."""
@@ -95,6 +95,10 @@ class Head:
     def _places(self, inputs: Inputs) -> bool:
         """Whether the model may have to be told the positions of tokens."""
         return False
+
+    def output_stream(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None] | None:
+        """A stream of `output_layer` with its mask, where that sees other positions than the model's other layers."""
+        return None
 
     def as_called(self, inputs: Inputs) -> Inputs:
         """The inputs as the model has been given them in this forward pass."""
@@ -130,6 +134,45 @@ class ClassHead(Head):
     """Models with a `logits` [S, C] output: sequence classifiers, reward models."""
 
 
+class RewardHead(ClassHead):
+    """One score a sequence of a classifier with one output; examples are groups of sequences."""
+
+    grouped = True
+
+
+class ChoiceHead(Head):
+    """Models for multiple choice: one score a sequence. Batches [N, C, T] are taken apart into N C sequences.
+
+    Such models put the choices of an example beside each other again: each is given alone here, as the only one.
+    """
+
+    grouped = True
+
+    def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 3 and "group" not in batch:
+            n, choices = ids.shape[:2]
+            flat = {
+                key: value.flatten(0, 1)
+                if isinstance(value, Tensor) and value.shape[:2] == (n, choices)
+                else value
+                for key, value in batch.items()
+                if key not in LABEL_KEYS
+            }
+            labels = {key: batch[key] for key in LABEL_KEYS if key in batch}
+            batch = {**flat, **labels, "group": torch.arange(n).repeat_interleave(choices)}
+        return super().inputs(batch, device, checks)
+
+    def u(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        single = {
+            key: value[:, None]
+            if isinstance(value, Tensor) and value.shape[:1] == (inputs.n_sequences,)
+            else value
+            for key, value in inputs.model.items()
+        }
+        return super().u(model, replace(inputs, model=single))
+
+
 class OutputHead(Head):
     """A function of the model's output.
 
@@ -144,93 +187,6 @@ class OutputHead(Head):
 
     def read(self, output: Any, inputs: Inputs) -> Tensor:
         return self._fn(output, inputs.model)
-
-
-class AnswerHead(Head):
-    """Logits of answer tokens at the last real position of a causal language model.
-
-    Args:
-        model: the model.
-        token_ids: of the answers, in the order of the classes.
-
-    Raises:
-        ValueError: the model is no causal language model, or a token is none of its vocabulary.
-    """
-
-    def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
-        super().__init__(model)
-        _require_causal(model)
-        size = getattr(getattr(model, "config", None), "vocab_size", None)
-        if size is not None and not (min(token_ids) >= 0 and max(token_ids) < size):
-            raise ValueError(f"token_ids must lie in [0, {size}), got {list(token_ids)}")
-        with torch.inference_mode(False):  # the graph of the logits keeps them
-            self.features = torch.tensor(list(token_ids))
-        self.output_layer = model.get_output_embeddings()  # type: ignore[operator]
-        self.n_outputs = len(token_ids)
-        self._local = threading.local()
-        self._counts_from_zero: bool | None = None
-
-    def placed(self, model: nn.Module, inputs: Inputs) -> Inputs:
-        """The inputs with `position_ids`, so that left padding shifts no position, as in generation.
-
-        Only for a model that counts positions 0, 1, .. itself, which is found out at the first batch with a mask.
-        Others, as RoBERTa, count from elsewhere, and know where the pads are.
-        """
-        if inputs.positions is None:
-            return inputs
-        if self._counts_from_zero is None:
-            self._counts_from_zero = _counts_from_zero(model, inputs.model)  # waits once
-        if not self._counts_from_zero:
-            return inputs
-        return replace(inputs, model=inputs.model | {"position_ids": inputs.positions}, positions=None)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Makes the language-model head see the last real position of each sequence only."""
-        assert self.output_layer is not None
-        handle = self.output_layer.register_forward_pre_hook(self._gather_last)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def u(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        self._local.last = inputs.last
-        try:
-            return super().u(model, inputs)
-        finally:
-            self._local.last = None
-
-    def read(self, output: Any, inputs: Inputs) -> Tensor:
-        logits = super().read(output, inputs)
-        assert self.features is not None
-        self.features = self.features.to(logits.device)  # waits once
-        return logits.flatten(0, -2).index_select(-1, self.features)
-
-    def _places(self, inputs: Inputs) -> bool:
-        """Text alone: images take places of their own.
-
-        A classifier is called as its user calls it: its logits are the model's own, whatever padding does to them.
-        """
-        text = all(key in _TEXT for key, value in inputs.model.items() if isinstance(value, Tensor))
-        return text and "position_ids" in self._accepts
-
-    def _gather_last(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        last = getattr(self._local, "last", None)  # of this thread's pass: a plain forward beside it has none
-        if last is None:
-            return None
-        hidden = args[0]
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[rows, last.to(hidden.device)][:, None], *args[1:])
-
-
-@torch.no_grad()
-def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether an unpadded sequence has the same logits with positions 0, 1, .. as with none given."""
-    row = {key: value[:1, :_PROBED] if isinstance(value, Tensor) else value for key, value in batch.items()}
-    row["attention_mask"] = torch.ones_like(row["attention_mask"])
-    positions = torch.arange(row["attention_mask"].shape[1], device=row["attention_mask"].device)[None]
-    return torch.equal(model(**row).logits, model(**row, position_ids=positions).logits)
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -260,20 +216,3 @@ def innermost(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrappers, whose forward names the arguments it takes."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
-
-
-def _require_causal(model: nn.Module) -> None:
-    """Only there does the last real position of `input_ids` predict the answer."""
-    get, kind = getattr(model, "get_output_embeddings", None), type(innermost(model))
-    if get is None or get() is None:
-        raise ValueError("Answers needs a causal language model")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        what = "answers at positions of its decoder"
-    elif any("ForMaskedLM" in base.__name__ for base in kind.__mro__):
-        what = "answers at masked positions"
-    else:
-        return
-    raise ValueError(
-        f"Answers needs a causal language model, {kind.__name__} {what}: pass Outputs(function), which reads the "
-        "classes off the model's output"
-    )

@@ -54,8 +54,8 @@ class Leaks:
         leak = _nonzero(g[1:]) if mask is None else _nonzero(g[1:]) & mask[1:]
         self._checks.require(
             ~leak.any(),
-            f"row n of what layer {layer!r} sees is not example n, or depends on other examples too: exclude the layer "
-            "in LoraConfig",
+            f"row n of what layer {layer!r} sees is not example n, or depends on other examples too: leave the "
+            "layer out with layers=lambda name: ..",
             UnsupportedAdapterError,
         )
 

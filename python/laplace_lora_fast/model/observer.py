@@ -60,16 +60,13 @@ class Observer(Protocol):
         """Gradient g [S, T, d_out] at the output of a layer, with its mask [S, T]."""
 
 
-def tokens_and_mask(
-    x: Tensor, inputs: Inputs, layer: str, answers_only: bool
-) -> tuple[Tensor, Tensor | None]:
+def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tensor | None]:
     """Views a stream as [S, T, d] and finds its mask [S, T], None where every token is real.
 
     Args:
         x: input or output gradient of a layer.
         inputs: the batch behind it.
         layer: its name, for errors.
-        answers_only: whether the layer is a language-model head that sees each sequence's last real position alone.
 
     Raises:
         InvalidBatchError: its tokens cannot be matched with the batch's.
@@ -87,8 +84,6 @@ def tokens_and_mask(
             return x.flatten(1, -2), None
         if x.dim() == 3 and x.shape[1] == length:
             return x, inputs.mask
-        if answers_only and x.shape[1] == 1:
-            return x, None
     decoder = inputs.model.get("decoder_input_ids")
     if isinstance(decoder, Tensor) and x.shape[:-1] == decoder.shape:
         raise InvalidBatchError(
@@ -97,7 +92,8 @@ def tokens_and_mask(
         )
     raise InvalidBatchError(
         f"layer {layer!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
-        f"{length}: its tokens cannot be matched with the attention mask; exclude the layer in LoraConfig"
+        f"{length}: its tokens cannot be matched with the attention mask; leave the layer out with "
+        "layers=lambda name: .."
     )
 
 

@@ -317,7 +317,11 @@ class Tap:
     def _tokens(self, layer: Tapped, x: Tensor) -> Stream:
         assert self._inputs is not None
         inputs = self.head.as_called(self._inputs)
-        return tokens_and_mask(x, inputs, layer.name, layer.module is self.head.output_layer)
+        if layer.module is self.head.output_layer:
+            stream = self.head.output_stream(x, inputs)
+            if stream is not None:
+                return stream
+        return tokens_and_mask(x, inputs, layer.name)
 
 
 def _joined(streams: Sequence[Stream]) -> Stream:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.saving.atomic import new_folder
 from laplace_lora_fast.weights import SIDES, by_layer, stored
 
 
@@ -24,17 +25,26 @@ def save_samples(
         layers: its LoRA layers.
         samples: of every weight, [n, r, d] each. Rows of an adapted language-model head that
             no answer token uses keep their MAP value: the data say nothing about them.
-        folder: where the adapters' folders `sample-000`, ... go.
+        folder: where the adapters' folders `sample-000`, ... go; new or empty. All of them are there in the end, or
+            none.
 
     Returns:
         The adapters' folders.
 
     Raises:
+        FileExistsError: `folder` is not empty.
+        OSError: it cannot be written.
         UnsupportedAdapterError: PEFT would not write these weights as one adapter.
-        ValueError: `folder` holds samples of an earlier call that would stay.
     """
-    _refuse_old_samples(folder, samples[0].shape[0])
     adapter = _one_adapter(model, layers)
+    with new_folder(folder) as partial:
+        paths = _write(model, layers, samples, partial, adapter)
+    return [Path(folder) / path.relative_to(partial) for path in paths]
+
+
+def _write(
+    model: nn.Module, layers: Sequence[LoraLayer], samples: Sequence[Tensor], folder: Path, adapter: str
+) -> list[Path]:
     state = {name: value.detach() for name, value in model.state_dict().items()}
     paths = []
     for index in range(samples[0].shape[0]):
@@ -43,8 +53,11 @@ def save_samples(
             for (side, name), value in zip(layer.parameter_names.items(), values, strict=True):
                 features = layer.features if side == SIDES[1] else None
                 drawn[name] = _with_rows(state[name], features, stored(side, value[index])).contiguous()
-        path = Path(folder) / _name(index)
-        model.save_pretrained(str(path), state_dict=drawn, selected_adapters=[adapter])  # type: ignore[operator]
+        path = folder / f"sample-{index:03d}"
+        try:
+            model.save_pretrained(str(path), state_dict=drawn, selected_adapters=[adapter])  # type: ignore[operator]
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"the samples cannot be written: {error}") from error
         paths.append(path if adapter == "default" else path / adapter)
         _require_written(layers, paths[-1])
     return paths
@@ -63,18 +76,6 @@ def _one_adapter(model: nn.Module, layers: Sequence[LoraLayer]) -> str:
             "model.set_adapter(...) and fit again"
         )
     return adapters[0]
-
-
-def _refuse_old_samples(folder: str | PathLike[str], n: int) -> None:
-    """Raises ValueError if samples of an earlier call would stay beside n new ones: they would pass for the same."""
-    new = {_name(index) for index in range(n)}
-    old = sorted(path.name for path in Path(folder).glob("sample-*") if path.name not in new)
-    if old:
-        raise ValueError(f"folder {str(folder)!r} holds {old[0]} of an earlier call: pass an empty one")
-
-
-def _name(index: int) -> str:
-    return f"sample-{index:03d}"
 
 
 def _require_written(layers: Sequence[LoraLayer], folder: Path) -> None:

@@ -1,13 +1,23 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all.
+
+What is being written stands beside the target under a name of its own, locked by its writer. A writer that was killed
+leaves it behind, without the lock: the next one to the same target clears it away.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # no Unix: nothing is cleared away
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -28,15 +38,113 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         yield target
         return
     target = Path(os.path.realpath(target))
-    partial = target.with_name(f".partial-{secrets.token_hex(4)}-{target.name}")
+    with _naming(path), _partial(target, folder=False) as partial:
+        yield partial
+        _to_disk(partial)
+        os.replace(partial, target)
+
+
+@contextmanager
+def new_folder(path: str | PathLike[str]) -> Iterator[Path]:
+    """A folder to fill inside, which becomes `path` on leaving, and is removed after an error.
+
+    Args:
+        path: does not exist, or is an empty folder.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        OSError: it cannot be written; names `path`.
+    """
+    target = Path(os.path.realpath(path))
+    with _naming(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _partial(target, folder=True) as partial:
+            require_new_folder(path)
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _to_disk(file)
+            require_new_folder(path)
+            os.replace(partial, target)
+
+
+def require_new_folder(path: str | PathLike[str]) -> None:
+    """Raises FileExistsError unless there is nothing at `path`, or an empty folder."""
+    target = Path(path)
+    if target.is_dir():
+        found = next(target.iterdir(), None)
+        if found is not None:
+            raise FileExistsError(f"folder {str(path)!r} holds {found.name}: pass a new or an empty one")
+    elif target.exists():
+        raise FileExistsError(f"{str(path)!r} is a file: pass a folder")
+
+
+@contextmanager
+def _partial(target: Path, folder: bool) -> Iterator[Path]:
+    """What becomes the target, made and locked; removed on leaving if it is still there."""
+    _clear(target)
+    while True:
+        partial = target.with_name(f".partial-{secrets.token_hex(4)}-{target.name}")
+        if folder:
+            partial.mkdir()
+            handle = os.open(partial, os.O_RDONLY)
+        else:
+            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        if _lock(handle) is not False and partial.exists():
+            break
+        os.close(handle)  # cleared away in between
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+    finally:
+        _remove(partial)
+        os.close(handle)
+
+
+def _clear(target: Path) -> None:
+    """Removes what killed writers to this target have left."""
+    for found in target.parent.glob(".partial-????????-*"):
+        if found.name[len(".partial-????????-") :] != target.name:
+            continue
+        with suppress(OSError):
+            handle = os.open(found, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    _remove(found)
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Takes the lock, which goes with the handle or the process: False if another has it, None if there are none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _naming(path: str | PathLike[str]) -> Iterator[None]:
+    """Makes errors of the system name `path`, not what stands beside it."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,25 +1,27 @@
-"""What a posterior belongs to: an adapter's weights and scalings, and the frozen weights around them.
+"""What a posterior belongs to: an adapter's weights and scalings, and all that answers depend on around them.
 
 The adapter's weights are compared one by one with the curvature's means, whenever the posterior is used: fused
-optimisers and hot-swapped adapters write without counting a version. The frozen weights (the base weights of the LoRA
-layers, and trained parameters left alone) are too many for that: two sums over each stand for them.
+optimisers and hot-swapped adapters write without counting a version. What is around them is too much for that: sums
+stand for it, which are read again where a write has been counted, and on saving and loading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import LaplaceError, NotFittedError
-from laplace_lora_fast.model.lora import LoraLayer, parameters_left_alone
+from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.saving.surroundings import Place, Surroundings, read, settings_of
+from laplace_lora_fast.saving.watch import Watch
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.weights import matrices
 
-Fingerprint = tuple[str, float, float]  # dtype, norm, alternating sum
+_SINCE = "changed since fit: fit again"
 
 
 class FittedOn:
@@ -28,14 +30,32 @@ class FittedOn:
     Args:
         model: the PEFT model.
         layers: its LoRA layers.
-        frozen: the weights around them; None for those of now.
+        surroundings: what is around them; None to read it.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[LoraLayer], frozen: FrozenWeights | None = None
+        self, model: nn.Module, layers: Sequence[LoraLayer], surroundings: Surroundings | None = None
     ) -> None:
         self._model, self._layers = model, layers
-        self.frozen = FrozenWeights.of(model, layers) if frozen is None else frozen
+        self.surroundings = Surroundings.of(model, layers) if surroundings is None else surroundings
+        self._watch = Watch(model, layers, self.surroundings)
+
+    def fitted(self) -> None:
+        """After the fit: buffers and settings that its passes have changed, counters for example, are left out.
+
+        Raises:
+            NotFittedError: a weight has changed in the meantime.
+        """
+        for place in self._differing():
+            if not place.buffer:
+                raise NotFittedError(
+                    f"parameter {place.name!r} changed while the posterior was fitted: fit again"
+                )
+            self.surroundings.tensors.pop(place.name, None)
+            self.surroundings.derived.pop(place.name, None)
+        settings = settings_of(self._model, self._layers)
+        self.surroundings = self.surroundings.common(replace(self.surroundings, settings=settings))
+        self._watch = Watch(self._model, self._layers, self.surroundings)
 
     @contextmanager
     def unchanged(self, curvature: Curvature) -> Iterator[None]:
@@ -44,24 +64,49 @@ class FittedOn:
         A GPU compares the weights on entering and is asked on leaving: no batch in between waits for it.
         """
         require_layers(self._model, self._layers, NotFittedError)
-        if self.frozen.written_to():
-            self.require_frozen()
+        self._require_surroundings()
         require_shapes(curvature, self._layers, NotFittedError)
         unchanged = unchanged_weights(curvature, self._layers)
-        settings = curvature, unchanged, NotFittedError, "changed since fit: fit again"
+        settings = curvature, unchanged, NotFittedError, _SINCE
         if unchanged.device.type == "cpu":
             require_weights(*settings)
         yield
         if unchanged.device.type != "cpu":
             require_weights(*settings)
+        self._watch.without_counts()
 
-    def require_frozen(self) -> None:
-        """Raises NotFittedError unless the weights around the adapter are those of the fit; reads them all."""
+    def require_all(self) -> None:
+        """Raises NotFittedError unless everything around the adapter is as it was at the fit; reads it all."""
         for layer in self._layers:
             layer.check()  # a merged adapter has a message of its own
-        now = self.frozen.now(self._model)
-        self.frozen.require_same(now, NotFittedError, "changed since fit: fit again", rounding=True)
-        self.frozen = replace(now, fingerprints=self.frozen.fingerprints)
+        marks = self._watch.marks()
+        now = Surroundings.of(self._model, self._layers)
+        different = self.surroundings.difference(now, self._watch.rounded)
+        if different:
+            raise NotFittedError(f"{different} {_SINCE}")
+        self._watch.seen(marks)
+
+    def _require_surroundings(self) -> None:
+        """Raises NotFittedError where what is around the adapter has changed; reads what has been written to."""
+        different = self._watch.other_setting()
+        if different:
+            raise NotFittedError(f"{different} {_SINCE}")
+        for place in self._differing():
+            raise NotFittedError(f"{'buffer' if place.buffer else 'parameter'} {place.name!r} {_SINCE}")
+
+    def _differing(self) -> list[Place]:
+        """What has been written to, and is another than at the fit."""
+        written = self._watch.written()
+        if not written:
+            return []
+        for layer in self._layers:
+            layer.check()
+        marks = self._watch.marks()
+        names = self.surroundings.differing(*read(written), self._watch.rounded)
+        found = [place for place in written if place.name in names or place.tensor() is None]
+        if not found:
+            self._watch.seen(marks)
+        return found
 
 
 def require_layers(model: nn.Module, layers: Sequence[LoraLayer], error: type[LaplaceError]) -> None:
@@ -115,97 +160,7 @@ def _same(current: Tensor, saved: Tensor) -> Tensor:
     return torch.isclose(current.double(), saved.double(), rtol=eps, atol=eps * 1e-3).all()
 
 
-@dataclass(frozen=True)
-class FrozenWeights:
-    """The frozen weights that a curvature depends on, by two sums over each.
-
-    Attributes:
-        fingerprints: by the parameter's name; None for a weight that is quantised or offloaded.
-        places: the weights' modules, and their names there.
-        versions: change when a weight is written to or moved, except by what counts no version.
-    """
-
-    fingerprints: Mapping[str, Fingerprint | None]
-    places: Sequence[tuple[nn.Module, str]] = ()
-    versions: Sequence[tuple[int, int]] = ()
-
-    @classmethod
-    def of(cls, model: nn.Module, layers: Sequence[LoraLayer]) -> FrozenWeights:
-        """Reads all of them: about as much as a forward pass of one token."""
-        names = [f"{layer.name}.base_layer.weight" for layer in layers]
-        return cls._read(model, [*names, *parameters_left_alone(model, layers)])
-
-    def now(self, model: nn.Module) -> FrozenWeights:
-        """The same weights as they are now."""
-        return self._read(model, list(self.fingerprints))
-
-    def written_to(self) -> bool:
-        """Whether a weight may have changed; reads none."""
-        return self.versions != _versions(self.places)
-
-    @classmethod
-    def _read(cls, model: nn.Module, names: Sequence[str]) -> FrozenWeights:
-        places = {name: place for name in names if (place := _place(model, name)) is not None}
-        found = {name: getattr(*place).detach() for name, place in places.items()}
-        readable = {name: weight for name, weight in found.items() if _is_readable(weight)}
-        sums = [_sums(weight) for weight in readable.values()]
-        values = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
-        fingerprints: dict[str, Fingerprint | None] = dict.fromkeys(found)
-        for (name, weight), (norm, alternating) in zip(readable.items(), values, strict=True):
-            fingerprints[name] = str(weight.dtype).removeprefix("torch."), norm, alternating
-        return cls(fingerprints, list(places.values()), _versions(places.values()))
-
-    def require_same(
-        self, now: FrozenWeights, error: type[LaplaceError], what: str, rounding: bool = False
-    ) -> None:
-        """Raises `error` at the first weight that is gone or differs; names it.
-
-        Args:
-            now: the weights in question.
-            error: to raise.
-            what: goes behind the name.
-            rounding: allow what merging and unmerging an adapter leaves.
-        """
-        for name, print_ in self.fingerprints.items():
-            if name not in now.fingerprints or not _agree(print_, now.fingerprints[name], rounding):
-                raise error(f"parameter {name!r} {what}")
-
-
-def _agree(one: Fingerprint | None, other: Fingerprint | None, rounding: bool) -> bool:
-    if one is None or other is None:
-        return True
-    tolerance = 1e-9  # of another order of summation
-    if rounding or one[0] != other[0]:
-        tolerance = 2 * max(torch.finfo(getattr(torch, dtype)).eps for dtype in (one[0], other[0]))
-    return all(abs(a - b) <= tolerance * one[1] for a, b in zip(one[1:], other[1:], strict=True))
-
-
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     with suppress(AttributeError):
         return model.get_submodule(name)
     return None
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The module that holds a parameter, and its name there."""
-    owner, _, own_name = name.rpartition(".")
-    module = _submodule(model, owner)
-    return (module, own_name) if isinstance(getattr(module, own_name, None), Tensor) else None  # type: ignore[return-value]
-
-
-def _versions(places: Iterable[tuple[nn.Module, str]]) -> list[tuple[int, int]]:
-    weights = [getattr(*place) for place in places]
-    return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-
-
-def _is_readable(weight: Tensor) -> bool:
-    """Whether it holds real numbers where it is: neither quantised nor offloaded nor empty."""
-    plain = type(weight) is Tensor and weight.is_floating_point() and weight.itemsize > 1
-    return plain and weight.numel() > 0 and not weight.is_meta
-
-
-def _sums(weight: Tensor) -> Tensor:
-    """Norm and alternating sum [2], fp64. Weights drawn alike nearly share the norm, but not the second sum."""
-    flat, fp64 = weight.reshape(-1), torch.float64
-    alternating = flat[0::2].sum(dtype=fp64) - flat[1::2].sum(dtype=fp64)
-    return torch.stack([torch.linalg.vector_norm(flat, dtype=fp64), alternating])

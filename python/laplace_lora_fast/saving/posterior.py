@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,18 +20,30 @@ from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.lora import LoraLayer
-from laplace_lora_fast.options import from_json, to_json
+from laplace_lora_fast.options import from_json, kinds, to_json
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.saving import fingerprint
 from laplace_lora_fast.saving.atomic import replacing
-from laplace_lora_fast.saving.fingerprint import FrozenWeights
+from laplace_lora_fast.saving.fingerprint import FittedOn
+from laplace_lora_fast.saving.surroundings import Surroundings
 from laplace_lora_fast.structures.base import Curvature, Structure
 from laplace_lora_fast.tasks import Task
-from laplace_lora_fast.weights import WeightName, weight_names
+from laplace_lora_fast.weights import SIDES, WeightName, weight_names
 
 FILE_NAME = "posterior.safetensors"
-FORMAT = "laplace-lora-fast/4"
+FORMAT = "laplace-lora-fast/5"
 _OF_THE_FIT = ("shared_inputs", "n_examples", "n_outputs", "log_likelihood", "reason")
+_KEYS = {"settings", "structure", "names", "scalings", "surroundings", *_OF_THE_FIT}
+MALFORMED = (
+    KeyError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 def save(
@@ -37,7 +52,7 @@ def save(
     prior_mean: Sequence[Tensor] | None,
     settings: dict[str, Any],
     scalings: Sequence[float],
-    frozen: FrozenWeights,
+    surroundings: Surroundings,
 ) -> None:
     """Writes `folder`/posterior.safetensors, whole or not at all.
 
@@ -47,7 +62,7 @@ def save(
         prior_mean: of each weight, or None for zero.
         settings: JSON-serialisable.
         scalings: of each LoRA layer.
-        frozen: the weights around the adapter.
+        surroundings: of the adapter.
 
     Raises:
         OSError: the file cannot be written.
@@ -60,7 +75,7 @@ def save(
         "structure": to_json(fit.structure),
         "names": fit.curvature.names,
         "scalings": scalings,
-        "frozen": frozen.fingerprints,
+        "surroundings": surroundings.to_json(),
         **{key: getattr(fit, key) for key in _OF_THE_FIT},
     }
     path = Path(folder) / FILE_NAME
@@ -68,9 +83,18 @@ def save(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
         try:
-            save_file(contiguous, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
+            save_file(contiguous, partial, metadata=metadata(json.dumps(header), contiguous))
         except SafetensorError as error:  # a full disk
             raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def metadata(header: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of a file with this header and these tensors on the CPU, with a checksum over both."""
+    digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return {"format": FORMAT, "header": header, "sha256": digest.hexdigest()}
 
 
 def settings_of(
@@ -101,6 +125,7 @@ class Saved:
     path: Path
     header: dict[str, Any]
     tensors: dict[str, Tensor]
+    surroundings: Surroundings
 
     def settings(self, task: Task | None) -> dict[str, Any]:
         """What `settings_of` gave, as objects.
@@ -115,21 +140,26 @@ class Saved:
         settings = dict(self.header["settings"])
         data = settings.pop("task")
         if task is None:
-            name = next(iter(data))
-            try:
-                task = from_json(data)
-            except ValueError as error:
-                raise ValueError(
-                    f"this posterior was fitted with a task {name} that holds code, or is not registered: pass "
-                    f"task={name}(..) to load ({error})"
-                ) from error
+            task = self._task(data)
         elif to_json(task, without=task.code) != data:
             raise ValueError(f"task must be the one the posterior was fitted with, {data}, got {task!r}")
         try:
-            structure = from_json(settings.pop("structure"))
+            return settings | {"task": task, "structure": from_json(settings["structure"])}
         except ValueError as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
-        return {**settings, "task": task, "structure": structure}
+
+    def _task(self, data: dict[str, Any]) -> Task:
+        (name,) = data
+        try:
+            task: Task = from_json(data)
+        except ValueError as error:
+            if any(kind.__name__ == name and not kind.code for kind in kinds(Task)):
+                raise StateError(f"the posterior's task does not fit: {error}") from error
+            raise ValueError(
+                f"this posterior was fitted with a task {name} that holds code, or is not registered: pass "
+                f"task={name}(..) to load ({error})"
+            ) from error
+        return task
 
     def rebuild(self, layers: Sequence[LoraLayer], likelihood: Likelihood) -> tuple[Fit, list[Tensor] | None]:
         """The fit on the devices of these LoRA layers, and the prior mean of each weight (None for zero).
@@ -148,16 +178,16 @@ class Saved:
             prior_mean = [self.tensors[f"prior_mean.{index}"] for index in range(count)] or None
         except KeyError as error:
             raise StateError(f"{self.path} lacks {error}") from error
-        except ValueError as error:
+        except MALFORMED as error:
             raise StateError(f"{self.path} has a structure that does not fit: {error}") from error
         rest = {key: self.header[key] for key in _OF_THE_FIT}
         return Fit(structure, curvature, **rest), prior_mean
 
-    def frozen_weights(self, model: nn.Module, layers: Sequence[LoraLayer]) -> FrozenWeights:
-        """The weights around the adapter, which with its scalings have to be those of the fit.
+    def fitted_on(self, model: nn.Module, layers: Sequence[LoraLayer]) -> FittedOn:
+        """The model with what is around the adapter, which with its scalings has to be as it was at the fit.
 
         Raises:
-            StateError: they are not; names the first that differs.
+            StateError: it is not; names the first difference.
         """
         for layer, scaling in zip(layers, self.header["scalings"], strict=True):
             if layer.scaling != scaling:
@@ -165,14 +195,14 @@ class Saved:
                     f"layer {layer.name!r} has scaling {layer.scaling:g}, the posterior was fitted with {scaling:g}: "
                     "check lora_alpha"
                 )
-        saved = FrozenWeights(self.header["frozen"])
-        now = saved.now(model)
-        saved.require_same(
-            now,
-            StateError,
-            "is not the one the posterior was fitted with: load the same base model and trained modules",
-        )
-        return now
+        now = Surroundings.of(model, layers)
+        different = self.surroundings.difference(now)
+        if different:
+            raise StateError(
+                f"{different} is not the one the posterior was fitted with: load the same base model, trained modules "
+                "and configuration"
+            )
+        return FittedOn(model, layers, now.common(self.surroundings))
 
 
 def load(folder: str | PathLike[str]) -> Saved:
@@ -186,22 +216,54 @@ def load(folder: str | PathLike[str]) -> Saved:
         raise StateError(f"{path} does not exist: pass a folder that LaplaceLoRA.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise StateError(
-                    f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
-                )
-            header = json.loads(metadata.get("header", ""))
-            # cloned to torch's alignment, on which the last bit of products can depend
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            found = file.metadata() or {}
+            if found.get("format") == FORMAT:
+                # cloned to torch's alignment, on which the last bit of products can depend
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, *MALFORMED) as error:
         raise StateError(f"{path} is truncated or damaged: {error}") from error
-    except json.JSONDecodeError as error:
+    if found.get("format") != FORMAT:
+        raise StateError(
+            f"{path} has format {found.get('format')!r}, this version reads {FORMAT!r}: fit again, or use the version "
+            "that wrote it"
+        )
+    text = found.get("header", "")
+    if metadata(text, tensors) != found:
+        raise StateError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        header = json.loads(text)
+        _require_form(header)
+        return Saved(path, header, tensors, Surroundings.from_json(header["surroundings"]))
+    except MALFORMED as error:
         raise StateError(f"{path} has a damaged header: {error}") from error
-    missing = {"settings", "structure", "names", "scalings", "frozen", *_OF_THE_FIT} - set(header)
+
+
+def _require_form(header: Any) -> None:
+    """Raises one of `MALFORMED` unless the header has what it should, of the right kinds."""
+    missing = _KEYS - header.keys()
     if missing:
-        raise StateError(f"{path} has a damaged header: no {sorted(missing)}")
-    return Saved(path, header, tensors)
+        raise ValueError(f"no {sorted(missing)}")
+    n, settings, noise = len(header["names"]) // len(SIDES), header["settings"], header["settings"]["noise"]
+    wrong = {
+        "names": not all(isinstance(layer, str) and side in SIDES for layer, side in header["names"]),
+        "scalings": len(header["scalings"]) != n or not all(_is_number(each) for each in header["scalings"]),
+        "shared_inputs": len(header["shared_inputs"]) != n
+        or not all(type(each) is int and 0 <= each < n for each in header["shared_inputs"]),
+        "n_examples": type(header["n_examples"]) is not int or header["n_examples"] < 1,
+        "n_outputs": type(header["n_outputs"]) is not int or header["n_outputs"] < 1,
+        "log_likelihood": header["log_likelihood"] is not None and not _is_number(header["log_likelihood"]),
+        "reason": not isinstance(header["reason"], str),
+        "task": not isinstance(settings["task"], dict) or len(settings["task"]) != 1,
+        "structure": "structure" not in settings,
+        "noise": noise is not None and not (_is_number(noise) and noise > 0),
+    }
+    odd = [key for key, is_wrong in wrong.items() if is_wrong]
+    if odd:
+        raise ValueError(f"{odd} not as this version writes it")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check(curvature: Curvature, layers: Sequence[LoraLayer]) -> None:
@@ -211,7 +273,11 @@ def check(curvature: Curvature, layers: Sequence[LoraLayer]) -> None:
         StateError: names the layer.
     """
     _check_names(curvature.names, layers)
-    for index in curvature.damaged():
+    try:
+        damaged = curvature.damaged()
+    except MALFORMED as error:
+        raise StateError(f"the posterior's tensors do not belong together: {error}") from error
+    for index in damaged:
         layer = curvature.names[index].layer
         raise StateError(
             f"the posterior of layer {layer!r} has tensors of wrong shapes or values that are not finite"

@@ -6,8 +6,9 @@ and paths. Tensors that are no parameters or buffers, and settings that are no p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,8 +19,24 @@ from laplace_lora_fast.saving.sums import Sums, plain_parts, sums
 _PLAIN = (bool, int, float, str, type(None))
 _WITHOUT_EFFECT = {
     *("training", "gradient_checkpointing", "use_cache", "forward", "max_seq_len_cached", "inplace"),
-    *("name_or_path", "loss_type", "problem_type", "active_adapter", "peft_type", "vocab_size", "architectures"),
-    *("dtype", "torch_dtype", "transformers_version", "quantization_config", "id2label", "label2id", "auto_map"),
+    *(
+        "name_or_path",
+        "loss_type",
+        "problem_type",
+        "active_adapter",
+        "peft_type",
+        "vocab_size",
+        "architectures",
+    ),
+    *(
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "quantization_config",
+        "id2label",
+        "label2id",
+        "auto_map",
+    ),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict"),
     *("initializer_range", "task_specific_params", "finetuning_task", "torchscript", "tokenizer_class"),
     *("ephemeral_gpu_offload", "compute_type_is_set", "peft_config", "merged_adapters"),
@@ -29,6 +46,7 @@ _OF_GENERATION = {"pad_token_id", "bos_token_id", "eos_token_id", "padding_idx"}
 _CONTAINERS = {"ModuleDict", "ModuleList", "ParameterDict", "BufferDict", "Sequential", "Identity"}
 
 Settings = dict[str, Any]
+Prints = dict[str, Sums | None]
 
 
 class Place(NamedTuple):
@@ -38,6 +56,7 @@ class Place(NamedTuple):
         name: of the parameter or buffer.
         holder: the module's dict that has it.
         key: its name there.
+        buffer: whether it is a buffer.
         derived: whether the model makes it of its configuration: a buffer that PyTorch does not save.
         base: whether it is of a layer below an adapter, which merging changes.
     """
@@ -45,6 +64,7 @@ class Place(NamedTuple):
     name: str
     holder: Mapping[str, Tensor | None]
     key: str
+    buffer: bool
     derived: bool
     base: bool
 
@@ -65,8 +85,8 @@ class Surroundings:
         version: of transformers: another one may name its modules otherwise.
     """
 
-    tensors: dict[str, Sums | None]
-    derived: dict[str, Sums | None]
+    tensors: Prints
+    derived: Prints
     settings: dict[str, Settings]
     version: str | None
 
@@ -90,22 +110,28 @@ class Surroundings:
         settings = {str(kind): dict(values) for kind, values in data["settings"].items()}
         return cls(tensors, derived, settings, data["version"])
 
-    def difference(self, now: Surroundings, rounded: Sequence[str] = ()) -> str | None:
+    def difference(self, now: Surroundings, rounded: Collection[str] = ()) -> str | None:
         """What is not as it was, or None.
 
         Args:
             now: of the model in question.
             rounded: names of tensors that merging and unmerging an adapter may have rounded.
         """
-        for name in [*self.tensors, *(name for name in now.tensors if name not in self.tensors)]:
-            if name not in self.tensors or name not in now.tensors:
+        for name in self.tensors.keys() ^ now.tensors.keys():
+            if "#" not in name:
                 return f"parameter {name!r}, which one of the models does not have,"
-            if not _agree(self.tensors[name], now.tensors[name], name in rounded):
-                return f"parameter {name!r}"
-        for name in self.derived.keys() & now.derived.keys():
-            if not _agree(self.derived[name], now.derived[name], True):
-                return f"buffer {name!r}"
-        return self._other_setting(now)
+        different = self.differing(now.tensors, now.derived, rounded)
+        return f"parameter {different[0]!r}" if different else self._other_setting(now)
+
+    def differing(self, tensors: Prints, derived: Prints, rounded: Collection[str]) -> list[str]:
+        """The names, of those that both have, under which there is another tensor than here."""
+        pairs = [(name, self.tensors.get(name), each, name in rounded) for name, each in tensors.items()]
+        pairs += [(name, self.derived.get(name), each, True) for name, each in derived.items()]
+        return [
+            name.partition("#")[0]
+            for name, own, other, rounding in pairs
+            if own is not None and other is not None and not own.agrees(other, rounding)
+        ]
 
     def _other_setting(self, now: Surroundings) -> str | None:
         strict = self.version == now.version
@@ -123,21 +149,23 @@ class Surroundings:
     def common(self, other: Surroundings) -> Surroundings:
         """Without the settings that are not the other's: what a forward pass counts is none."""
         settings = {
-            kind: {key: value for key, value in values.items() if other.settings.get(kind, {}).get(key) == value}
+            kind: {
+                key: value for key, value in values.items() if other.settings.get(kind, {}).get(key) == value
+            }
             for kind, values in self.settings.items()
         }
         return Surroundings(self.tensors, self.derived, settings, self.version)
 
 
-def read(found: Sequence[Place]) -> tuple[dict[str, Sums | None], dict[str, Sums | None]]:
+def read(found: Sequence[Place]) -> tuple[Prints, Prints]:
     """Sums over the tensors at these places, and over those that are derived."""
     plain: dict[str, Tensor] = {}
     derived: dict[str, Tensor] = {}
-    unread = {}
+    unread: Prints = {}
     for place in found:
         tensor = place.tensor()
         parts = {} if tensor is None else dict(plain_parts(place.name, tensor))
-        if tensor is not None and place.name not in parts and not parts:
+        if not parts:
             unread[place.name] = None
         for name, part in parts.items():
             (derived if place.derived or "#" in name else plain)[name] = part
@@ -151,13 +179,13 @@ def places(model: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[Place]:
     bases = tuple(f"{name}.base_layer." for name, module in modules(model) if hasattr(module, "base_layer"))
     for name, module in modules(model):
         prefix = f"{name}." if name else ""
-        for holder in (module._parameters, module._buffers):
+        for buffer, holder in enumerate((module._parameters, module._buffers)):
             for key, tensor in holder.items():
                 full = prefix + key
                 if tensor is None or full in treated or _is_recomputed(module, key):
                     continue
                 derived = key in module._non_persistent_buffers_set
-                yield Place(full, holder, key, derived, full.startswith(bases))
+                yield Place(full, holder, key, bool(buffer), derived, full.startswith(bases))
 
 
 def settings_of(model: nn.Module, layers: Sequence[LoraLayer]) -> dict[str, Settings]:
@@ -191,6 +219,13 @@ def module_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The plain values that a module holds."""
     for key, value in vars(module).items():
         if _has_effect(key) and _is_plain(value):
+            yield key, value
+
+
+def module_functions(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The functions that a module holds, activations for example: told apart in one process, not in a file."""
+    for key, value in vars(module).items():
+        if _has_effect(key) and isinstance(value, FunctionType | BuiltinFunctionType):
             yield key, value
 
 
@@ -278,7 +313,9 @@ def _summary(key: str, values: list[Any]) -> Any:
     if key == "number":
         return len(values)
     first = _as_json(values[0])
-    return first if all(_as_json(value) == first for value in values) else [_as_json(value) for value in values]
+    return (
+        first if all(_as_json(value) == first for value in values) else [_as_json(value) for value in values]
+    )
 
 
 def _as_json(value: Any) -> Any:
@@ -288,10 +325,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _as_json(each) for key, each in value.items()}
     return value if type(value) in _PLAIN and value == value else str(value)
-
-
-def _agree(one: Sums | None, other: Sums | None, rounding: bool) -> bool:
-    return one is None or other is None or one.agrees(other, rounding)
 
 
 def _short(value: Any) -> str:

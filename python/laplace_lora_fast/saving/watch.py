@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from laplace_lora_fast.model.lora import LoraLayer
 from laplace_lora_fast.saving.surroundings import (
     Place,
-    Settings,
+    Surroundings,
     config_values,
     configs,
     is_without_settings,
+    module_functions,
     module_values,
     modules,
     places,
@@ -39,14 +41,19 @@ class Watch:
     Args:
         model: the model.
         layers: whose LoRA weights are compared elsewhere.
-        settings: those that count, as `surroundings.settings_of` names them.
+        known: what counts; other tensors and settings are not looked at.
+
+    Attributes:
+        rounded: names of the tensors that merging and unmerging an adapter rounds.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[LoraLayer], settings: dict[str, Settings]
-    ) -> None:
-        self.places = list(places(model, layers))
-        self._marks = [_mark(place.tensor()) for place in self.places]
+    def __init__(self, model: nn.Module, layers: Sequence[LoraLayer], known: Surroundings) -> None:
+        found = list(places(model, layers))
+        self.rounded = {place.name for place in found if place.base}
+        names = {name.partition("#")[0] for name in [*known.tensors, *known.derived]}
+        self._places = [place for place in found if place.name in names]
+        self._marks = self.marks()
+        settings = known.settings
         self._children = []
         self._values = []
         for name, module in modules(model):
@@ -57,13 +64,13 @@ class Watch:
                 counted = settings.get(type(module).__name__, {})
                 self._values += [
                     _Value(f"module {name!r}", vars(module), key, value)
-                    for key, value in module_values(module)
-                    if key in counted
+                    for key, value in [*module_values(module), *module_functions(module)]
+                    if key in counted or callable(value)
                 ]
         counted = settings.get("config", {})
         for prefix, holder in configs(model):
             self._values += [
-                _Value("the model's configuration", holder, key, holder[key])
+                _Value("the model's configuration", holder, key, deepcopy(holder[key]))
                 for name, _ in config_values(model)
                 if name in counted and name.startswith(prefix) and (key := name[len(prefix) :]) in holder
             ]
@@ -80,21 +87,24 @@ class Watch:
         return None
 
     def written(self) -> list[Place]:
-        """The tensors that may have changed since `seen` or the beginning."""
-        return [
-            place
-            for place, mark in zip(self.places, self._marks, strict=True)
-            if _mark(place.holder.get(place.key)) != mark
-        ]
+        """The tensors that may have changed since the beginning, or since `seen`."""
+        pairs = zip(self._places, self._marks, strict=True)
+        return [place for place, mark in pairs if _mark(place.tensor()) != mark]
 
-    def seen(self) -> None:
-        """Takes the tensors as they are now for unchanged."""
-        self._marks = [_mark(place.tensor()) for place in self.places]
+    def marks(self) -> list[Mark]:
+        """What `seen` is told; to be asked before the tensors are read."""
+        return [_mark(place.tensor()) for place in self._places]
+
+    def seen(self, marks: list[Mark]) -> None:
+        """Takes the tensors as they were at these marks for unchanged."""
+        self._marks = marks
 
     def without_counts(self) -> None:
         """Leaves out the integers that have changed: a module counts its passes there."""
         self._values = [
-            each for each in self._values if type(each.value) is not int or each.holder.get(each.key) == each.value
+            each
+            for each in self._values
+            if type(each.value) is not int or each.holder.get(each.key) == each.value
         ]
 
 

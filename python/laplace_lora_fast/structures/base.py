@@ -313,5 +313,6 @@ def require_finite(names: Sequence[WeightName], tensors: Sequence[Tensor], what:
     for name, tensor in zip(names, tensors, strict=True):
         if not tensor.isfinite().all():
             raise NumericalError(
-                f"the {what} of layer {name.layer!r} is not finite: the model overflows or a batch holds NaN"
+                f"the {what} of layer {name.layer!r} is not finite: the model overflows or a batch holds NaN. "
+                "Load the model in bfloat16 or float32, or pad on the other side"
             )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-import weakref
 from enum import Enum
-from pathlib import Path
-from shutil import rmtree
 
 import torch
 from torch import Tensor
@@ -26,8 +24,9 @@ class RowStore:
     """One growing matrix [R, features] per block.
 
     Rows stay on the device until all blocks together exceed `memory_budget`, then move to CPU memory, and once four
-    times the budget is exceeded to memory-mapped files in a temporary folder, which goes away with the store. There
-    they stay: a kernel or a prediction reads one block at a time.
+    times the budget is exceeded to memory-mapped files in the temporary folder (TMPDIR). There they stay: a kernel or
+    a prediction reads one block at a time. The files have no names, so that nothing is left of them however the
+    process ends.
 
     Args:
         n_blocks: number of matrices.
@@ -40,18 +39,17 @@ class RowStore:
         self._chunks: list[list[Tensor]] = [[] for _ in range(n_blocks)]
         self._devices: list[torch.device] = [torch.device("cpu")] * n_blocks
         self._bytes = 0
-        self._folder: Path | None = None
 
     def append(self, block: int, rows: Tensor) -> None:
-        """Adds rows [n, features] below the block's others."""
+        """Adds rows [n, features] below the block's others. Raises OSError where they do not fit on the disk."""
         self._devices[block] = rows.device
         self._bytes += rows.numel() * rows.element_size()
         wanted = self._place_for(self._bytes)
         if wanted is not self.place:
             self.place = wanted
             for index, chunks in enumerate(self._chunks):
-                self._chunks[index] = [self._stored(index, chunk, n) for n, chunk in enumerate(chunks)]
-        self._chunks[block].append(self._stored(block, rows, len(self._chunks[block])))
+                self._chunks[index] = [self._stored(chunk) for chunk in chunks]
+        self._chunks[block].append(self._stored(rows))
 
     def matrices(self) -> list[Tensor]:
         """[R, features] of every block, where its rows live; chunks are let go block by block."""
@@ -69,7 +67,7 @@ class RowStore:
         if self.place is not Place.DISK:
             return torch.cat(chunks)
         rows = sum(len(chunk) for chunk in chunks)
-        matrix = self._mapped(str(block), torch.Size([rows, chunks[0].shape[1]]), chunks[0].dtype)
+        matrix = _mapped(torch.Size([rows, chunks[0].shape[1]]), chunks[0].dtype)
         return torch.cat(chunks, out=matrix)
 
     def _place_for(self, used: int) -> Place:
@@ -80,18 +78,38 @@ class RowStore:
             return Place.CPU
         return Place.DISK
 
-    def _stored(self, block: int, rows: Tensor, number: int) -> Tensor:
+    def _stored(self, rows: Tensor) -> Tensor:
         if self.place is Place.DEVICE:
             return rows
         rows = rows.cpu()
         if self.place is Place.CPU:
             return rows
-        return self._mapped(f"{block}-{number}", rows.shape, rows.dtype).copy_(rows)
+        return _mapped(rows.shape, rows.dtype).copy_(rows)
 
-    def _mapped(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor in a file; what is mapped stays readable after the folder has gone."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="laplace-rows-"))
-            weakref.finalize(self, rmtree, self._folder, ignore_errors=True)
-        path = self._folder / name
-        return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
+
+def _mapped(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor in a file without a name, whose room on the disk is taken at once: writing to it cannot fail later."""
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype)
+    n_bytes = shape.numel() * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(prefix="laplace-rows-") as file:
+            _allocate(file.fileno(), n_bytes)
+            path = f"/dev/fd/{file.fileno()}"
+            return torch.from_file(path, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"no room for {n_bytes:,} more bytes of Jacobian rows in {tempfile.gettempdir()!r} ({error.strerror}): set "
+            "TMPDIR to a larger disk, pass a larger budget, or keep fewer columns with Rows(columns=..)",
+        ) from error
+
+
+def _allocate(file: int, n_bytes: int) -> None:
+    """Takes room on the disk. Raises OSError if there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, n_bytes)
+        return
+    block = bytes(min(n_bytes, 2**20))
+    for start in range(0, n_bytes, len(block)):
+        os.write(file, block[: n_bytes - start])

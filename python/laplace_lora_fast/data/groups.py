@@ -1,0 +1,172 @@
+"""Batches of examples that are groups of sequences: options behind a prompt, preferred and rejected answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.errors import InvalidBatchError
+
+Ids = Sequence[int]
+Messages = Sequence[Mapping[str, Any]]  # of a chat
+Text = str | Messages
+
+
+def option_batches(
+    tokenizer: Any, rows: Iterable[Mapping[str, Any]], batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Batches for `Options` from {"prompt", "choices", "label"}.
+
+    Prompt and option are tokenised together where that leaves the prompt's tokens as they are, as a model has read them
+    in training; where it does not (an option without a space, say), apart.
+
+    Args:
+        tokenizer: of the model.
+        rows: examples; "prompt" is text or chat messages (the chat template adds what starts an answer), "choices" a
+            list of texts, "label" the place of the right one; without labels, no batch has any.
+        batch_size: examples in a batch; those of like length stand together.
+
+    Raises:
+        InvalidBatchError: a row lacks a field, or an option has no token; names the row.
+    """
+    examples = []
+    for number, row in enumerate(rows):
+        _require(row, ("prompt", "choices"), number)
+        prompt = _prompt_text(tokenizer, row["prompt"])
+        stem = tokenizer(prompt, add_special_tokens=not _is_chat(row["prompt"]))["input_ids"]
+        options = [_option_ids(tokenizer, prompt, stem, choice, number) for choice in row["choices"]]
+        examples.append((_without_end(tokenizer, stem), options, row.get("label")))
+    return option_batches_from_ids(examples, batch_size)
+
+
+def option_batches_from_ids(
+    examples: Iterable[tuple[Ids, Sequence[Ids], int | None]], batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Batches for `Options` from token ids.
+
+    Args:
+        examples: (prompt, options, label) of each; label None where there is none.
+        batch_size: examples in a batch; those of like length stand together, otherwise in the order they came.
+
+    Returns:
+        Dicts of `input_ids`, `attention_mask`, `option_mask` [S, T], padded on the right, `group` [S], and `labels` [N]
+        where all have one.
+
+    Raises:
+        InvalidBatchError: an example has no prompt, fewer than two options, an empty one, or a wrong label.
+    """
+    listed = []
+    for number, (prompt, options, label) in enumerate(examples):
+        if not len(prompt) or len(options) < 2 or not all(len(option) for option in options):
+            raise InvalidBatchError(
+                f"example {number} needs a prompt and at least two options, none of them empty"
+            )
+        if label is not None and not 0 <= int(label) < len(options):
+            raise InvalidBatchError(f"example {number} has label {label} for {len(options)} options")
+        sequences = [[*prompt, *option] for option in options]
+        scored = [[False] * len(prompt) + [True] * len(option) for option in options]
+        listed.append((sequences, scored, label))
+    return _batches(listed, batch_size)
+
+
+def preference_batches(
+    tokenizer: Any, rows: Iterable[Mapping[str, Any]], batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Batches for `Preference` from TRL's {"chosen", "rejected"}, or {"prompt", "chosen", "rejected"}.
+
+    Args:
+        tokenizer: of the model.
+        rows: pairs, texts or chat messages.
+        batch_size: pairs in a batch.
+
+    Returns:
+        Dicts of `input_ids`, `attention_mask` [S, T], padded on the right, `group` [S], and `labels` [N]: 0, as the
+        chosen one comes first.
+
+    Raises:
+        InvalidBatchError: a row lacks a field; names it.
+    """
+    listed = []
+    for number, row in enumerate(rows):
+        _require(row, ("chosen", "rejected"), number)
+        sequences = [_whole(tokenizer, row.get("prompt"), row[side]) for side in ("chosen", "rejected")]
+        listed.append((sequences, None, 0))
+    return _batches(listed, batch_size)
+
+
+def _batches(listed: Sequence[tuple[Any, Any, int | None]], batch_size: int) -> list[dict[str, Tensor]]:
+    if not listed:
+        raise InvalidBatchError("there are no rows")
+    order = sorted(range(len(listed)), key=lambda i: max(map(len, listed[i][0])))
+    labelled = all(label is not None for _, _, label in listed)
+    batches = []
+    for start in range(0, len(order), batch_size):
+        chosen = [listed[i] for i in order[start : start + batch_size]]
+        sequences = [ids for each, _, _ in chosen for ids in each]
+        batch = {
+            "input_ids": _padded(sequences, 0),
+            "attention_mask": _padded([[1] * len(s) for s in sequences], 0),
+        }
+        if chosen[0][1] is not None:
+            batch["option_mask"] = _padded([flags for _, each, _ in chosen for flags in each], False)
+        sizes = torch.tensor([len(each) for each, _, _ in chosen])
+        batch["group"] = torch.arange(len(chosen)).repeat_interleave(sizes)
+        if labelled:
+            batch["labels"] = torch.tensor([int(label) for _, _, label in chosen])  # type: ignore[arg-type]
+        batches.append(batch)
+    return batches
+
+
+def _padded(rows: Sequence[Sequence[Any]], pad: Any) -> Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+
+
+def _option_ids(tokenizer: Any, prompt: str, stem: Ids, choice: str, number: int) -> list[int]:
+    if not isinstance(choice, str) or not choice:
+        raise InvalidBatchError(f"row {number}: field 'choices' must hold non-empty texts, got {choice!r}")
+    spaced = choice if not prompt or prompt[-1].isspace() or choice[0].isspace() else f" {choice}"
+    stem = _without_end(tokenizer, stem)
+    whole = _without_end(tokenizer, tokenizer(prompt + spaced)["input_ids"])
+    if list(whole[: len(stem)]) == list(stem) and len(whole) > len(stem):
+        return list(whole[len(stem) :])
+    alone = _without_end(tokenizer, tokenizer(spaced, add_special_tokens=False)["input_ids"])
+    if not alone:
+        raise InvalidBatchError(f"row {number}: option {choice!r} has no token")
+    return list(alone)
+
+
+def _without_end(tokenizer: Any, ids: Ids) -> list[int]:
+    """Without an end-of-sequence token that the tokenizer appends: nothing would follow it."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return list(ids[:-1]) if len(ids) > 1 and end is not None and ids[-1] == end else list(ids)
+
+
+def _is_chat(text: Any) -> bool:
+    return not isinstance(text, str)
+
+
+def _prompt_text(tokenizer: Any, prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    rendered: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return rendered
+
+
+def _whole(tokenizer: Any, prompt: Text | None, answer: Text) -> list[int]:
+    if isinstance(answer, str):
+        if prompt is not None and not isinstance(prompt, str):
+            raise InvalidBatchError("a prompt of messages needs answers of messages")
+        return list(tokenizer((prompt or "") + answer)["input_ids"])
+    messages = [*(prompt or []), *answer]  # type: ignore[misc]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _require(row: Mapping[str, Any], names: Sequence[str], number: int) -> None:
+    for name in names:
+        if name not in row:
+            raise InvalidBatchError(f"row {number}: field {name!r} is missing")

@@ -1,0 +1,219 @@
+"""Heads of causal language models: answers at the last position, options scored by their tokens.
+
+The language-model head is shown only the positions that are read: with a vocabulary of 128,000 that is the memory of a
+batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import laplace_kernels as lk
+from laplace_lora_fast.devices import to_device
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.model.batches import Batch, Inputs
+from laplace_lora_fast.model.heads import Head, innermost
+
+_TEXT = {"input_ids", "inputs_embeds", "token_type_ids", "attention_mask"}
+_PROBED = 8  # tokens
+
+
+class CausalHead(Head):
+    """Reads some positions' logits over the vocabulary.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ValueError: the model is no causal language model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        _require_causal(model, type(self).__name__)
+        self.output_layer = model.get_output_embeddings()  # type: ignore[operator]
+        self._local = threading.local()
+        self._counts_from_zero: bool | None = None
+
+    def positions(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Which positions [S, L] are read, and the mask [S, L] of those that count; None where all do."""
+        raise NotImplementedError
+
+    def placed(self, model: nn.Module, inputs: Inputs) -> Inputs:
+        """The inputs with `position_ids`, so that left padding shifts no position, as in generation.
+
+        Only for a model that counts positions 0, 1, .. itself, which is found out at the first batch with a mask.
+        Others, as RoBERTa, count from elsewhere, and know where the pads are.
+        """
+        if inputs.positions is None:
+            return inputs
+        if self._counts_from_zero is None:
+            self._counts_from_zero = _counts_from_zero(model, inputs.model)  # waits once
+        if not self._counts_from_zero:
+            return inputs
+        return replace(inputs, model=inputs.model | {"position_ids": inputs.positions}, positions=None)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Makes the language-model head see the positions that are read only."""
+        assert self.output_layer is not None
+        handle = self.output_layer.register_forward_pre_hook(self._gather)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def u(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        self._local.positions = self.positions(inputs)[0]
+        try:
+            return super().u(model, inputs)
+        finally:
+            self._local.positions = None
+
+    def output_stream(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None] | None:
+        positions, mask = self.positions(inputs)
+        return (x, mask) if x.dim() == 3 and x.shape[:2] == positions.shape else None
+
+    def _places(self, inputs: Inputs) -> bool:
+        """Text alone: images take places of their own.
+
+        A classifier is called as its user calls it: its logits are the model's own, whatever padding does to them.
+        """
+        text = all(key in _TEXT for key, value in inputs.model.items() if isinstance(value, Tensor))
+        return text and "position_ids" in self._accepts
+
+    def _gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        positions = getattr(
+            self._local, "positions", None
+        )  # of this thread's pass: a plain forward beside it has none
+        if positions is None:
+            return None
+        hidden = args[0]
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return (hidden[rows[:, None], positions.to(hidden.device)], *args[1:])
+
+
+class AnswerHead(CausalHead):
+    """Logits of answer tokens at the last real position.
+
+    Args:
+        model: the model.
+        token_ids: of the answers, in the order of the classes.
+
+    Raises:
+        ValueError: the model is no causal language model, or a token is none of its vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
+        super().__init__(model)
+        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        if size is not None and not (min(token_ids) >= 0 and max(token_ids) < size):
+            raise ValueError(f"token_ids must lie in [0, {size}), got {list(token_ids)}")
+        with torch.inference_mode(False):  # the graph of the logits keeps them
+            self.features = torch.tensor(list(token_ids))
+        self.n_outputs = len(token_ids)
+
+    def positions(self, inputs: Inputs) -> tuple[Tensor, None]:
+        if inputs.last is None:
+            raise InvalidBatchError("Answers needs sequences of tokens: 'input_ids' or 'inputs_embeds'")
+        return inputs.last[:, None], None
+
+    def read(self, output: Any, inputs: Inputs) -> Tensor:
+        logits = super().read(output, inputs)
+        assert self.features is not None
+        self.features = self.features.to(logits.device)  # waits once
+        return logits.flatten(0, -2).index_select(-1, self.features)
+
+
+class OptionHead(CausalHead):
+    """The score of an option's tokens behind a prompt: the sum or mean of their log probabilities, one a sequence.
+
+    A batch has "option_mask" [S, T], true at the option's tokens, beside "group".
+
+    Args:
+        model: the model.
+        mean: whether the score is the mean.
+    """
+
+    grouped = True
+    own_keys = ("option_mask",)
+
+    def __init__(self, model: nn.Module, mean: bool) -> None:
+        super().__init__(model)
+        self._mean = mean
+
+    def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
+        """Where the options' tokens are is worked out where the loader left them: nothing waits for the device."""
+        inputs = super().inputs(batch, device, checks)
+        ids, option = batch.get("input_ids"), inputs.own["option_mask"].bool()
+        if not isinstance(ids, Tensor) or option.shape != ids.shape:
+            raise InvalidBatchError(
+                f"'option_mask' has shape {tuple(option.shape)}, expected that of 'input_ids'"
+            )
+        mask = batch.get("attention_mask")
+        if mask is not None and (option & ~mask.bool()).any():
+            raise InvalidBatchError("'option_mask' is true at a pad")
+        if option[:, 0].any():
+            raise InvalidBatchError("'option_mask' is true at a first token, which nothing predicts")
+        counts = option.sum(1)
+        if not counts.all():
+            raise InvalidBatchError(
+                f"sequence {int(counts.argmin())} of a batch has no token in 'option_mask'"
+            )
+        order = torch.argsort(option.int(), dim=1, descending=True, stable=True)[:, : int(counts.max())]
+        real = torch.arange(order.shape[1]) < counts[:, None]
+        own = {
+            "positions": (order - 1).where(real, 0),
+            "tokens": ids.gather(1, order).where(real, 0),
+            "counted": real,
+        }
+        return replace(inputs, own={key: to_device(value, device) for key, value in own.items()})
+
+    def positions(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return inputs.own["positions"], inputs.own["counted"]
+
+    def read(self, output: Any, inputs: Inputs) -> Tensor:
+        logits, tokens, counted = super().read(output, inputs), inputs.own["tokens"], inputs.own["counted"]
+        if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+            raise InvalidBatchError(
+                f"the model's logits have shape {tuple(logits.shape)}, expected {(*tokens.shape, 'V')}: its output "
+                "embeddings do not see the positions that are read"
+            )
+        log_probs = logits.log_softmax(-1, dtype=lk.accumulation_dtype(logits.dtype))
+        of_token = log_probs.gather(2, tokens[..., None])[..., 0].where(counted, 0)
+        scores = of_token.sum(1, keepdim=True)
+        return scores / counted.sum(1, keepdim=True) if self._mean else scores
+
+
+@torch.no_grad()
+def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether an unpadded sequence has the same logits with positions 0, 1, .. as with none given."""
+    row = {key: value[:1, :_PROBED] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    row["attention_mask"] = torch.ones_like(row["attention_mask"])
+    positions = torch.arange(row["attention_mask"].shape[1], device=row["attention_mask"].device)[None]
+    return torch.equal(model(**row).logits, model(**row, position_ids=positions).logits)
+
+
+def _require_causal(model: nn.Module, head: str) -> None:
+    """Only there does the last real position of `input_ids` predict the answer."""
+    task = {"AnswerHead": "Answers", "OptionHead": "Options"}.get(head, head)
+    get, kind = getattr(model, "get_output_embeddings", None), type(innermost(model))
+    if get is None or get() is None:
+        raise ValueError(f"{task} needs a causal language model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        what = "answers at positions of its decoder"
+    elif any("ForMaskedLM" in base.__name__ for base in kind.__mro__):
+        what = "answers at masked positions"
+    else:
+        return
+    raise ValueError(
+        f"{task} needs a causal language model, {kind.__name__} {what}: pass Outputs(function), which reads the "
+        "classes off the model's output"
+    )
