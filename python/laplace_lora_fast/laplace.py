@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from laplace_lora_fast.errors import LaplaceError, StateError
 from laplace_lora_fast.evaluation.predictions import LabelPredictions, Predictions, RegressionPredictions
+from laplace_lora_fast.evaluation.rewards import Rewards
 from laplace_lora_fast.fitting.choose import choose
 from laplace_lora_fast.fitting.fit import fit
 from laplace_lora_fast.fitting.passes import Loader, Subject
@@ -59,7 +60,8 @@ class LaplaceLoRA(LaplaceState):
 
     Args:
         model: a PEFT model with one active LoRA adapter. Never changed.
-        task: what the model answers: `Answers(token_ids)`, `Classes()`, `Regression()`, `Outputs(fn)`.
+        task: what the model answers: `Answers(token_ids)`, `Options()`, `Classes()`, `MultiLabel()`, `Regression()`,
+            `Preference()`, `Outputs(fn)`.
         structure: of the curvature: `Rows(..)`, `KFAC(..)`, `EKFAC(..)`, `Diagonal(..)`, or their short names. "auto":
             exact rows where they are fewer than the weights and than 4,096 and fit the budget, else KFAC.
         prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.
@@ -246,6 +248,27 @@ class LaplaceLoRA(LaplaceState):
         variance = self._variance(one_block(self._distribution([without_labels(batch)], precisions)))
         return variance if several else variance[0]
 
+    def reward(self, batch: Batch, prior_precision: PriorPrecision | None = None) -> Rewards:
+        """Joint Gaussian of the scores of each example's sequences, for best-of-n under uncertainty.
+
+        Args:
+            batch: one of `Preference`, `Options` or another task whose examples are groups; labels are ignored.
+            prior_precision: another one than the current.
+
+        Returns:
+            `Rewards`: means, standard deviations and covariances, example by example. One backward pass.
+
+        Raises:
+            ValueError: the task's examples are single sequences.
+        """
+        if not self._head.grouped:
+            raise ValueError(f"{self.task!r} has no groups of sequences: see predict and logit_distribution")
+        precisions = self._resolve(prior_precision)[:, None]
+        blocks = self._distribution([without_labels(batch)], precisions, plain_outputs=True)
+        return Rewards.of_groups(
+            (b.examples, b.mean.reshape(b.cov[0, ..., 0].shape), b.cov[0]) for b in blocks
+        )
+
     def predictions(
         self,
         loader: Loader,
@@ -261,8 +284,8 @@ class LaplaceLoRA(LaplaceState):
             Of all examples in the loader's order, with `metrics()`: `Predictions` of classes (`plot()` too),
             `LabelPredictions` of independent labels, `RegressionPredictions` of means and variances.
 
-            Labels are None if not all batches
-            have them; labels that are there have to be valid: leave out the -1 of an unlabelled test set.
+            Rows of examples with fewer options than others end in zeros. Labels are None if not all batches have them;
+            labels that are there have to be valid: leave out the -1 of an unlabelled test set.
         """
         precisions = self._resolve(prior_precision)[:, None]
         if not self.likelihood.has_noise:

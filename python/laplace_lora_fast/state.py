@@ -156,8 +156,8 @@ class LaplaceState:
             if isinstance(error, LaplaceError):
                 raise
             raise ValueError(
-                f"prior_mean: the adapter in {str(source)!r} is damaged, or holds objects other than tensors, which are "
-                f"not loaded as they may be code: save it as safetensors ({str(error).splitlines()[0]})"
+                f"prior_mean: the adapter in {str(source)!r} is damaged, or holds objects other than tensors, which "
+                f"are not loaded as they may be code: save it as safetensors ({str(error).splitlines()[0]})"
             ) from error
         refits = isinstance(self.structure, Structure) and self.structure.starts_without_adapter
         if refits and any(bool(layer.B.any()) for layer in weights):

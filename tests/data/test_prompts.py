@@ -25,6 +25,15 @@ def test_unusable_answers_are_refused(choices, message):
         answer_token_ids(words.tokenizer(), [PromptRow("the film", choices, 0)])
 
 
+def test_rows_that_only_options_can_take_are_refused():
+    rows = [PromptRow("the film", ("A", "B"), 0), PromptRow("the film", ("B", "A"), 0)]
+    with pytest.raises(InvalidBatchError, match="row 2 has other 'choices' than the first"):
+        answer_token_ids(words.tokenizer(), rows)
+    chat = PromptRow(({"role": "user", "content": "a film"},), ("A", "B"), 0)
+    with pytest.raises(InvalidBatchError, match="row 2 is a chat"):
+        answer_token_ids(words.tokenizer(), [rows[0], chat])
+
+
 @pytest.mark.parametrize("end", [" ", "\n", "\t"])
 def test_prompts_that_end_in_white_space_are_refused(end):
     rows = [PromptRow(prompt, ("A", "B"), 0) for prompt in ("the film", "the plot" + end)]

@@ -21,6 +21,14 @@ def test_rows_come_back_as_written(tmp_path):
     assert read_rows(path) == expected
 
 
+def test_rows_may_have_choices_of_their_own_and_chats(tmp_path):
+    chat = [{"role": "system", "content": "short"}, {"role": "user", "content": "a film"}]
+    records = [GOOD, GOOD | {"choices": ["very good", "bad", "so so"]}, GOOD | {"prompt": chat}]
+    rows = read_rows(words.write_rows(tmp_path / "rows.jsonl", records))
+    assert [row.choices for row in rows] == [("A", "B"), ("very good", "bad", "so so"), ("A", "B")]
+    assert rows[2].prompt == tuple(chat)
+
+
 GOOD = {"prompt": "a film", "choices": ["A", "B"], "label": 0}
 
 
@@ -54,7 +62,13 @@ GOOD = {"prompt": "a film", "choices": ["A", "B"], "label": 0}
         ('{"prompt": "b", ' + json.dumps(GOOD)[1:], "line 2: field 'prompt' stands there twice"),
         (json.dumps(GOOD | {"prompt": "a \ud800 film"}), "line 2: field 'prompt' holds half a surrogate"),
         (json.dumps(GOOD | {"choices": ["A", "\udc00"]}), "line 2: field 'choices' holds half a surrogate"),
-        (json.dumps(GOOD | {"choices": ["B", "A"]}), "same 'choices'"),
+        (json.dumps(GOOD | {"prompt": []}), "line 2: field 'prompt'"),
+        (json.dumps(GOOD | {"prompt": ["a film"]}), "line 2: field 'prompt'"),
+        (json.dumps(GOOD | {"prompt": [{"role": "user"}]}), "'role' and a 'content'"),
+        (
+            json.dumps(GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}),
+            "line 2: field 'prompt' holds half a surrogate",
+        ),
     ],
     ids=lambda value: value[-30:],
 )

@@ -328,3 +328,37 @@ def test_rows_that_are_not_examples_are_refused() -> None:
     backend.jacobians(torch.randn(1, 1, 8))
     with pytest.raises(UnsupportedAdapterError, match="row n of what layer 'layer' sees is not example n"):
         backend.jacobians(torch.randn(5, 5, 8))
+
+
+def test_a_fit_repeats_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches of four classes: one forward and three backward passes each.
+
+    The proofs of a first batch ride on its own passes, but for a forward pass that has to agree and a backward pass that
+    tells whose rows are whose.
+    """
+    from laplace_lora_fast.model import tap
+
+    backward = []
+    send = tap.send_back
+    monkeypatch.setattr(tap, "send_back", lambda *args: backward.append(1) or send(*args))
+    model = batched.Batched(tiny.tiny_llama_classifier(4))
+    forward = []
+    model.model.register_forward_pre_hook(lambda *args: forward.append(1))
+    data = tiny.batch(8, classes=4, padding="right", seed=1)
+    backend = FastGGN(model, "classification")
+    for part in tiny.split(data, 2):
+        backend.kron(part, part["labels"], 8)
+    assert len(backward) == 4 * 3 + 1
+    assert len(forward) == 4 + 1
+
+
+def test_factors_of_one_input_are_one_tensor_to_the_end() -> None:
+    """q, k and v: added up, scaled and decomposed once."""
+    from laplace import Laplace
+
+    model = batched.Batched(tiny.tiny_llama_classifier(3, targets=("q_proj", "k_proj", "v_proj"), layers=1))
+    la = Laplace(model, "classification", "all", "kron", backend=FastGGN)
+    la.fit(batched.loader(tiny.batch(8, padding="right", seed=1), 4))
+    inputs = [vectors[1] for vectors in la.H.eigenvectors[0::2]]  # of lora_A, layer by layer
+    assert len(inputs) == 3
+    assert len({vectors.data_ptr() for vectors in inputs}) == 1

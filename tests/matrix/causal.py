@@ -1,10 +1,7 @@
-"""Causal language models of transformers, tiny and random, with LoRA on all their linear layers."""
+"""Causal language models of transformers, tiny and random."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,44 +9,28 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from laplace_lora_fast import Answers
-from tests.matrix import models, oracle
+from tests.matrix import models
+from tests.matrix.architectures import (
+    EXPERTS,
+    NO_GRADIENT,
+    NOT_FINITE,
+    PADS,
+    SIDES,
+    UNMATCHED,
+    UNUSED,
+    Family,
+    Kind,
+    named,
+)
 from tests.matrix.cells import Cell
-
-SIDES = {"none": "no padding", "left": "pads on the left", "right": "pads on the right"}
-EXPERTS = "ParamWrapper"
-UNUSED = "the forward pass went around the layer"
-NO_GRADIENT = "no gradient arrived"
-CROSS = r"encoder_attn|encoder\.layers"  # of a decoder without its encoder
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One architecture.
-
-    Attributes:
-        own: what its configuration needs beside small sizes.
-        targets: LoRA's, where PEFT or the model cannot have LoRA on all linear layers.
-        refused: words of the refusal with LoRA on all linear layers.
-        left_out: pattern of the layers that `layers` then leaves out.
-        sides: words of the refusal, by side of the pads.
-        fp32: sides that the model computes in fp32 only: in fp64, transformers' attention gives NaN there.
-    """
-
-    own: dict[str, Any] = field(default_factory=dict)
-    targets: Any = "all-linear"
-    refused: str = ""
-    left_out: str = ""
-    sides: dict[str, str] = field(default_factory=dict)
-    fp32: tuple[str, ...] = ()
-
 
 _MLA = {"head_dim": 4}
 _EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
-_CROSS = Kind(refused=UNUSED, left_out=CROSS)
+_CROSS = Kind(refused=UNUSED, left_out=r"encoder_attn|encoder\.layers")  # of a decoder without its encoder
 _SELECTS = Kind(refused=NO_GRADIENT, left_out=r"indexer|compressor|\.experts|\.gate$")
 _MAMBA = ("in_proj", "x_proj")  # PEFT refuses out_proj
 KINDS = {
-    **dict.fromkeys(
+    **named(
         "apertus arcee aria_text bamba beam bert bert-generation biogpt bitnet camembert codegen cohere cohere2 ctrl"
         " cwm data2vec-text diffllama doge electra ernie ernie4_5 exaone exaone4 falcon flint gemma gemma3_text"
         " gemma4_text glm glm4 gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe"
@@ -57,17 +38,17 @@ KINDS = {
         " minicpm3 ministral mistral modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmo_hybrid"
         " openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_5_moe_text recurrent_gemma rembert"
         " roberta roberta-prelayernorm roformer seed_oss smollm3 stablelm starcoder2 xlm xlm-roberta xlm-roberta-xl"
-        " hyperclovax roc_bert".split(),
+        " hyperclovax roc_bert",
         Kind(),
     ),
     **dict.fromkeys(["bloom", "mpt"], Kind(fp32=("left",))),
     **dict.fromkeys(["gemma2", "granite_swa", "granitemoe_swa", "vaultgemma"], Kind(fp32=("left", "right"))),
-    **dict.fromkeys(
+    **named(
         "afmoe cohere2_moe deepseek_v2 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite hunyuan_v1_moe"
-        " mellum minimax minimax_m2 mixtral olmoe qwen3_moe qwen3_next solar_open".split(),
+        " mellum minimax minimax_m2 mixtral olmoe qwen3_moe qwen3_next solar_open",
         _EXPERTS,
     ),
-    **dict.fromkeys("bart blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper".split(), _CROSS),
+    **named("bart blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper", _CROSS),
     **dict.fromkeys(["axk2", "dots3_note_text", "hy_v4"], _SELECTS),
     "deepseek_v3": Kind(_MLA, refused=EXPERTS, left_out=_EXPERTS.left_out),
     "axk1": Kind(_MLA),
@@ -75,11 +56,12 @@ KINDS = {
     **dict.fromkeys(["deepseek_v32", "glm_moe_dsa"], Kind(refused=EXPERTS, left_out=_SELECTS.left_out)),
     "gpt_neo": Kind({"attention_types": [[["global", "local"], 1]], "window_size": 4}),
     "gemma3n_text": Kind(
-        {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}, fp32=("left", "right")
+        {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+        sides={"left": NOT_FINITE},
     ),
     "lfm2_moe": Kind({"layer_types": ["conv", "full_attention"]}),
     "xmod": Kind({"languages": ["en"], "default_language": "en"}),
-    "zaya": Kind({"num_experts_per_tok": 1}, refused="cannot be matched", left_out="v_proj_delayed"),
+    "zaya": Kind({"num_experts_per_tok": 1}, refused=UNMATCHED, left_out="v_proj_delayed"),
     "mamba": Kind(targets=_MAMBA),
     "falcon_mamba": Kind(targets=_MAMBA),
     "mamba2": Kind({"num_heads": 4, "head_dim": 8, "n_groups": 1}, targets=("in_proj",)),
@@ -89,14 +71,16 @@ KINDS = {
     "llama4_text": Kind(targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")),
     "phimoe": Kind(targets=("q_proj", "k_proj", "v_proj", "o_proj")),
     "big_bird": Kind(refused=NO_GRADIENT, left_out="pooler"),
-    "rwkv": Kind(sides={"left": "the logits depend on padded positions"}),
-    "xlstm": Kind(sides={"left": "the logits depend on padded positions"}),
+    "rwkv": Kind(sides={"left": PADS}),
+    "xlstm": Kind(sides={"left": PADS}),
     "xglm": Kind(fp32=tuple(SIDES)),
-    "cpmant": Kind(refused="cannot be matched with the attention mask"),
-    "prophetnet": Kind(refused="cannot be matched with the attention mask"),
-    "xlnet": Kind(refused="cannot be matched with the attention mask"),
+    "cpmant": Kind(refused=UNMATCHED),
+    "prophetnet": Kind(refused=UNMATCHED),
+    "xlnet": Kind(refused=UNMATCHED),
 }
-QUICK = {"llama", "gpt2", "bloom", "mamba", "mixtral", "gemma3_text", "qwen3", "phi3", "whisper", "rwkv"}
+QUICK = frozenset(
+    {"llama", "gpt2", "bloom", "mamba", "mixtral", "gemma3_text", "qwen3", "phi3", "whisper", "rwkv"}
+)
 LEFT_TO_OTHERS = {
     "blt, fuyu, gemma3, gemma3n, gemma4, git, got_ocr2, llama4, mllama, phi4_multimodal, qwen3_5, emu3": (
         "several models in one, whose parts have configurations of their own: see the models with images"
@@ -117,39 +101,6 @@ def base(kind: str, **own: Any) -> Any:
     return getattr(transformers, name if isinstance(name, str) else name[0])(models.config(kind, **own))
 
 
-def run(kind: str, side: str, all_layers: bool = False) -> float:
-    """Error of one architecture with pads on one side; `all_layers` as the first try of a user, nothing left out."""
-    what = KINDS[kind]
-    is_fp32 = side in what.fp32
-    dtype, tolerance = (torch.float32, oracle.FP32) if is_fp32 else (torch.float64, oracle.FP64)
-    model = models.adapted(base(kind, **what.own), what.targets, dtype)
-    tokens = models.sequences(lengths=(6,) * 6) if side == "none" else models.sequences()
-    options = {} if all_layers or not what.left_out else {"layers": partial(_stays, what.left_out)}
-    return models.text_error(model, Answers(models.ANSWERS), tokens, side, tolerance, **options)
-
-
-def _stays(pattern: str, name: str) -> bool:
-    return re.search(pattern, name) is None
-
-
 def cells() -> list[Cell]:
     """All of them."""
-    found = []
-    for kind, what in KINDS.items():
-        cell = partial(Cell, "Causal language models", kind, quick=kind in QUICK)
-        if what.refused:
-            found.append(cell("all linear layers", partial(run, kind, "none", True), refused=what.refused))
-        if what.refused and not what.left_out:
-            continue
-        for side, column in SIDES.items():
-            is_fp32 = side in what.fp32
-            found.append(
-                cell(
-                    column,
-                    partial(run, kind, side),
-                    tolerance=oracle.FP32 if is_fp32 else oracle.FP64,
-                    refused=what.sides.get(side, ""),
-                    note="in fp32" if is_fp32 else "with `layers`" if what.left_out else "",
-                )
-            )
-    return found
+    return Family("Causal language models", KINDS, base, Answers(models.ANSWERS), QUICK).cells()

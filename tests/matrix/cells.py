@@ -14,7 +14,8 @@ from tests.matrix.oracle import FP64
 # What a message has to have beside the cause: something to do about it.
 REMEDY = re.compile(
     r"\b(pass|load|leave|exclude|call|use|pad|remove|set|select|switch|activate|enable|save|train|choose|cut|truncate"
-    r"|install|put|make|let|give|only|expected)\b"
+    r"|install|put|make|let|give|expected)\b",
+    re.IGNORECASE,
 )
 
 
@@ -76,7 +77,9 @@ def outcome(cell: Cell) -> Outcome:
         return Outcome("skipped", str(skip))
     except LaplaceError as error:
         message = " ".join(str(error).split())
-        return Outcome("refused" if REMEDY.search(message) else "unclear", f"{type(error).__name__}: {message}")
+        return Outcome(
+            "refused" if REMEDY.search(message) else "unclear", f"{type(error).__name__}: {message}"
+        )
     except Exception as error:
         return Outcome("crash", f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
     return Outcome("right" if deviation <= cell.tolerance else "wrong", f"{deviation:.1e}")

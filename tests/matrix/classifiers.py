@@ -1,19 +1,70 @@
-"""Sequence classifiers of transformers, tiny and random, with LoRA on all their linear layers."""
+"""Sequence classifiers of transformers, tiny and random; every sequence ends with the token that some ask for."""
+
 from __future__ import annotations
-from functools import partial
+
 from typing import Any
+
 import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
+
 from laplace_lora_fast import Classes
-from tests.matrix import models, oracle
+from tests.matrix import models
+from tests.matrix.architectures import (
+    EXPERTS,
+    NO_GRADIENT,
+    NOT_FINITE,
+    PADS,
+    UNMATCHED,
+    UNUSED,
+    Family,
+    Kind,
+    named,
+)
 from tests.matrix.cells import Cell
-SIDES = ("none", "left", "right")
+
+EOS = 2
+_POOLS = Kind(sides={"left": PADS})  # the first position, a pad if pads are on the left
+_MIXES = Kind(sides={"left": PADS, "right": PADS})  # tokens and pads, whatever the mask says
+_EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
+KINDS = {
+    **named(
+        "arcee biogpt ctrl diffllama doge eurobert exaone4 falcon flaubert gemma gemma3_text glm glm4 gpt-sw3 gpt2"
+        " gpt_bigcode gpt_neox gpt_oss gptj helium hunyuan_v1_dense jetmoe llama minicpm3 ministral mistral mobilebert"
+        " modernbert-decoder nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3"
+        " qwen3_5_text seed_oss smollm3 squeezebert stablelm starcoder2 xlm",
+        Kind(),
+    ),
+    **named(
+        "albert bart bert bigbird_pegasus camembert data2vec-text deberta deberta-v2 distilbert electra ernie esmc gte"
+        " jina_embeddings_v3 layoutlm mbart megatron-bert modernbert mpnet mt5 mvp nomic_bert plbart rembert roberta"
+        " roberta-prelayernorm roformer tapas ultrabert umt5 xlm-roberta xlm-roberta-xl",
+        _POOLS,
+    ),
+    **dict.fromkeys(["convbert", "fnet", "nystromformer", "yoso"], _MIXES),
+    **named("deepseek_v2 hunyuan_v1_moe minimax mixtral qwen3_moe qwen3_next", _EXPERTS),
+    **dict.fromkeys(["bloom", "mpt"], Kind(sides={"left": NOT_FINITE})),
+    "gemma2": Kind(sides={"left": NOT_FINITE, "right": NOT_FINITE}),
+    "big_bird": Kind(refused=NO_GRADIENT, left_out="pooler", sides={"left": PADS}),
+    "esm": Kind(refused=UNUSED, left_out="contact_head", sides={"left": PADS}),
+    "markuplm": Kind(refused=UNUSED, left_out="xpath", sides={"left": PADS}),
+    "jamba": Kind(refused=UNUSED, left_out="dt_proj"),
+    "axk2": Kind(refused=NO_GRADIENT, left_out=r"indexer|\.experts|\.gate$"),
+    "funnel": Kind(refused=UNMATCHED),
+    "longformer": Kind(refused=UNMATCHED),
+    "xlnet": Kind(refused=UNMATCHED),
+}
+QUICK = frozenset({"llama", "bert", "deberta-v2", "albert", "modernbert", "t5", "fnet", "bart", "distilbert"})
+
+
 def base(kind: str, **own: Any) -> Any:
+    """A tiny model of a kind."""
     name = NAMES[kind]
     torch.manual_seed(0)
-    return getattr(transformers, name if isinstance(name, str) else name[0])(models.config(kind, is_decoder=False, **own))
-def run(kind, side, targets="all-linear", **own):
-    model = models.adapted(base(kind, **own), targets)
-    tokens = models.sequences(lengths=(6,) * 6) if side == "none" else models.sequences()
-    return models.text_error(model, Classes(), tokens, side)
+    config = models.config(kind, num_labels=3, is_decoder=False, **own)
+    return getattr(transformers, name if isinstance(name, str) else name[0])(config)
+
+
+def cells() -> list[Cell]:
+    """All of them."""
+    return Family("Sequence classifiers", KINDS, base, Classes(), QUICK, last_token=EOS).cells()

@@ -74,7 +74,11 @@ def config(kind: str, **own: Any) -> Any:
 
 
 def adapted(
-    base: nn.Module, targets: Any = "all-linear", dtype: torch.dtype = torch.float64, seed: int = 7, **lora: Any
+    base: nn.Module,
+    targets: Any = "all-linear",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 7,
+    **lora: Any,
 ) -> peft.PeftModel:
     """LoRA with a random B on a base model, in evaluation mode."""
     targets = targets if isinstance(targets, str) else list(targets)
@@ -93,7 +97,9 @@ def randomised(model: nn.Module, seed: int = 7) -> Any:
     return model
 
 
-def sequences(low: int = 3, high: int = VOCAB, lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[Tensor]:
+def sequences(
+    low: int = 3, high: int = VOCAB, lengths: Sequence[int] = LENGTHS, seed: int = 1
+) -> list[Tensor]:
     """TRAIN + TEST sequences of token ids."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(low, high, (length,), generator=generator) for length in lengths]
@@ -134,7 +140,9 @@ def classes_of(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
     return model(**row).logits[0]
 
 
-def fitted(model: nn.Module, task: Task, batch: dict[str, Tensor], targets: Tensor, **options: Any) -> LaplaceLoRA:
+def fitted(
+    model: nn.Module, task: Task, batch: dict[str, Tensor], targets: Tensor, **options: Any
+) -> LaplaceLoRA:
     """Fits the exact posterior on a batch."""
     options = {"structure": EXACT} | options
     return LaplaceLoRA(model, task, **options).fit([{**batch, "labels": targets}], progress=False)
@@ -156,7 +164,12 @@ def compared(
 
 
 def text_error(
-    model: nn.Module, task: Task, tokens: Sequence[Tensor], side: str, tolerance: float = oracle.FP64, **options: Any
+    model: nn.Module,
+    task: Task,
+    tokens: Sequence[Tensor],
+    side: str,
+    tolerance: float = oracle.FP64,
+    **options: Any,
 ) -> float:
     """Error of a posterior from padded batches, against sequences alone and without pads.
 

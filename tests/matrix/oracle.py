@@ -77,7 +77,9 @@ def posterior(
     for example in train:
         u, jac = jacobian(model, outputs, example, weights)
         p = u.softmax(-1)
-        hessian = torch.diag(p) - torch.outer(p, p) if noise is None else torch.eye(len(u)).double() / noise**2
+        hessian = (
+            torch.diag(p) - torch.outer(p, p) if noise is None else torch.eye(len(u)).double() / noise**2
+        )
         values, vectors = torch.linalg.eigh(hessian)
         rows.append((vectors * values.clamp(min=0).sqrt()).T @ jac)
     phi = torch.cat(rows)

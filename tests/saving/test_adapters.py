@@ -303,16 +303,61 @@ def test_a_weight_that_peft_does_not_write(tmp_path, monkeypatch):
         la.sample_adapters(tmp_path, 1)
 
 
-def test_samples_of_an_earlier_call_are_not_left_among_new_ones(tmp_path):
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    """Samples of an earlier call would pass for the same, and could not be replaced all at once."""
     la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS).fit([tiny.batch(4)], progress=False)
-    la.sample_adapters(tmp_path, 3)
-    before = (tmp_path / "sample-000" / "adapter_model.safetensors").read_bytes()
+    la.sample_adapters(tmp_path / "samples", 3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     la.prior_precision = 10.0
-    with pytest.raises(ValueError, match="holds sample-002 of an earlier call"):
-        la.sample_adapters(tmp_path, 2)
-    assert (tmp_path / "sample-000" / "adapter_model.safetensors").read_bytes() == before
-    assert len(la.sample_adapters(tmp_path, 4)) == 4
-    assert (tmp_path / "sample-000" / "adapter_model.safetensors").read_bytes() != before
+    for n in (2, 3, 4):
+        with pytest.raises(FileExistsError, match=r"samples' holds sample-00\d: pass a new or an empty one"):
+            la.sample_adapters(tmp_path / "samples", n)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"):
+        la.sample_adapters(tmp_path / "file", 1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_disk_that_is_full_at_the_third_sample_leaves_none(there, tmp_path, monkeypatch):
+    la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS).fit([tiny.batch(4)], progress=False)
+    save, calls = peft.peft_model.safe_save_file, []
+
+    def full(tensors, path, *args, **kwargs):
+        save(tensors, path, *args, **kwargs)
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", full)
+    folder = tmp_path / "samples"
+    if there:
+        folder.mkdir()
+    with pytest.raises(OSError, match=r"No space left.*samples"):
+        la.sample_adapters(folder, 5)
+    assert [path.name for path in tmp_path.rglob("*")] == (["samples"] if there else [])
+    assert len(la.sample_adapters(folder, 2)) == 2
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this is code",)
+
+
+@pytest.mark.parametrize("what", ["code", "half", "half of safetensors"])
+def test_a_prior_mean_that_cannot_be_read(what, tmp_path, capsys):
+    model = tiny.tiny_llama()
+    path = tmp_path / ("adapter_model.safetensors" if "safetensors" in what else "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    if what == "code":
+        torch.save({"x": Code()}, path)
+    else:
+        model.save_pretrained(tmp_path / "good", safe_serialization="safetensors" in what)
+        good = (tmp_path / "good" / path.name).read_bytes()
+        path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match=r"prior_mean: the adapter in .* is damaged, or holds objects"):
+        LaplaceLoRA(model, ANSWERS, prior_mean=tmp_path)
+    assert "this is code" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, "2", None])

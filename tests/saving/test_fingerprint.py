@@ -20,6 +20,8 @@ from laplace_lora_fast import (
     UnsupportedAdapterError,
 )
 from laplace_lora_fast.saving import fingerprint
+from laplace_lora_fast.saving.sums import plain_parts
+from laplace_lora_fast.saving.surroundings import Surroundings
 from tests import tiny
 from tests.model.taps import ANSWERS
 
@@ -172,13 +174,14 @@ def test_frozen_weights_change_after_fit(what, tmp_path):
     model = with_head()
     la = LaplaceLoRA(model, Classes()).fit([tiny.batch(3)], progress=False)
     parameter, shift = model.get_parameter(name.strip("'")), next(iter(change.values()))
+    former = parameter.detach().clone()
     with torch.no_grad():
         parameter[0, 0] += shift
     for use, call in uses(la, tmp_path).items():
         with pytest.raises(NotFittedError, match=rf"parameter {name} changed since fit"):
             pytest.fail(f"{use} gave {call()}")
     with torch.no_grad():
-        parameter[0, 0] -= shift
+        parameter.copy_(former)
     assert la.predict(tiny.batch(2)).isfinite().all()
     parameter.data[0, 0] += shift  # counts no version
     with pytest.raises(NotFittedError, match=rf"parameter {name} changed since fit"):
@@ -206,17 +209,70 @@ def test_another_lora_alpha_at_load(tmp_path):
         LaplaceLoRA.load(tmp_path, tiny.tiny_llama(lora_alpha=4))
 
 
-def test_quantised_base_weights_are_passed_over(tmp_path):
+class Packed:
+    """A tensor of a kind of its own, which says what it is made of, as torchao's do."""
+
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+    def __tensor_flatten__(self):
+        return list(vars(self)), None
+
+
+def test_parts_of_quantised_weights():
+    scale, packed = torch.ones(3), torch.arange(6, dtype=torch.uint8)
+    assert [name for name, _ in plain_parts("w", Packed(packed=packed, scale=scale))] == [
+        "w#packed",
+        "w#scale",
+    ]
+    weight = nn.Parameter(torch.ones(2))
+    weight.SCB = scale
+    assert [name for name, _ in plain_parts("w", weight)] == ["w", "w#SCB"]
+
+
+def nf4(seed=0):
+    """NF4 of bitsandbytes below the adapters."""
+    model = tiny.tiny_llama(torch.float32)
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(seed)
+    base = model.unload()
+    for layer in base.model.layers:
+        for name in ("q_proj", "v_proj", "o_proj"):
+            former = getattr(layer.self_attn, name)
+            new = bnb.nn.Linear4bit(former.in_features, former.out_features, bias=False, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(
+                former.weight.detach().clone(), requires_grad=False, quant_type="nf4"
+            )
+            setattr(layer.self_attn, name, new.to("cpu"))
+    return tiny.adapt(base, torch.float32)
+
+
+def test_quantised_base_weights_are_compared():
+    model, other = nf4(), nf4()
+    layers = LaplaceLoRA(model, ANSWERS).layers
+    one, two = Surroundings.of(model, layers), Surroundings.of(other, LaplaceLoRA(other, ANSWERS).layers)
+    assert one.difference(two) is None
+    assert one.tensors[f"{LAYER}.base_layer.weight"].dtype == "uint8"
+    assert f"{LAYER}.base_layer.weight#quant_state.absmax" in one.derived
+    weight = other.get_submodule(LAYER).base_layer.weight
+    weight.quant_state.absmax.view(torch.uint8)[-1] ^= 64
+    two = Surroundings.of(other, LaplaceLoRA(other, ANSWERS).layers)
+    assert LAYER in one.difference(two)
+    weight.quant_state.absmax.view(torch.uint8)[-1] ^= 64
+    weight.data[0, 0] ^= 1
+    two = Surroundings.of(other, LaplaceLoRA(other, ANSWERS).layers)
+    assert LAYER in one.difference(two)
+
+
+def test_weights_that_are_nowhere_are_passed_over():
     model = tiny.tiny_llama()
-    la = LaplaceLoRA(model, ANSWERS).fit([tiny.batch(3)], progress=False)
-    la.save(tmp_path)
-    weight = model.get_submodule(LAYER).base_layer.weight
-    weight.requires_grad_(False)
-    weight.data = weight.data.to(torch.float8_e4m3fn)
-    prints = fingerprint.FrozenWeights.of(model, la.layers).fingerprints
-    assert prints.pop(f"{LAYER}.base_layer.weight") is None
-    assert all(prints.values())
-    LaplaceLoRA.load(tmp_path, model)
+    layers = LaplaceLoRA(model, ANSWERS).layers
+    before = Surroundings.of(model, layers)
+    norm = model.base_model.model.model.norm
+    norm.weight = nn.Parameter(torch.empty(16, device="meta"))
+    after = Surroundings.of(model, layers)
+    assert after.tensors["base_model.model.model.norm.weight"] is None
+    assert before.difference(after) is None
 
 
 def test_merging_is_refused_and_what_it_leaves_is_forgiven():

@@ -143,6 +143,21 @@ def check_link(link_approx: str) -> None:
         raise ValueError(f"--link-approx must be {_either(names)}, got {link_approx!r}")
 
 
+def check_score(score: str | None) -> None:
+    """Raises ValueError unless it is one of those of `Options`, or left open."""
+    if score not in (None, "sum", "mean"):
+        raise ValueError(f"--score must be sum or mean, got {score!r}")
+
+
+def inputs_of(model: str, *places: Path) -> list[Path]:
+    """The files that a command reads: those it is given, and what matters of folders."""
+    files = []
+    for place in (Path(model), *places):
+        parts = [*place.glob("*.safetensors"), *place.glob("*config.json")]
+        files += parts if place.is_dir() else [place]
+    return files
+
+
 def make_writable(folder: Path) -> None:
     """Makes the folder; raises OSError, before the work and not after it, if nothing can be written there."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda; auto takes a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")]
 Posterior = Annotated[Path, typer.Option(help="Folder written by `fit`.")]
+Truncate = Annotated[
+    bool,
+    typer.Option("--truncate", help="Cut prompts that are too long for the model, from the left."),
+]
 LinkApprox = Annotated[
     str, typer.Option(help="probit, mc or bridge; map is the plain adapter without Laplace.")
 ]
@@ -153,14 +157,22 @@ def fit(
     fisher: Annotated[
         str | None, typer.Option(help="Any but auto: exact (default), mc (sampled labels) or empirical.")
     ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a choice, where rows have different ones or ones of several tokens: sum (default) or mean of its "
+            "tokens' log probabilities."
+        ),
+    ] = None,
+    truncate: Truncate = False,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: int = 0,
 ) -> None:
     """Fit the posterior of an adapter on its training rows and tune the prior precision."""
-    from laplace_lora_fast import Answers, LaplaceLoRA
-    from laplace_lora_fast.data.prompts import answer_token_ids, make_batches, read_rows
+    from laplace_lora_fast import LaplaceLoRA
+    from laplace_lora_fast.data.prompts import read_rows
     from laplace_lora_fast.saving.posterior import FILE_NAME
 
     rows = read_rows(data)
@@ -168,22 +180,23 @@ def fit(
     options = {"columns": columns, "refit": refit, "tokens": tokens, "rank": rank, "factors": factors}
     options["fisher"] = fisher
     if prior is None:
-        few = len(rows) * (len(rows[0].choices) - 1) <= checks.MOST_REFIT_ROWS
+        few = sum(len(row.choices) - 1 for row in rows) <= checks.MOST_REFIT_ROWS
         refits = bool(refit) or (few and per is None and checks.may_refit(structure, options))
         prior = checks.prior_by_default(val is not None, refits)
     tuning = checks.tuning_of(prior, {"loader": val_rows, "per": per, "grid": checks.spread(grid)})
     chosen = checks.structure_of(structure, options, refit=prior == "leave_one_out")
     if not isinstance(tuning, float):
         checks.check_pair(tuning, chosen)
-    peft_model, tokenizer = _load(model, adapter, device, dtype)
-    answers = answer_token_ids(tokenizer, rows)
-    if val_rows is not None:
-        _same_answers(answer_token_ids(tokenizer, val_rows), answers, val)
-        tuning = replace(tuning, loader=make_batches(tokenizer, val_rows, batch_size))  # type: ignore[type-var]
-    la = LaplaceLoRA(peft_model, Answers(answers), structure=chosen, seed=seed)
+    checks.check_score(score)
+    peft_model, reader = _load(model, adapter, device, dtype, batch_size, truncate)
+    task = reader.task(rows, score)
+    train = reader.batches(task, rows, data)
+    if val is not None:
+        tuning = replace(tuning, loader=reader.batches(task, val_rows, val).batches)  # type: ignore[type-var]
+    la = LaplaceLoRA(peft_model, task, structure=chosen, seed=seed)
     checks.make_writable(out)
     checks.check_output("--out", out / FILE_NAME, [data, *([] if val is None else [val])])
-    la.fit(make_batches(tokenizer, rows, batch_size))
+    la.fit(train.batches)
     by = ""
     if isinstance(tuning, float):
         la.prior_precision = tuning
@@ -193,7 +206,7 @@ def fit(
     la.save(out)
     fitted, _ = la.snapshot()
     for line in (
-        f"Fitted {fitted.structure} on {len(rows)} rows; prior precision {_show(la.prior_precision)}{by}.",
+        f"Fitted {fitted.structure} on {len(rows)} rows, {task}; prior precision {_show(la.prior_precision)}{by}.",
         f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. Written: {out}",
     ):
         console.print(escape(line), soft_wrap=True)
@@ -211,27 +224,32 @@ def evaluate(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for a reliability diagram and a histogram.")
     ] = None,
+    truncate: Truncate = False,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Compare the plain adapter (MAP) with its Laplace posterior on test rows."""
-    from laplace_lora_fast.data.prompts import make_batches, read_rows
+    from laplace_lora_fast.data.prompts import read_rows
     from laplace_lora_fast.evaluation.report import metrics_table, score, write_plots
     from laplace_lora_fast.prediction import MAP_LINK
 
     checks.check_link(link_approx)
     rows = read_rows(data)
     if json_file is not None:
-        checks.check_output("--json", json_file, _inputs(model, adapter, data, posterior))
+        checks.check_output("--json", json_file, checks.inputs_of(model, adapter, data, posterior))
     if plots is not None:
         import laplace_lora_fast.evaluation.plots  # noqa: F401  it may be missing matplotlib
 
         checks.make_writable(plots)
-    la, tokenizer = _load_posterior(model, adapter, posterior, rows, data, device, dtype)
-    loader = make_batches(tokenizer, rows, batch_size)
+    la, reader = _load_posterior(model, adapter, posterior, device, dtype, batch_size, truncate)
+    test = reader.batches(la.task, rows, data)
     methods = {"MAP": MAP_LINK, "Laplace": link_approx}
-    grid = {data.stem: {method: la.predictions(loader, link_approx=link) for method, link in methods.items()}}
+    grid = {
+        data.stem: {
+            method: la.predictions(test.batches, link_approx=link) for method, link in methods.items()
+        }
+    }
     scores = score(grid)
     console.print(metrics_table(scores))
     if json_file is not None:
@@ -250,21 +268,23 @@ def predict(
     out: Annotated[Path, typer.Option(help="JSON lines with the rows' probabilities, in their order.")],
     posterior: Posterior = Path("posterior"),
     link_approx: LinkApprox = "probit",
+    truncate: Truncate = False,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Write each row's probabilities under the posterior: {"prompt", "choices", "probs"}."""
-    from laplace_lora_fast.data.prompts import batch_order, make_batches, read_rows
+    from laplace_lora_fast.data.prompts import read_rows
 
     checks.check_link(link_approx)
     rows = read_rows(data, labelled=False)
-    checks.check_output("--out", out, _inputs(model, adapter, data, posterior))
-    la, tokenizer = _load_posterior(model, adapter, posterior, rows, data, device, dtype)
-    predictions = la.predictions(make_batches(tokenizer, rows, batch_size), link_approx=link_approx)
-    of_row = dict(zip(batch_order(tokenizer, rows), predictions.probs.tolist(), strict=True))
+    checks.check_output("--out", out, checks.inputs_of(model, adapter, data, posterior))
+    la, reader = _load_posterior(model, adapter, posterior, device, dtype, batch_size, truncate)
+    new = reader.batches(la.task, rows, data)
+    predictions = la.predictions(new.batches, link_approx=link_approx)
+    of_row = dict(zip(new.order, predictions.probs.tolist(), strict=True))
     lines = [
-        {"prompt": row.prompt, "choices": row.choices, "probs": of_row[number]}
+        {"prompt": row.prompt, "choices": row.choices, "probs": of_row[number][: len(row.choices)]}
         for number, row in enumerate(rows)
     ]
     _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -287,14 +307,18 @@ def main() -> None:
     app()
 
 
-def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any]:
-    """Base model with adapter, and tokenizer."""
+def _load(
+    source: str, adapter: Path, device: str, dtype: str, batch_size: int, truncate: bool
+) -> tuple[Any, Any]:
+    """Base model with adapter, and what makes batches for it."""
     from pickle import UnpicklingError
 
     import torch
     from peft import PeftModel
 
+    from laplace_lora_fast.cli.rows import RowReader
     from laplace_lora_fast.data.prompts import load_causal_lm
+    from laplace_lora_fast.model.heads import context_length
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -312,7 +336,7 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
             message = f"no folder of that name exists here, and from the hub: {message}"
         raise ValueError(f"model {source!r} cannot be loaded on {where}: {message}") from error
     try:
-        return PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
     except UnpicklingError as error:  # whose message tells how to run the code in it
         raise ValueError(
             f"adapter {adapter} does not fit: its pickle holds more than tensors; save it as safetensors"
@@ -321,6 +345,7 @@ def _load(source: str, adapter: Path, device: str, dtype: str) -> tuple[Any, Any
         raise ValueError(
             f"adapter {adapter} does not fit model {source!r}: {checks.one_line(error)}"
         ) from error
+    return model, RowReader(tokenizer, context_length(model), batch_size, truncate)
 
 
 def _check_adapter(adapter: Path) -> None:
@@ -339,35 +364,12 @@ def _check_adapter(adapter: Path) -> None:
         raise ValueError(f"adapter {adapter} is one for Megatron layers, which are not supported")
 
 
-def _load_posterior(
-    source: str, adapter: Path, posterior: Path, rows: Sequence[Any], data: Path, device: str, dtype: str
-) -> tuple[Any, Any]:
-    """The fitted posterior, for rows with the answers it was fitted on, and the tokenizer."""
-    from laplace_lora_fast import Answers, LaplaceLoRA
-    from laplace_lora_fast.data.prompts import answer_token_ids
+def _load_posterior(source: str, adapter: Path, posterior: Path, *how: Any) -> tuple[Any, Any]:
+    """The fitted posterior, and what makes batches for it."""
+    from laplace_lora_fast import LaplaceLoRA
 
-    model, tokenizer = _load(source, adapter, device, dtype)
-    la = LaplaceLoRA.load(posterior, model)
-    if not isinstance(la.task, Answers):
-        raise ValueError(f"{posterior} was fitted with the task {la.task!r}: only Answers(..) has prompts")
-    _same_answers(answer_token_ids(tokenizer, rows), la.task.token_ids, data)
-    return la, tokenizer
-
-
-def _same_answers(found: Sequence[int], expected: Sequence[int], path: Path | None) -> None:
-    if list(found) != list(expected):
-        raise ValueError(
-            f"{path}: field 'choices' names other answers, or in another order, than the training rows"
-        )
-
-
-def _inputs(model: str, *places: Path) -> list[Path]:
-    """The files that a command reads: those it is given, and what matters of folders."""
-    files = []
-    for place in (Path(model), *places):
-        parts = [*place.glob("*.safetensors"), *place.glob("*config.json")]
-        files += parts if place.is_dir() else [place]
-    return files
+    model, reader = _load(source, adapter, *how)
+    return LaplaceLoRA.load(posterior, model), reader
 
 
 def _write(path: Path, text: str) -> None:

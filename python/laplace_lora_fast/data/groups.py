@@ -13,6 +13,7 @@ from laplace_lora_fast.errors import InvalidBatchError
 Ids = Sequence[int]
 Messages = Sequence[Mapping[str, Any]]  # of a chat
 Text = str | Messages
+Example = tuple[Sequence[int], Sequence[Ids], int | None]  # prompt, options, label
 
 
 def option_batches(
@@ -20,8 +21,8 @@ def option_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches for `Options` from {"prompt", "choices", "label"}.
 
-    Prompt and option are tokenised together where that leaves the prompt's tokens as they are, as a model has read them
-    in training; where it does not (an option without a space, say), apart.
+    An option follows after a space, unless one of both has white space there. Prompt and option are tokenised together
+    where that leaves the prompt's tokens as they are, as a model has read them in training; where it does not, apart.
 
     Args:
         tokenizer: of the model.
@@ -30,21 +31,42 @@ def option_batches(
         batch_size: examples in a batch; those of like length stand together.
 
     Raises:
-        InvalidBatchError: a row lacks a field, or an option has no token; names the row.
+        InvalidBatchError: as `option_examples`.
     """
-    examples = []
-    for number, row in enumerate(rows):
+    return option_batches_from_ids(option_examples(tokenizer, rows), batch_size)
+
+
+def option_examples(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
+    """The token ids of rows as `option_batches` takes them: (prompt, options, label) of each.
+
+    Raises:
+        InvalidBatchError: a row lacks a field, an option has no token, two have the same, or there is no chat template
+            for messages; names the row.
+    """
+    examples: list[Example] = []
+    for number, row in enumerate(rows, 1):
         _require(row, ("prompt", "choices"), number)
-        prompt = _prompt_text(tokenizer, row["prompt"])
-        stem = tokenizer(prompt, add_special_tokens=not _is_chat(row["prompt"]))["input_ids"]
-        options = [_option_ids(tokenizer, prompt, stem, choice, number) for choice in row["choices"]]
-        examples.append((_without_end(tokenizer, stem), options, row.get("label")))
-    return option_batches_from_ids(examples, batch_size)
+        prompt = _prompt_text(tokenizer, row["prompt"], number)
+        special = not _is_chat(row["prompt"])  # a chat template writes them itself
+        stem = _without_end(tokenizer, tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        options = [_option_ids(tokenizer, prompt, stem, choice, special, number) for choice in row["choices"]]
+        for place, option in enumerate(options):
+            if option in options[:place]:
+                twin = row["choices"][options.index(option)]
+                raise InvalidBatchError(
+                    f"row {number}: options {twin!r} and {row['choices'][place]!r} have the same tokens"
+                )
+        examples.append((stem, options, row.get("label")))
+    return examples
 
 
-def option_batches_from_ids(
-    examples: Iterable[tuple[Ids, Sequence[Ids], int | None]], batch_size: int
-) -> list[dict[str, Tensor]]:
+def length_order(examples: Sequence[Example]) -> list[int]:
+    """The places of examples in the order in which `option_batches_from_ids` puts them into batches."""
+    lengths = [len(prompt) + max(map(len, options), default=0) for prompt, options, _ in examples]
+    return sorted(range(len(examples)), key=lengths.__getitem__)
+
+
+def option_batches_from_ids(examples: Iterable[Example], batch_size: int) -> list[dict[str, Tensor]]:
     """Batches for `Options` from token ids.
 
     Args:
@@ -90,7 +112,7 @@ def preference_batches(
         InvalidBatchError: a row lacks a field; names it.
     """
     listed = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         _require(row, ("chosen", "rejected"), number)
         sequences = [_whole(tokenizer, row.get("prompt"), row[side]) for side in ("chosen", "rejected")]
         listed.append((sequences, None, 0))
@@ -125,14 +147,18 @@ def _padded(rows: Sequence[Sequence[Any]], pad: Any) -> Tensor:
     return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
 
 
-def _option_ids(tokenizer: Any, prompt: str, stem: Ids, choice: str, number: int) -> list[int]:
+def _option_ids(tokenizer: Any, prompt: str, stem: Ids, choice: str, special: bool, number: int) -> list[int]:
     if not isinstance(choice, str) or not choice:
         raise InvalidBatchError(f"row {number}: field 'choices' must hold non-empty texts, got {choice!r}")
     spaced = choice if not prompt or prompt[-1].isspace() or choice[0].isspace() else f" {choice}"
-    stem = _without_end(tokenizer, stem)
-    whole = _without_end(tokenizer, tokenizer(prompt + spaced)["input_ids"])
+    whole = _without_end(tokenizer, tokenizer(prompt + spaced, add_special_tokens=special)["input_ids"])
     if list(whole[: len(stem)]) == list(stem) and len(whole) > len(stem):
         return list(whole[len(stem) :])
+    if special and prompt.endswith(" "):
+        raise InvalidBatchError(
+            f"row {number}: the prompt ends in a space, {prompt[-20:]!r}, that belongs to the token of {choice!r}: end "
+            "prompts without, the option follows after one space"
+        )
     alone = _without_end(tokenizer, tokenizer(spaced, add_special_tokens=False)["input_ids"])
     if not alone:
         raise InvalidBatchError(f"row {number}: option {choice!r} has no token")
@@ -149,10 +175,17 @@ def _is_chat(text: Any) -> bool:
     return not isinstance(text, str)
 
 
-def _prompt_text(tokenizer: Any, prompt: Text) -> str:
+def _prompt_text(tokenizer: Any, prompt: Text, number: int) -> str:
     if isinstance(prompt, str):
         return prompt
-    rendered: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is code, and may raise anything
+        raise InvalidBatchError(
+            f"row {number}: the tokenizer's chat template does not take its messages: {error}"
+        ) from error
     return rendered
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ class PromptRow:
     """A prompt, its possible answers, and which one is right.
 
     Attributes:
-        prompt: Text up to, without, the space before the answer.
-        choices: The answers, each one token when written after the prompt and a space.
+        prompt: Text up to, without, the space before the answer; or chat messages, {"role": str, "content": str} each.
+        choices: The answers.
         label: Index of the right one; 0 where it was not asked for.
     """
 
-    prompt: str
+    prompt: str | tuple[Mapping[str, Any], ...]
     choices: tuple[str, ...]
     label: int
 
 
 def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
-    """Reads a JSON-lines file of `{"prompt": str, "choices": [str, ...], "label": int}`.
+    """Reads a JSON-lines file of `{"prompt": str or messages, "choices": [str, ...], "label": int}`.
 
     Args:
         path: The file, UTF-8. Empty lines are skipped.
@@ -52,26 +52,28 @@ def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
     ]
     if not rows:
         raise InvalidBatchError(f"{path}: holds no rows")
-    for row in rows:
-        if row.choices != rows[0].choices:
-            raise InvalidBatchError(
-                f"{path}: all rows must have the same 'choices', found {list(rows[0].choices)} and {list(row.choices)}"
-            )
     return rows
 
 
 def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
-    """The token of each choice where it follows the prompt and a space.
+    """The token of each choice where it follows the prompt and a space: what `Answers` takes.
 
     Args:
         tokenizer: Of the model.
-        rows: All with the same choices.
+        rows: Examples.
 
     Raises:
-        InvalidBatchError: A choice is not a single token there, two are the same token, or a prompt ends in white
-            space.
+        InvalidBatchError: Rows have different choices, a choice is not a single token there, two are the same token, or
+            a prompt ends in white space or is a chat: rows for `Options`.
     """
     for number, row in enumerate(rows, 1):
+        if row.choices != rows[0].choices:
+            raise InvalidBatchError(
+                f"row {number} has other 'choices' than the first, {list(row.choices)} and {list(rows[0].choices)}: "
+                "Answers needs the same in all rows, Options does not"
+            )
+        if not isinstance(row.prompt, str):
+            raise InvalidBatchError(f"the prompt of row {number} is a chat, which Options takes")
         if row.prompt != row.prompt.rstrip():  # many tokenizers hide it: the space becomes a token of its own
             raise InvalidBatchError(
                 f"the prompt of row {number} ends in white space, {row.prompt[-20:]!r}: end prompts without, the "
@@ -84,7 +86,7 @@ def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
         if whole[:-1] != stem:
             raise InvalidBatchError(
                 f"choice {choice!r} is not one token after a prompt ending in {rows[0].prompt[-20:]!r} and a space: "
-                "use letters, or words the tokenizer knows"
+                "use letters, words the tokenizer knows, or Options"
             )
         ids.append(int(whole[-1]))
     if len(set(ids)) < len(ids):
@@ -103,15 +105,13 @@ def make_batches(tokenizer: Any, rows: Iterable[PromptRow], batch_size: int) -> 
     Returns:
         Dicts of `input_ids` [N, T] and `attention_mask` [N, T], padded on the left, and `labels` [N], int64.
     """
-    encoded = sorted(
-        ((tokenizer(row.prompt)["input_ids"], row.label) for row in rows), key=lambda e: len(e[0])
-    )
+    return batches_from_ids([(tokenizer(row.prompt)["input_ids"], row.label) for row in rows], batch_size)
+
+
+def batches_from_ids(prompts: Iterable[tuple[list[int], int]], batch_size: int) -> list[dict[str, Tensor]]:
+    """`make_batches` of (token ids, label); prompts of one length stay in the order they came."""
+    encoded = sorted(prompts, key=lambda prompt: len(prompt[0]))
     return [_pad(encoded[start : start + batch_size]) for start in range(0, len(encoded), batch_size)]
-
-
-def batch_order(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
-    """The index in `rows` of each example of `make_batches`, in its order."""
-    return sorted(range(len(rows)), key=lambda i: len(tokenizer(rows[i].prompt)["input_ids"]))
 
 
 def load_causal_lm(
@@ -178,8 +178,10 @@ def _parse(line: str, where: str, labelled: bool) -> PromptRow:
         if name not in fields:
             raise InvalidBatchError(f"{where}: field {name!r} is missing")
     prompt, choices = fields["prompt"], fields["choices"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InvalidBatchError(f"{where}: field 'prompt' must be a non-empty string")
+    if not (prompt.strip() if isinstance(prompt, str) else _are_messages(prompt)):
+        raise InvalidBatchError(
+            f"{where}: field 'prompt' must be a non-empty string, or messages with a 'role' and a 'content' each"
+        )
     if (
         not isinstance(choices, list)
         or len(choices) < 2
@@ -188,11 +190,26 @@ def _parse(line: str, where: str, labelled: bool) -> PromptRow:
         raise InvalidBatchError(f"{where}: field 'choices' must be a list of at least two non-empty strings")
     if len(set(choices)) < len(choices):
         raise InvalidBatchError(f"{where}: field 'choices' repeats an answer: {choices}")
-    for name, text in (("prompt", prompt), *(("choices", choice) for choice in choices)):
+    texts = [prompt] if isinstance(prompt, str) else [m[key] for m in prompt for key in ("role", "content")]
+    for name, text in [("prompt", text) for text in texts] + [("choices", choice) for choice in choices]:
         if not _is_unicode(text):
             raise InvalidBatchError(f"{where}: field {name!r} holds half a surrogate pair, which is no text")
     return PromptRow(
-        prompt, tuple(choices), _checked_label(fields["label"], choices, where) if labelled else 0
+        prompt if isinstance(prompt, str) else tuple(prompt),
+        tuple(choices),
+        _checked_label(fields["label"], choices, where) if labelled else 0,
+    )
+
+
+def _are_messages(prompt: Any) -> bool:
+    """Whether these are a chat's messages."""
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+            for message in prompt
+        )
     )
 
 

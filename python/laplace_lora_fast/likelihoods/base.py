@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -25,8 +26,8 @@ class Likelihood(ABC):
     """
 
     name: ClassVar[str]
-    links: ClassVar[tuple[str, ...]] = ()
-    needs_samples: ClassVar[tuple[str, ...]] = ()
+    links: ClassVar[Sequence[str]] = ()
+    needs_samples: ClassVar[Sequence[str]] = ()
     gives_classes: ClassVar[bool] = False
     has_noise: ClassVar[bool] = False
     noise: float | None = None

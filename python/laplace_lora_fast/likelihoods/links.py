@@ -1,7 +1,6 @@
 """Links: how a Gaussian over contrasts of logits becomes class probabilities.
 
-A plug: one function of (mean [.., N, C], cov [.., N, C, C]) or, if it draws, of contrasts and a generator, and one
-`link` line.
+A plug: one function and one `link` line, here or anywhere else.
 """
 
 from __future__ import annotations
@@ -17,11 +16,25 @@ from laplace_lora_fast.options import check_choice
 Link = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 
 _LINKS: dict[str, Link] = {}
+LINKS: list[str] = []  # names, the default first; they grow as links are registered
+SAMPLING_LINKS: list[str] = []
 
 
-def link(name: str, function: Link) -> None:
-    """Registers a link: (mean [.., N, C - 1], cov [.., N, C - 1, C - 1], n_samples, generator) -> [.., N, C]."""
+def link(name: str, function: Link, samples: bool = False) -> None:
+    """Registers a link, which softmax tasks take from then on as `link_approx`.
+
+    Args:
+        name: of the link.
+        function: (mean [.., N, C - 1], cov [.., N, C - 1, C - 1], n_samples, generator) -> [.., N, C]; the Gaussian is
+            that of the contrasts f_c - f_0.
+        samples: whether it looks at `n_samples`.
+    """
     _LINKS[name] = function
+    for names, belongs in ((LINKS, True), (SAMPLING_LINKS, samples)):
+        if belongs and name not in names:
+            names.append(name)
+        elif not belongs and name in names:
+            names.remove(name)
 
 
 def probabilities(name: str, mean: Tensor, cov: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
@@ -37,9 +50,9 @@ def probabilities(name: str, mean: Tensor, cov: Tensor, n_samples: int, generato
     Returns:
         [..., N, C], rows sum to one.
     """
-    check_choice("link_approx", name, list(_LINKS))
+    check_choice("link_approx", name, LINKS)
     with torch.autocast(mean.device.type, enabled=False):
-        return _LINKS[name](mean, cov, n_samples, generator)
+        return _LINKS[name](mean.expand(cov.shape[:-1]), cov, n_samples, generator)
 
 
 def _all_contrasts(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +103,5 @@ def _monte_carlo(mean: Tensor, cov: Tensor, n_samples: int, generator: torch.Gen
 
 
 link("probit", lambda mean, cov, *_: _probit(*_all_contrasts(mean, cov)))
-link("mc", _monte_carlo)
+link("mc", _monte_carlo, samples=True)
 link("bridge", lambda mean, cov, *_: _laplace_bridge(*_all_contrasts(mean, cov)))
-
-LINKS = tuple(_LINKS)
-SAMPLING_LINKS = ("mc",)

@@ -51,12 +51,11 @@ class Head:
         parameters = inspect.signature(innermost(model).forward).parameters
         self._accepts = set(parameters)
         self._accepts_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-        self._vocabulary, self._context = _vocabulary(model), _context(model)
+        self._vocabulary, self._context = _vocabulary(model), context_length(model)
 
     def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
         """Checks a batch and moves it to `device`. Raises InvalidBatchError as `read_batch` does."""
         inputs = read_batch(batch, device, checks, self.grouped, self.own_keys)
-        self._require_accepted(inputs)
         self._require_in_range(inputs, checks)
         positions = inputs.positions if self._places(inputs) else None
         return replace(
@@ -115,6 +114,7 @@ class Head:
         Raises:
             InvalidBatchError: the output is not [S, U]; says what to pass.
         """
+        self._require_accepted(inputs)
         u = self.read(model(**inputs.model), inputs)
         if not isinstance(u, Tensor) or u.dim() != 2 or u.shape[0] != inputs.n_sequences:
             shape = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
@@ -201,7 +201,7 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None
 
 
-def _context(model: nn.Module) -> int | None:
+def context_length(model: nn.Module) -> int | None:
     """Most tokens that the model has positions for; None where it says nothing, or counts relatively."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config

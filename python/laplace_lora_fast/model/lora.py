@@ -175,15 +175,18 @@ def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[Lor
 def _why_none(model: nn.Module) -> str:
     """Why there is nothing to treat: another method of PEFT, or none."""
     others = {
-        type(module).__name__: type(module).__module__.split(".")[-2]
+        _method(module)
         for module in model.modules()
         if isinstance(module, BaseTunerLayer) and not isinstance(module, lora.LoraLayer)
     }
+    configs = getattr(model, "peft_config", {})
+    others |= {config.peft_type.value.lower() for config in configs.values()} - {
+        "lora"
+    }  # prompts have no layers
     if others:
-        kinds = sorted(set(others.values()))
         return (
-            f"the active adapter is {', '.join(kinds)}, not LoRA: its weights have another Jacobian. Train a LoRA "
-            "adapter (peft.LoraConfig)"
+            f"the active adapter is {', '.join(sorted(others))}, not LoRA: its weights have another Jacobian. Train a "
+            "LoRA adapter (peft.LoraConfig)"
         )
     if any(isinstance(module, lora.LoraLayer) for module in model.modules()):
         return "model has LoRA layers, but no adapter is active: call model.set_adapter(name)"
@@ -245,8 +248,21 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
     )
     if not linear or isinstance(module, lora.MultiheadAttention | lora.ParamWrapper):
         raise UnsupportedAdapterError(
-            f"layer {name!r} is LoRA on a {kind} layer: only linear layers are supported; {_LEAVE_OUT}"
+            f"layer {name!r} is {_method(module)} on a {kind} layer: only linear layers are supported; {_LEAVE_OUT}"
         )
+    for side, weights in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+        if not isinstance(weights[adapter].weight, nn.Parameter):
+            raise UnsupportedAdapterError(
+                f"layer {name!r} has a parametrisation on its {side} (a spectral or a weight norm): its weight is no "
+                "parameter. Remove it with torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out "
+                "with layers=lambda name: .."
+            )
+
+
+def _method(module: nn.Module) -> str:
+    """What PEFT calls the method that a layer is of."""
+    method = type(module).__module__.split(".")[-2]
+    return "LoRA" if method == "lora" else method
 
 
 def parameters_left_alone(model: nn.Module, layers: Sequence[LoraLayer]) -> list[str]:

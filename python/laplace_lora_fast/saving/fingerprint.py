@@ -51,8 +51,7 @@ class FittedOn:
                 raise NotFittedError(
                     f"parameter {place.name!r} changed while the posterior was fitted: fit again"
                 )
-            self.surroundings.tensors.pop(place.name, None)
-            self.surroundings.derived.pop(place.name, None)
+            (self.surroundings.derived if place.derived else self.surroundings.tensors)[place.name] = None
         settings = settings_of(self._model, self._layers)
         self.surroundings = self.surroundings.common(replace(self.surroundings, settings=settings))
         self._watch = Watch(self._model, self._layers, self.surroundings)
@@ -90,6 +89,8 @@ class FittedOn:
         """Raises NotFittedError where what is around the adapter has changed; reads what has been written to."""
         different = self._watch.other_setting()
         if different:
+            for layer in self._layers:
+                layer.check()  # another adapter that is active has a message of its own
             raise NotFittedError(f"{different} {_SINCE}")
         for place in self._differing():
             raise NotFittedError(f"{'buffer' if place.buffer else 'parameter'} {place.name!r} {_SINCE}")

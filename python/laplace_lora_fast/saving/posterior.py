@@ -93,7 +93,7 @@ def metadata(header: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return {"format": FORMAT, "header": header, "sha256": digest.hexdigest()}
 
 

@@ -1,11 +1,11 @@
-"""What stands for a tensor: exact sums over its bits, and two rounded sums for what may differ by rounding.
+"""What stands for a tensor: exact sums over its bits, and a few rounded sums for what may differ by rounding.
 
 The bits are read as words of 8 bytes, and summed modulo 2^64 with odd weights: small tensors word by word, large ones
 in runs of 64 words, along and across. So a change of any number of bits within one word is always noticed, on any
 device and in any order of summation; other changes, exchanged rows or columns for example, unless two sums modulo
 2^64 happen to stay. A CPU core reads some 5 GB a second so.
 
-The rounded sums, the norm and a sum with pseudo-random weights, compare tensors held in different dtypes, and those
+The rounded sums, the norm and four sums with pseudo-random weights, compare tensors held in different dtypes, and those
 that merging and unmerging an adapter has rounded.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _RUN, _ACROSS = 64, 512  # words
-_RUNS = 1024  # of numbers in a block
+_RUNS, _SIGNS = 1024, 4  # runs of numbers in a block, sums over them
 _SMALL = _RUN * _ACROSS
 _EPS = {
     name: torch.finfo(getattr(torch, name)).eps
@@ -34,7 +34,7 @@ class Sums(NamedTuple):
         dtype: without "torch.".
         shape: its shape.
         exact: two sums over its bits, modulo 2^64.
-        rounded: norm and weighted sum; None for integers.
+        rounded: norm and weighted sums; None for integers.
     """
 
     dtype: str
@@ -123,7 +123,7 @@ def _parts_beside(name: str, value: Any, depth: int = 3) -> Iterator[tuple[str, 
 
 
 def _read(found: Mapping[int, Tensor]) -> dict[int, list[Any]]:
-    """The values of all tensors [2]; each device is waited for once."""
+    """The values of all tensors [n]; each device is waited for once."""
     values: dict[int, list[Any]] = {}
     for device in {tensor.device for tensor in found.values()}:
         own = {key: tensor for key, tensor in found.items() if tensor.device == device}
@@ -134,14 +134,24 @@ def _read(found: Mapping[int, Tensor]) -> dict[int, list[Any]]:
 def _exact(tensor: Tensor) -> Tensor:
     """Both sums [2], int64, which wraps around as integers modulo 2^64 do."""
     words = _words(tensor)
-    large = words[: len(words) // _SMALL * _SMALL]
-    rest = words[len(large) :]
+    large = len(words) // _SMALL * _SMALL
+    rest = _mixed(words[large:])
     first, second = ((rest * _weights(len(rest), seed, rest.device)).sum() for seed in (1, 2))
-    if len(large):
-        along, across = large.view(-1, _RUN).sum(1), large.view(-1, _RUN, _ACROSS).sum(1).flatten()
-        first = first + (along * _weights(len(along), 3, along.device)).sum()
-        second = second + (across * _weights(len(across), 4, across.device)).sum()
+    if large:
+        along, across = [], []
+        for chunk in words[:large].split(_SMALL if words.device.type == "cpu" else 2**10 * _SMALL):
+            mixed = _mixed(chunk)
+            along.append(mixed.view(-1, _RUN).sum(1))
+            across.append(mixed.view(-1, _RUN, _ACROSS).sum(1).flatten())
+        n = large // _RUN
+        first = first + (torch.cat(along) * _weights(n, 3, words.device)).sum()
+        second = second + (torch.cat(across) * _weights(n, 4, words.device)).sum()
     return torch.stack([first, second])
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """The words, one to one, with their upper halves in the lower ones: a sign alone would count modulo 2 only."""
+    return words ^ (words >> 32 & 0xFFFFFFFF)
 
 
 def _words(tensor: Tensor) -> Tensor:
@@ -166,20 +176,22 @@ def _odd(n: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _rounded(tensor: Tensor) -> Tensor:
-    """Norm and weighted sum [2], fp64: numbers of 16 bits and fewer are summed in fp32, run by run, others in fp64.
+    """Norm and four weighted sums [5], fp64; numbers of 16 bits and fewer are summed in fp32, run by run.
 
-    A run of 64 numbers has a sign, a block of 1,024 runs a weight: the same however many blocks are taken at a time.
+    A run of 64 numbers has a sign in each of the four, a block of 1,024 runs a weight: the same however many blocks
+    are taken at a time.
     """
     flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
     wide = torch.float32 if flat.itemsize < 4 else torch.float64
     block = _RUN * _RUNS
-    signs = (1 - 2 * (_weights(_RUNS, 5, flat.device) >> 32 & 1)).to(wide)
+    bits = torch.arange(32, 32 + _SIGNS, device=flat.device)
+    signs = (1 - 2 * (_weights(_RUNS, 5, flat.device)[:, None] >> bits & 1)).to(wide)
     squares, weighted = [], []
     for chunk in flat.split(block if flat.device.type == "cpu" else 2**10 * block):
         numbers = chunk.to(wide)
         squares.append(torch.dot(numbers, numbers).double())
         blocks = torch.nn.functional.pad(numbers, (0, -len(numbers) % block)).view(-1, _RUNS, _RUN)
-        weighted.append((blocks.sum(2) * signs).sum(1, dtype=torch.float64))
-    sums_ = torch.cat(weighted)
-    factors = 0.5 + _weights(len(sums_), 6, flat.device).double() / 2.0**64
-    return torch.stack([torch.stack(squares).sum().sqrt(), (sums_ * factors).sum()])
+        weighted.append((blocks.sum(2) @ signs).double())
+    by_block = torch.cat(weighted)
+    factors = 0.5 + _weights(len(by_block), 6, flat.device).double() / 2.0**64
+    return torch.cat([torch.stack(squares).sum().sqrt()[None], factors @ by_block])

@@ -147,14 +147,21 @@ class Surroundings:
         return None
 
     def common(self, other: Surroundings) -> Surroundings:
-        """Without the settings that are not the other's: what a forward pass counts is none."""
+        """Without the settings that are not the other's and the tensors that it could not read.
+
+        What a forward pass counts is no setting.
+        """
+        tensors, derived = (
+            {name: None if own.get(name, each) is None else each for name, each in mine.items()}
+            for mine, own in ((self.tensors, other.tensors), (self.derived, other.derived))
+        )
         settings = {
             kind: {
                 key: value for key, value in values.items() if other.settings.get(kind, {}).get(key) == value
             }
             for kind, values in self.settings.items()
         }
-        return Surroundings(self.tensors, self.derived, settings, self.version)
+        return Surroundings(tensors, derived, settings, self.version)
 
 
 def read(found: Sequence[Place]) -> tuple[Prints, Prints]:
@@ -179,7 +186,8 @@ def places(model: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[Place]:
     bases = tuple(f"{name}.base_layer." for name, module in modules(model) if hasattr(module, "base_layer"))
     for name, module in modules(model):
         prefix = f"{name}." if name else ""
-        for buffer, holder in enumerate((module._parameters, module._buffers)):
+        holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for buffer, holder in enumerate(holders):
             for key, tensor in holder.items():
                 full = prefix + key
                 if tensor is None or full in treated or _is_recomputed(module, key):
@@ -260,28 +268,33 @@ def configs(model: nn.Module, depth: int = 3) -> Iterator[tuple[str, dict[str, A
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that answers may depend on."""
-    idle: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name in idle or name.rpartition(".")[0] in idle:
-            idle.add(name)
-            continue
-        idle.update(f"{name}.{part}" if name else part for part in _idle_parts(module))
-        yield name, module
+    """Every module that answers may depend on, by the name it has without inactive adapters around it."""
+    yield from _modules("", model, set())
 
 
-def _idle_parts(module: nn.Module) -> Iterator[str]:
-    """Inactive adapters of one of PEFT's modules, and the original that an active one stands in for."""
-    names = vars(type(module)).get("adapter_layer_names") or getattr(type(module), "adapter_layer_names", ())
-    if not names:
+def _modules(name: str, module: nn.Module, left_out: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    if is_idle(module):
+        yield from _modules(name, module.base_layer, set())  # type: ignore[arg-type]
         return
+    yield name, module
+    of_adapters = getattr(type(module), "adapter_layer_names", ())
+    active = set(module.active_adapters) if of_adapters else set()  # type: ignore[arg-type]
+    for key, child in module._modules.items():
+        stood_in_for = key == "original_module" and bool(active & set(getattr(module, "modules_to_save", ())))
+        if child is None or key in left_out or stood_in_for:
+            continue
+        inactive = {each for each in child if each not in active} if key in of_adapters else set()  # type: ignore[attr-defined]
+        if not isinstance(child, nn.ParameterDict) or len(inactive) < len(child):
+            yield from _modules(f"{name}.{key}".lstrip("."), child, inactive)
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Whether a module is PEFT's around another one, without an adapter that is active."""
+    names = getattr(type(module), "adapter_layer_names", ())
+    if not names or not hasattr(module, "base_layer"):
+        return False
     active = set(module.active_adapters)  # type: ignore[arg-type]
-    for name in names:
-        for key in getattr(module, name, None) or ():
-            if key not in active:
-                yield f"{name}.{key}"
-            elif name == "modules_to_save":
-                yield "original_module"
+    return not any(active & set(getattr(module, name, None) or ()) for name in names)
 
 
 def _is_recomputed(module: nn.Module, key: str) -> bool:
@@ -290,7 +303,7 @@ def _is_recomputed(module: nn.Module, key: str) -> bool:
     return "original" not in key and ("dynamic" in kind or "longrope" in kind) and key.endswith("inv_freq")
 
 
-def _scalings(module: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[tuple[str, float]]:
+def _scalings(module: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[tuple[str, list[float]]]:
     """The scaling of an active adapter that has no posterior; those that have are compared by name."""
     scaling = getattr(module, "scaling", None)
     if isinstance(scaling, dict) and not any(layer.module is module for layer in layers):

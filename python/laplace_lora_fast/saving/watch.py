@@ -14,6 +14,7 @@ from laplace_lora_fast.saving.surroundings import (
     Surroundings,
     config_values,
     configs,
+    is_idle,
     is_without_settings,
     module_functions,
     module_values,
@@ -60,6 +61,14 @@ class Watch:
             if isinstance(module, nn.ModuleDict):  # adapters come and go
                 continue
             self._children += [(name, module._modules, key, child) for key, child in module._modules.items()]
+            if hasattr(type(module), "adapter_layer_names") and not any(
+                module is layer.module for layer in layers
+            ):
+                self._values.append(
+                    _Value(
+                        f"module {name!r}", vars(module), "_active_adapter", deepcopy(module._active_adapter)
+                    )
+                )
             if not is_without_settings(module):
                 counted = settings.get(type(module).__name__, {})
                 self._values += [
@@ -78,7 +87,7 @@ class Watch:
     def other_setting(self) -> str | None:
         """Which setting has changed or which module has been replaced, or None."""
         for owner, holder, key, child in self._children:
-            if holder.get(key) is not child:
+            if holder.get(key) is not child and not _is_wrapped(holder.get(key), child):
                 return f"module {f'{owner}.{key}'.lstrip('.')!r}"
         for owner, holder, key, value in self._values:
             now = holder.get(key, _GONE)
@@ -109,6 +118,11 @@ class Watch:
 
 
 _GONE = "nothing"
+
+
+def _is_wrapped(module: nn.Module | None, former: nn.Module | None) -> bool:
+    """Whether a module is PEFT's around the former one, without an adapter of its own that is active."""
+    return module is not None and getattr(module, "base_layer", _GONE) is former and is_idle(module)
 
 
 def _mark(tensor: Tensor | None) -> Mark:

@@ -29,6 +29,7 @@ class _FastInterface(CurvatureInterface):
         self.kfac_approx = TokenSharing(kfac_approx)
         self.mc_samples = mc_samples
         self._generator = torch.Generator().manual_seed(seed)
+        self._head = BatchHead(self.model)
         self._layers, self._places = locate(self.model, self.params)
         self._n_params = sum(parameter.numel() for parameter in self.params)
         self._likelihood = by_name(self.likelihood)
@@ -137,7 +138,7 @@ class _FastInterface(CurvatureInterface):
         likelihood = Gaussian() if y is None else self._likelihood
         checked = self._all_uses_seen
         run(
-            Subject(self.model, BatchHead(self.model), self._layers, likelihood),
+            Subject(self.model, self._head, self._layers, likelihood),
             [{"x": x, "y": y}],
             listener if checked else UsesSeen(listener, self._layers, self._places, self.params),
             steps.append,
