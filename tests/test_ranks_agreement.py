@@ -192,7 +192,7 @@ def run(target, *arguments):
     ]
     for process in processes:
         process.start()
-    found = []
+    found: list[tuple] = []
     end = time.monotonic() + 240
     while any(process.is_alive() for process in processes) or not queue.empty():
         if not queue.empty():

@@ -17,6 +17,7 @@ from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.contexts import unwrapped
 from laplace_lora_fast.model.lora import (
+    Layers,
     LoraLayer,
     adapter_source,
     lora_layers,
@@ -24,7 +25,6 @@ from laplace_lora_fast.model.lora import (
     read_adapter,
     refuse_residual_base,
 )
-from laplace_lora_fast.model.selection import Layers
 from laplace_lora_fast.model.storage import refuse_meta
 from laplace_lora_fast.options import integer, named, positive_integer, positive_number
 from laplace_lora_fast.posterior import Posterior

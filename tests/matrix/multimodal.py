@@ -71,6 +71,13 @@ def _language(name: str) -> bool:
     return "language_model" in name
 
 
+def typed(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the types of tokens where PaliGemma's processor gives them: all of the prefix."""
+    if model.config.model_type != "paligemma":
+        return batch
+    return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
 def image_error(make: Callable[[], Any], targets: str, language_only: bool = False) -> float:
     """Of a posterior from images with texts of several lengths, pads on the left."""
     torch.manual_seed(0)
@@ -79,13 +86,14 @@ def image_error(make: Callable[[], Any], targets: str, language_only: bool = Fal
     pixels = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
     tokens = [torch.cat([torch.full((4,), IMAGE), words]) for words in models.sequences(high=IMAGE)]
     alone = [
-        {"input_ids": sequence[None], "pixel_values": pixels[n : n + 1]} for n, sequence in enumerate(tokens)
+        typed(model, {"input_ids": sequence[None], "pixel_values": pixels[n : n + 1]})
+        for n, sequence in enumerate(tokens)
     ]
     layers = _language if language_only else None
     weights = oracle.lora_weights(model, layers or (lambda name: True))
     expected = oracle.posterior(model, models.answers_of, alone[: models.TRAIN], alone[models.TRAIN :], weights)
     parts = slice(models.TRAIN), slice(models.TRAIN, None)
-    batches = [{**models.padded(tokens[part], "left"), "pixel_values": pixels[part]} for part in parts]
+    batches = [typed(model, models.padded(tokens[part], "left") | {"pixel_values": pixels[part]}) for part in parts]
     return models.compared(model, Answers(models.ANSWERS), *batches, expected, layers=layers)
 
 
@@ -135,8 +143,8 @@ SOUNDS: dict[str, list[str]] = {
     "Data2VecAudio": ["q_proj", "v_proj"],
     "SEW": ["q_proj", "v_proj"],
 }
-PICTURES: dict[str, Any] = {"ViT": "all-linear", "DeiT": "all-linear", "Beit": ["query", "value", "dense"]}
-PICTURES |= {"Dinov2": ["query", "value", "fc1"], "Swin": ["query", "value", "dense"], "ConvNext": ["pwconv1"]}
+PICTURES: dict[str, Any] = {"ViT": "all-linear", "DeiT": "all-linear", "Beit": ["q_proj", "v_proj", "fc1"]}
+PICTURES |= {"Dinov2": ["query", "value", "fc1"], "Swin": ["q_proj", "v_proj", "reduction"], "ConvNext": ["pwconv1"]}
 
 
 def cells() -> list[Cell]:

@@ -26,9 +26,14 @@ from laplace_lora_fast.model.contexts import (
 )
 from laplace_lora_fast.model.gradients import leaves_of, send_back
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.leaks import Leaks, first_sequence
 from laplace_lora_fast.model.observer import GraphStart, Observer, Tapped, tokens_and_mask
-from laplace_lora_fast.model.proofs import FirstBatch, require_all_ran, require_gradients
+from laplace_lora_fast.model.proofs import (
+    FirstBatch,
+    Leaks,
+    first_sequence,
+    require_all_ran,
+    require_gradients,
+)
 from laplace_lora_fast.model.shared_inputs import SharedInputs
 from laplace_lora_fast.model.storage import differentiable_kernels
 

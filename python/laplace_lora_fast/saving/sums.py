@@ -150,7 +150,8 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """The words, one to one, with their upper halves in the lower ones: a sign alone would count modulo 2 only."""
+    """The words, one to one, spread over all bits: signs, which are upper bits, would count modulo 2 only."""
+    words = words * -0x61C8864680B583EB
     return words ^ (words >> 32 & 0xFFFFFFFF)
 
 

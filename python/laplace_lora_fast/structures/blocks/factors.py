@@ -216,8 +216,7 @@ class DenseFactor(Factor):
 
     def _spectrum(self, rank: int | None) -> Spectrum:
         assert self._lower is not None
-        # Reads the lower triangle only. In fp64, whatever C is in: its sums have relative digits in every channel,
-        # which an eigenproblem in fp32 loses where channels differ by orders of magnitude (14 % at 1,000 times).
+        # The lower triangle, in fp64: an eigenproblem in fp32 loses digits that the sums of a graded C do have.
         values, vectors = torch.linalg.eigh(self._lower.double())
         trace = self._lower.diagonal().sum(dtype=torch.float64)
         # Directions at the rounding of this are no eigenvectors of anything: they belong to the tail.
