@@ -8,7 +8,7 @@ from laplace_lora_fast.data import option_batches_from_ids
 
 
 def questions(n, seed):
-    """(prompt, options, which is right): two to four options of one to three words; the warm one fits a warm prompt.
+    """(prompt, options, which is right): two to four options, one fits the weather, in a word or two.
 
     From texts and a tokenizer: `option_batches(tokenizer, [{"prompt": .., "choices": [..], "label": ..}, ..], 16)`.
     """
@@ -16,12 +16,10 @@ def questions(n, seed):
     found = []
     for text in toy.texts(n, seed, batch_size=n)[0]["input_ids"]:
         warm = int((text >= 40).float().mean() > 0.5)
-        sizes = torch.randint(1, 4, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
+        sizes = torch.randint(1, 3, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
         label = int(torch.randint(len(sizes), (), generator=generator))
-        options = [
-            (torch.randint(16, 20, (int(size),), generator=generator) + 24 * (warm == (i == label))).tolist()
-            for i, size in enumerate(sizes)
-        ]
+        warmths = [warm if i == label else 1 - warm for i in range(len(sizes))]
+        options = [[16 + 24 * each] * size for each, size in zip(warmths, sizes.tolist(), strict=True)]
         wrong = torch.rand((), generator=generator) < 0.1
         found.append((text.tolist(), options, (label + 1) % len(options) if wrong else label))
     return option_batches_from_ids(found, batch_size=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from laplace_lora_fast.errors import LaplaceError, NotFittedError, UnsupportedAdapterError
+from laplace_lora_fast.errors import LaplaceError, LaplaceWarning, NotFittedError, UnsupportedAdapterError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
@@ -79,6 +80,7 @@ class LaplaceState:
         self.prior_precision = prior_precision
         self._prior_mean = None if prior_mean is None else self._read_prior_mean(prior_mean)
         self._refuse_residual_base(self.layers)
+        self._warn_of_frozen(self.layers)
         self._noise = self.likelihood.noise
 
     @property
@@ -165,6 +167,24 @@ class LaplaceState:
                 "refit=True starts from the model without its adapter: prior_mean must have lora_B = 0"
             )
         return matrices(weights)
+
+    def _warn_of_frozen(self, layers: Sequence[LoraLayer]) -> None:
+        """Warns where some LoRA weights require gradients and others do not: those were not trained, it seems."""
+        trained = {
+            name: self._peft_model.get_parameter(name).requires_grad
+            for layer in layers
+            for name in layer.parameter_names.values()
+        }
+        frozen = [name for name, requires_grad in trained.items() if not requires_grad]
+        if 0 < len(frozen) < len(trained):
+            warnings.warn(
+                f"{len(frozen)} of {len(trained)} LoRA weights do not require gradients, {frozen[0]!r} for example. They "
+                "get a posterior like the others, which makes predictions too uncertain if they were not trained. Leave "
+                "whole layers out with layers=[..]; a side that is frozen everywhere stays at its value with a large "
+                "prior precision: prior_precision={'A': 1e12, 'B': ..}",
+                LaplaceWarning,
+                stacklevel=4,
+            )
 
     def _settings(self) -> dict[str, Any]:
         """What this was made with, as JSON. Raises TypeError for an option without a JSON form."""

@@ -72,6 +72,8 @@ def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tens
         InvalidBatchError: its tokens cannot be matched with the batch's.
     """
     n, length = inputs.n_sequences, inputs.length
+    if n == 1 and inputs.mask is None and x.dim() > 1:  # whatever flows is this sequence's
+        return x.reshape(1, -1, x.shape[-1]), None
     if x.dim() == 2 and x.shape[0] == n:  # pooled: one row a sequence
         return x[:, None], None
     if x.dim() == 2 and length is not None and x.shape[0] == n * length:
@@ -92,8 +94,8 @@ def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tens
         )
     raise InvalidBatchError(
         f"layer {layer!r} sees a tensor of shape {tuple(x.shape)} in a batch of {n} sequences of length "
-        f"{length}: its tokens cannot be matched with the attention mask; leave the layer out with "
-        "layers=lambda name: .."
+        f"{length}: its tokens cannot be matched with the attention mask; pass batches of one sequence without "
+        "padding, or leave the layer out with layers=lambda name: .."
     )
 
 

@@ -3,6 +3,7 @@
 In every forward pass all tapped LoRA layers run, with their lora_A and lora_B, and in every batch a gradient arrives at
 each. In a model's first batch more is proved, by doing:
 
+- every linear layer of the model lets gradients through;
 - each layer computes W0 x + s B A x, with these A and B: no hook, parametrisation or replacement in between;
 - two forward passes agree bit for bit: nothing random is left on;
 - row n of what a layer sees is sequence n, and depends on no other.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +103,30 @@ class FirstBatch:
         if layer.base is not None and layer.name not in self._head.plain_layers:
             stack.callback(layer.base.register_forward_hook(keep_base).remove)
 
+    def watch_kernels(self, model: nn.Module, is_own: Callable[[], bool], stack: ExitStack) -> None:
+        """Hooks on linear layers of every kind, in a first batch: each has to let gradients through.
+
+        One that does not (a quantised kernel for inference) need not show otherwise: gradients arrive everywhere by
+        the residual stream, but without its part.
+        """
+        if not self.may_be_random:
+            return
+
+        def require_passage(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            given = [x for x in (*args[:1], output) if isinstance(x, Tensor) and x.is_floating_point()]
+            if not (len(given) == 2 and is_own() and torch.is_grad_enabled()):
+                return
+            if given[0].requires_grad and not given[1].requires_grad:
+                raise UnsupportedAdapterError(
+                    f"layer {name!r} ({type(module).__name__}) lets no gradient through: its kernel is for inference "
+                    "(activations quantised too, say). Load the base model unquantised, or with quantised weights "
+                    "that can be trained through (bitsandbytes, torchao's weight-only kinds)"
+                )
+
+        for name, module in model.named_modules():
+            if hasattr(module, "in_features") and not hasattr(module, "base_layer"):
+                stack.callback(module.register_forward_hook(partial(require_passage, name)).remove)
+
     def require_plain(self, index: int, x: Tensor, output: Tensor) -> None:
         """Raises UnsupportedAdapterError unless the layer's output is W0 x + s B A x, in a first batch."""
         layer = self._layers[index]
@@ -183,7 +209,7 @@ class Leaks:
         self._checks.require(
             ~leak.any(),
             f"row n of what layer {layer!r} sees is not example n, or depends on other examples too: leave the "
-            "layer out with layers=lambda name: ..",
+            "layer out with layers=lambda name: .., or pass batches of one sequence",
             UnsupportedAdapterError,
         )
 

@@ -75,13 +75,6 @@ class SharedInputs:
                     f"layer {layer!r} no longer shares its input with the layers it did before"
                 )
 
-    def leader(self, index: int) -> int:
-        """The layer at which the inputs of this one are observed. Before the first pass has ended: the first so far."""
-        if self.groups is not None:
-            return self.groups[index]
-        mine = self._inputs[index]
-        return next(other for other, inputs in self._inputs.items() if inputs[: len(mine)] == mine)
-
     def keep(self, index: int, x: Tensor) -> None:
         """An observer may keep x until the backward passes are over."""
         self._kept[x] = index, x._version

@@ -155,7 +155,8 @@ class Tap:
         if not u.requires_grad:
             raise UnsupportedAdapterError(
                 "the logits do not depend on any LoRA layer of the active adapter (detached outputs, or gradient "
-                "checkpointing with use_reentrant=True in custom code whose inputs do not require grad)"
+                "checkpointing with use_reentrant=True in custom code whose inputs do not require grad: call "
+                "model.enable_input_require_grads())"
             )
         if self._leads_elsewhere:
             found, reentrant_code = leaves_of(u)
@@ -225,6 +226,7 @@ class Tap:
             handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
             self._first.watch(index, self._is_own, stack)
+        self._first.watch_kernels(self.model, self._is_own, stack)
         if self._reentrant:  # needs an input that requires grad
             embedding = input_embeddings(self.model)
 
@@ -269,7 +271,8 @@ class Tap:
         return started
 
     def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
-        if self._sharing.leader(index) != index:
+        groups = self.shared_inputs
+        if groups is not None and groups[index] != index:  # in a first pass it is not known yet who shares
             return
         stream = self._tokens(self.layers[index], x.detach())
         self._sharing.keep(index, stream[0])
