@@ -19,7 +19,7 @@ def questions(n, seed):
         sizes = torch.randint(1, 3, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
         label = int(torch.randint(len(sizes), (), generator=generator))
         warmths = [warm if i == label else 1 - warm for i in range(len(sizes))]
-        options = [[16 + 24 * each] * size for each, size in zip(warmths, sizes.tolist(), strict=True)]
+        options = [[16 + i + 24 * warmths[i]] * int(size) for i, size in enumerate(sizes)]
         wrong = torch.rand((), generator=generator) < 0.1
         found.append((text.tolist(), options, (label + 1) % len(options) if wrong else label))
     return option_batches_from_ids(found, batch_size=16)

@@ -178,12 +178,12 @@ class LaplaceState:
         frozen = [name for name, requires_grad in trained.items() if not requires_grad]
         if 0 < len(frozen) < len(trained):
             warnings.warn(
-                f"{len(frozen)} of {len(trained)} LoRA weights do not require gradients, {frozen[0]!r} for example. They "
-                "get a posterior like the others, which makes predictions too uncertain if they were not trained. Leave "
-                "whole layers out with layers=[..]; a side that is frozen everywhere stays at its value with a large "
-                "prior precision: prior_precision={'A': 1e12, 'B': ..}",
+                f"{len(frozen)} of {len(trained)} LoRA weights do not require gradients, {frozen[0]!r} for example. "
+                "They get a posterior like the others, which makes predictions too uncertain if they were not trained. "
+                "Leave whole layers out with layers=[..]; a side that is frozen everywhere stays at its value with a "
+                "large prior precision: prior_precision={'A': 1e12, 'B': ..}",
                 LaplaceWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _settings(self) -> dict[str, Any]:

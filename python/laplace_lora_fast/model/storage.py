@@ -66,7 +66,10 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
                 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
                 with torch.no_grad():
-                    layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+                    # The inverse leaves the blocks' scales in the packed order, or rounds them once more.
+                    state.original_nested, scales = False, state.absmax.T.reshape(-1).float()
+                    layer.weight.data, state = unpack(layer.weight.data, state)
+                    state.absmax, layer.weight.quant_state = scales, state
                 layer.quant_state = layer.weight.quant_state
         yield
     finally:
