@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -31,11 +29,9 @@ def test_a_mixture_is_said():
     model = frozen(tiny.tiny_llama(), lambda name: "layers.0" in name)
     with pytest.warns(LaplaceWarning, match="layers="):
         LaplaceLoRA(model, ANSWERS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        LaplaceLoRA(model, ANSWERS, layers="last")
-        LaplaceLoRA(tiny.tiny_llama(), ANSWERS)
-        LaplaceLoRA(tiny.tiny_llama().requires_grad_(False), ANSWERS)  # as loaded for inference
+    LaplaceLoRA(model, ANSWERS, layers="last")  # a warning would be an error
+    LaplaceLoRA(tiny.tiny_llama(), ANSWERS)
+    LaplaceLoRA(tiny.tiny_llama().requires_grad_(False), ANSWERS)  # as loaded for inference
 
 
 class Small(nn.Module):

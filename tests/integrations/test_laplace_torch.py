@@ -333,8 +333,8 @@ def test_rows_that_are_not_examples_are_refused() -> None:
 def test_a_fit_repeats_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four batches of four classes: one forward and three backward passes each.
 
-    The proofs of a first batch ride on its own passes, but for a forward pass that has to agree and a backward pass that
-    tells whose rows are whose.
+    The proofs of a first batch ride on its own passes, but for a forward pass that has to agree and a backward pass
+    that tells whose rows are whose.
     """
     from laplace_lora_fast.model import tap
 

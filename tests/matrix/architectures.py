@@ -57,6 +57,7 @@ class Family:
         base: (name, what its configuration needs) -> a tiny model.
         task: what it answers.
         quick: names in the subset that every change is tested with.
+        usual: side on which such models are padded: of every architecture, it is in that subset.
         last_token: that all sequences end with, or None.
     """
 
@@ -65,6 +66,7 @@ class Family:
     base: Callable[..., nn.Module]
     task: Task
     quick: frozenset[str]
+    usual: str
     last_token: int | None = None
 
     def sequences(self, side: str) -> list[Tensor]:
@@ -86,10 +88,10 @@ class Family:
         """All of them."""
         found = []
         for kind, what in self.kinds.items():
-            cell = partial(Cell, self.group, kind, quick=kind in self.quick)
+            cell = partial(Cell, self.group, kind)
             if what.refused:
                 first = partial(self.error, kind, "none", True)
-                found.append(cell("all linear layers", first, refused=what.refused))
+                found.append(cell("all linear layers", first, refused=what.refused, quick=kind in self.quick))
             if what.refused and not what.left_out:
                 continue
             for side, column in SIDES.items():
@@ -99,6 +101,7 @@ class Family:
                         partial(self.error, kind, side),
                         tolerance=_precision(what, side)[1],
                         refused=what.sides.get(side, ""),
+                        quick=kind in self.quick or side == self.usual,
                         note="in fp32" if side in what.fp32 else "with `layers`" if what.left_out else "",
                     )
                 )

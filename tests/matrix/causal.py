@@ -24,6 +24,7 @@ from tests.matrix.architectures import (
 )
 from tests.matrix.cells import Cell
 
+GROUP = "Causal language models"
 _MLA = {"head_dim": 4}
 _EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
 _CROSS = Kind(refused=UNUSED, left_out=r"encoder_attn|encoder\.layers")  # of a decoder without its encoder
@@ -103,4 +104,4 @@ def base(kind: str, **own: Any) -> Any:
 
 def cells() -> list[Cell]:
     """All of them."""
-    return Family("Causal language models", KINDS, base, Answers(models.ANSWERS), QUICK).cells()
+    return Family(GROUP, KINDS, base, Answers(models.ANSWERS), QUICK, usual="left").cells()

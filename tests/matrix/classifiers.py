@@ -67,4 +67,6 @@ def base(kind: str, **own: Any) -> Any:
 
 def cells() -> list[Cell]:
     """All of them."""
-    return Family("Sequence classifiers", KINDS, base, Classes(), QUICK, last_token=EOS).cells()
+    return Family(
+        "Sequence classifiers", KINDS, base, Classes(), QUICK, usual="right", last_token=EOS
+    ).cells()

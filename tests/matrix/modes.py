@@ -33,14 +33,16 @@ def encoder(**own: Any) -> Any:
     """A tiny classifier with dropout everywhere."""
     torch.manual_seed(0)
     config = models.config("bert", num_labels=3, is_decoder=False, **own)
-    return models.adapted(transformers.BertForSequenceClassification(config), ["query", "dense"], lora_dropout=0.3)
+    return models.adapted(
+        transformers.BertForSequenceClassification(config), ["query", "dense"], lora_dropout=0.3
+    )
 
 
 MODELS = {"decoder": (decoder, Answers(models.ANSWERS), "left"), "encoder": (encoder, Classes(), "right")}
 
 
 def error(which: str, change: Change, inside: Callable[[], Any] = nullcontext) -> float:
-    """Of a posterior after `change` to the model, fitted and asked `inside` a context; the oracle is of the model before."""
+    """Of a posterior after `change` to the model, fitted and asked `inside` a context; the oracle ran before."""
     make, task, side = MODELS[which]
     model = make()
     tokens = models.sequences()
@@ -173,8 +175,8 @@ def called_past_hooks(model: nn.Module) -> None:
 def forward_replaced(model: nn.Module) -> None:
     """A forward of the user's own in the place of the layer's."""
     layer = _layer(model)
-    layer.forward = lambda x, *args, **kwargs: layer.base_layer(x) + 0.5 * layer.lora_B["default"](
-        layer.lora_A["default"](x)
+    layer.forward = lambda x, *args, **kwargs: (
+        layer.base_layer(x) + 0.5 * layer.lora_B["default"](layer.lora_A["default"](x))
     )
 
 

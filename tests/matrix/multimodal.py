@@ -91,13 +91,19 @@ def image_error(make: Callable[[], Any], targets: str, language_only: bool = Fal
     ]
     layers = _language if language_only else None
     weights = oracle.lora_weights(model, layers or (lambda name: True))
-    expected = oracle.posterior(model, models.answers_of, alone[: models.TRAIN], alone[models.TRAIN :], weights)
+    expected = oracle.posterior(
+        model, models.answers_of, alone[: models.TRAIN], alone[models.TRAIN :], weights
+    )
     parts = slice(models.TRAIN), slice(models.TRAIN, None)
-    batches = [typed(model, models.padded(tokens[part], "left") | {"pixel_values": pixels[part]}) for part in parts]
+    batches = [
+        typed(model, models.padded(tokens[part], "left") | {"pixel_values": pixels[part]}) for part in parts
+    ]
     return models.compared(model, Answers(models.ANSWERS), *batches, expected, layers=layers)
 
 
-def alone_error(make: Callable[[], nn.Module], targets: Any, key: str, shape: tuple[int, ...], prepare: Any) -> float:
+def alone_error(
+    make: Callable[[], nn.Module], targets: Any, key: str, shape: tuple[int, ...], prepare: Any
+) -> float:
     """Of a posterior of a classifier whose input is one tensor of reals, with no pads."""
     torch.manual_seed(0)
     model = models.adapted(make(), targets)
@@ -130,7 +136,14 @@ def _vision(kind: str) -> dict[str, Any]:
     if kind == "ConvNext":
         return own | {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
     if kind == "Swin":
-        return own | {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+        return own | {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 2,
+        }
     return own | VISION
 
 
@@ -144,7 +157,11 @@ SOUNDS: dict[str, list[str]] = {
     "SEW": ["q_proj", "v_proj"],
 }
 PICTURES: dict[str, Any] = {"ViT": "all-linear", "DeiT": "all-linear", "Beit": ["q_proj", "v_proj", "fc1"]}
-PICTURES |= {"Dinov2": ["query", "value", "fc1"], "Swin": ["q_proj", "v_proj", "reduction"], "ConvNext": ["pwconv1"]}
+PICTURES |= {
+    "Dinov2": ["query", "value", "fc1"],
+    "Swin": ["q_proj", "v_proj", "reduction"],
+    "ConvNext": ["pwconv1"],
+}
 
 
 def cells() -> list[Cell]:
@@ -155,7 +172,10 @@ def cells() -> list[Cell]:
         found += [
             cell("LoRA on the language model", partial(image_error, make, LANGUAGE), quick=name == "LLaVA"),
             cell("all linear layers", partial(image_error, make, "all-linear"), refused=UNMATCHED),
-            cell("all linear layers, `layers` of the language model", partial(image_error, make, "all-linear", True)),
+            cell(
+                "all linear layers, `layers` of the language model",
+                partial(image_error, make, "all-linear", True),
+            ),
             cell("vision only", partial(image_error, make, r".*vision.*q_proj"), refused=UNMATCHED),
         ]
     for name, targets in SOUNDS.items():
@@ -163,7 +183,10 @@ def cells() -> list[Cell]:
         if name == "Data2VecAudio":
             own |= {"conv_pos_kernel_size": 5, "num_conv_pos_embeddings": 2}
         make = partial(_made, f"{name}ForSequenceClassification", name, **own)
-        for column, prepare in (("as it is", _as_made), ("training mode, checkpointing", _trained_with_checkpoints)):
+        for column, prepare in (
+            ("as it is", _as_made),
+            ("training mode, checkpointing", _trained_with_checkpoints),
+        ):
             run = partial(alone_error, make, targets, "input_values", (320,), prepare)
             found.append(Cell(SOUND, name, column, run, quick=name in ("Wav2Vec2", "WavLM")))
     for name, targets in PICTURES.items():

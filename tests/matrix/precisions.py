@@ -59,15 +59,30 @@ def cells() -> list[Cell]:
     names = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     tolerances = {"fp64": oracle.FP64, "fp32": oracle.FP32, "bf16": COARSE, "fp16": COARSE}
     found = [
-        Cell(GROUP, name, f"{attention} attention", partial(error, dtype, attention=attention), tolerances[name])
+        Cell(
+            GROUP,
+            name,
+            f"{attention} attention",
+            partial(error, dtype, attention=attention),
+            tolerances[name],
+        )
         for name, dtype in names.items()
         for attention in ("eager", "sdpa")
     ]
     for name in ("bf16", "fp16"):
         dtype = names[name]
         found += [
-            Cell(GROUP, f"{name} model", "fp32 adapter", partial(error, dtype, torch.float32), COARSE, quick=True),
-            Cell(GROUP, "fp32 model", f"autocast to {name}", partial(error, torch.float32, None, dtype), COARSE),
+            Cell(
+                GROUP,
+                f"{name} model",
+                "fp32 adapter",
+                partial(error, dtype, torch.float32),
+                COARSE,
+                quick=True,
+            ),
+            Cell(
+                GROUP, "fp32 model", f"autocast to {name}", partial(error, torch.float32, None, dtype), COARSE
+            ),
             Cell(
                 GROUP,
                 f"{name} model, fp32 adapter",

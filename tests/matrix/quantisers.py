@@ -95,7 +95,9 @@ def hqq(bits: int) -> Any:
     return loaded(transformers.HqqConfig(nbits=bits, group_size=64), torch.float32)
 
 
-def error(load: Callable[[], Any], targets: list[str], prepared: bool = False, evaluated: bool = False) -> float:
+def error(
+    load: Callable[[], Any], targets: list[str], prepared: bool = False, evaluated: bool = False
+) -> float:
     """Of a posterior on a quantised base.
 
     Args:
@@ -114,7 +116,7 @@ def error(load: Callable[[], Any], targets: list[str], prepared: bool = False, e
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets)
     model = models.randomised(peft.get_peft_model(base, config)).eval()
     exact = peft.get_peft_model(exact_base, config)
-    adapter = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    adapter = {name: value for name, value in model.named_parameters() if "lora_" in name}
     exact.load_state_dict(adapter, strict=False)
     exact = exact.eval()
     tokens = models.sequences()
@@ -155,7 +157,10 @@ BASES: dict[str, tuple[Callable[[], Any], float]] = {
     "torchao int8": (partial(torchao, "Int8WeightOnlyConfig"), oracle.FP32),
     "torchao int8, dynamic activations": (partial(torchao, "Int8DynamicActivationInt8WeightConfig"), COARSE),
     "torchao int4": (partial(torchao, "Int4WeightOnlyConfig", group_size=32), COARSE),
-    "torchao int4, codes in int8": (partial(torchao, "IntxWeightOnlyConfig", weight_dtype=torch.int4), COARSE),
+    "torchao int4, codes in int8": (
+        partial(torchao, "IntxWeightOnlyConfig", weight_dtype=torch.int4),
+        COARSE,
+    ),
     "quanto int8": (partial(quanto, "int8"), oracle.FP32),
     "quanto int4": (partial(quanto, "int4"), oracle.FP32),
     "HQQ 4 bits": (partial(hqq, 4), oracle.FP32),
@@ -173,7 +178,10 @@ def cells() -> list[Cell]:
         for column, targets in TARGETS.items():
             ways: dict[str, dict[str, bool]] = {column: {}}
             if column == "all linear layers":
-                ways |= {f"{column}, prepared": {"prepared": True}, f"{column}, evaluated before": {"evaluated": True}}
+                ways |= {
+                    f"{column}, prepared": {"prepared": True},
+                    f"{column}, evaluated before": {"evaluated": True},
+                }
             for way, options in ways.items():
                 run = partial(error, load, targets, **options)
                 # bitsandbytes rounds the scales to bf16 when it packs its weights on an evaluation pass, for good

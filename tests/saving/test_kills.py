@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_what_a_killed_writer_left_is_cleared_away(kind, tmp_path):
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".partial-")
-    (tmp_path / ".partial-12345678-y").write_text("of another")
+    (tmp_path / ".partial-12345678-y").mkdir()  # of another target
     with kind(tmp_path / "x") as outer:
         assert not left.exists()
         if kind is replacing:
@@ -109,3 +110,25 @@ def test_what_a_killed_writer_left_is_cleared_away(kind, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-12345678-y", "x"]
     content = tmp_path / "x" / "file" if kind is new_folder else tmp_path / "x"
     assert content.read_text() == "outer"
+
+
+def test_threads_that_save_at_once(tmp_path):
+    """What they write is replaced by the library that writes it, which no lock on it outlives."""
+    la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS).fit([tiny.batch(4)], progress=False)
+    errors = []
+
+    def save():
+        try:
+            for _ in range(15):
+                la.save(tmp_path)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [path.name for path in tmp_path.iterdir()] == ["posterior.safetensors"]
+    assert LaplaceLoRA.load(tmp_path, la.model).predict(tiny.batch(2)).isfinite().all()

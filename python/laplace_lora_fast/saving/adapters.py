@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.storage import differentiable_kernels
 from laplace_lora_fast.saving.atomic import new_folder
 from laplace_lora_fast.weights import SIDES, by_layer, stored
 
@@ -45,7 +46,8 @@ def save_samples(
 def _write(
     model: nn.Module, layers: Sequence[LoraLayer], samples: Sequence[Tensor], folder: Path, adapter: str
 ) -> list[Path]:
-    state = {name: value.detach() for name, value in model.state_dict().items()}
+    with differentiable_kernels(model):  # bitsandbytes' own way out of its packed form damages the weights
+        state = {name: value.detach() for name, value in model.state_dict().items()}
     paths = []
     for index in range(samples[0].shape[0]):
         drawn = dict(state)

@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all.
 
-What is being written stands beside the target under a name of its own, locked by its writer. A writer that was killed
-leaves it behind, without the lock: the next one to the same target clears it away.
+What is being written stands in a folder beside the target, with a name of its own, which its writer has locked. A
+writer that was killed leaves it behind, without the lock: the next one to the same target clears it away. (The folder
+is locked, as libraries replace the files that they are told to write.)
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ except ImportError:  # no Unix: nothing is cleared away
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """A file to write inside, which becomes `path` on leaving, and is removed after an error: `path` stays as it was.
 
-    It stands beside `path`, with the same suffix and a name of its own, so that several writers do not meet. What is
-    no file, a device or a pipe, is written to itself; a symbolic link stays, its target is replaced.
+    It has the same name, in a folder of its own beside `path`, so that several writers do not meet. What is no file, a
+    device or a pipe, is written to itself; a symbolic link stays, its target is replaced.
 
     Args:
         path: in a folder that exists.
@@ -38,7 +39,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         yield target
         return
     target = Path(os.path.realpath(target))
-    with _naming(path), _partial(target, folder=False) as partial:
+    with _naming(path), _partial(target) as folder:
+        partial = folder / target.name
         yield partial
         _to_disk(partial)
         os.replace(partial, target)
@@ -58,7 +60,7 @@ def new_folder(path: str | PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     with _naming(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(target, folder=True) as partial:
+        with _partial(target) as partial:
             require_new_folder(path)
             yield partial
             for file in partial.rglob("*"):
@@ -80,24 +82,31 @@ def require_new_folder(path: str | PathLike[str]) -> None:
 
 
 @contextmanager
-def _partial(target: Path, folder: bool) -> Iterator[Path]:
-    """What becomes the target, made and locked; removed on leaving if it is still there."""
+def _partial(target: Path) -> Iterator[Path]:
+    """A folder beside the target, made and locked; removed on leaving if it is still there."""
     _clear(target)
-    while True:
+    handle = None
+    while handle is None:
         partial = target.with_name(f".partial-{secrets.token_hex(4)}-{target.name}")
-        if folder:
-            partial.mkdir()
-            handle = os.open(partial, os.O_RDONLY)
-        else:
-            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        if _lock(handle) is not False and partial.exists():
-            break
-        os.close(handle)  # cleared away in between
+        partial.mkdir()
+        handle = _opened(partial)
     try:
         yield partial
     finally:
-        _remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         os.close(handle)
+
+
+def _opened(partial: Path) -> int | None:
+    """A handle that has the lock, or None if another writer has cleared the folder away before it was taken."""
+    try:
+        handle = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    if _lock(handle) is not False and partial.exists():
+        return handle
+    os.close(handle)
+    return None
 
 
 def _clear(target: Path) -> None:
@@ -109,7 +118,7 @@ def _clear(target: Path) -> None:
             handle = os.open(found, os.O_RDONLY)
             try:
                 if _lock(handle):
-                    _remove(found)
+                    shutil.rmtree(found, ignore_errors=True)
             finally:
                 os.close(handle)
 
@@ -125,13 +134,6 @@ def _lock(handle: int) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:
