@@ -26,8 +26,8 @@ from laplace_lora_fast.weights import SIDES, LoraWeights
 
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
 _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
 _COMPARED = 64  # tokens of a first batch
+# Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
 _PLAIN_IN_EVALUATION = ("Montecl", "Velora")
 _LEAVE_OUT = (
     "leave it out with layers=lambda name: .., train it as plain LoRA, or merge it into the base model"
