@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Where there is an nvcc the tests insist on the CUDA library; elsewhere it is left out, visibly.
 BUILD_CUDA := $(if $(shell command -v nvcc),1,0)
 
-.PHONY: bench demo docs quick test
+.PHONY: bench demo docs matrix quick test
 
 # A first run installs; stamp files keep later ones from doing so again. On a machine with other work, set
 # OMP_WAIT_POLICY=PASSIVE: threads then sleep, rather than spin, while they wait.
@@ -28,6 +28,11 @@ quick: $(VENV)/.test-stamp
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto tests/test_house.py tests/replay/test_replay.py \
 		-k "test_house or (decoder and not columns and not sketch)"
+
+# All of the compatibility matrix, minutes, and the page with what came of it. Quantisers that do not install are left out.
+matrix: $(VENV)/.test-stamp
+	-$(BIN)/pip install bitsandbytes torchao optimum-quanto hqq
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.table
 
 # The site, from docs/, examples/ and docstrings, into site/; broken links are errors.
 docs: $(VENV)/.test-stamp

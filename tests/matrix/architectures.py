@@ -36,6 +36,7 @@ class Kind:
         refused: words of the refusal with LoRA on all linear layers.
         left_out: pattern of the layers that `layers` then leaves out.
         sides: words of the refusal, by side of the pads.
+        shifted: pads on the left move the positions that it counts itself: its logits are those of padded rows.
         fp32: sides that the model computes in fp32 only: in fp64, transformers' attention gives NaN there.
     """
 
@@ -44,6 +45,7 @@ class Kind:
     refused: str = ""
     left_out: str = ""
     sides: dict[str, str] = field(default_factory=dict)
+    shifted: bool = False
     fp32: tuple[str, ...] = ()
 
 
@@ -79,10 +81,10 @@ class Family:
     def error(self, kind: str, side: str, all_layers: bool = False) -> float:
         """Of an architecture with pads on one side; `all_layers` as a user tries first, with nothing left out."""
         what = self.kinds[kind]
-        dtype, tolerance = _precision(what, side)
-        model = models.adapted(self.base(kind, **what.own), what.targets, dtype)
+        model = models.adapted(self.base(kind, **what.own), what.targets, _precision(what, side)[0])
         options = {} if all_layers or not what.left_out else {"layers": partial(_stays, what.left_out)}
-        return models.text_error(model, self.task, self.sequences(side), side, tolerance, **options)
+        shifted = what.shifted and side == "left"
+        return models.text_error(model, self.task, self.sequences(side), side, shifted, **options)
 
     def cells(self) -> list[Cell]:
         """All of them."""
@@ -102,7 +104,7 @@ class Family:
                         tolerance=_precision(what, side)[1],
                         refused=what.sides.get(side, ""),
                         quick=kind in self.quick or side == self.usual,
-                        note="in fp32" if side in what.fp32 else "with `layers`" if what.left_out else "",
+                        note=_note(what, side),
                     )
                 )
         return found
@@ -111,6 +113,15 @@ class Family:
 def named(names: str, kind: Kind) -> dict[str, Kind]:
     """Architectures that are alike."""
     return dict.fromkeys(names.split(), kind)
+
+
+def _note(what: Kind, side: str) -> str:
+    notes = {
+        "in fp32": side in what.fp32,
+        "with `layers`": bool(what.left_out),
+        "positions shift": what.shifted and side == "left",
+    }
+    return ", ".join(note for note, holds in notes.items() if holds)
 
 
 def _precision(what: Kind, side: str) -> tuple[torch.dtype, float]:

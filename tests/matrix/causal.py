@@ -27,7 +27,9 @@ from tests.matrix.cells import Cell
 GROUP = "Causal language models"
 _MLA = {"head_dim": 4}
 _EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
-_CROSS = Kind(refused=UNUSED, left_out=r"encoder_attn|encoder\.layers")  # of a decoder without its encoder
+_CROSS = Kind(
+    refused=UNUSED, left_out=r"encoder_attn|encoder\.layers", shifted=True
+)  # of a decoder without its encoder
 _SELECTS = Kind(refused=NO_GRADIENT, left_out=r"indexer|compressor|\.experts|\.gate$")
 _MAMBA = ("in_proj", "x_proj")  # PEFT refuses out_proj
 KINDS = {

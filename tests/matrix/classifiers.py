@@ -29,10 +29,10 @@ _MIXES = Kind(sides={"left": PADS, "right": PADS})  # tokens and pads, whatever 
 _EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
 KINDS = {
     **named(
-        "arcee biogpt ctrl diffllama doge eurobert exaone4 falcon flaubert gemma gemma3_text glm glm4 gpt-sw3 gpt2"
-        " gpt_bigcode gpt_neox gpt_oss gptj helium hunyuan_v1_dense jetmoe llama minicpm3 ministral mistral mobilebert"
-        " modernbert-decoder nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3"
-        " qwen3_5_text seed_oss smollm3 squeezebert stablelm starcoder2 xlm",
+        "arcee diffllama doge eurobert exaone4 falcon gemma gemma3_text glm glm4 gpt_neox gpt_oss gptj"
+        " helium hunyuan_v1_dense jetmoe llama minicpm3 ministral mistral modernbert-decoder nemotron"
+        " olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_text seed_oss smollm3"
+        " stablelm starcoder2",
         Kind(),
     ),
     **named(
@@ -40,6 +40,10 @@ KINDS = {
         " jina_embeddings_v3 layoutlm mbart megatron-bert modernbert mpnet mt5 mvp nomic_bert plbart rembert roberta"
         " roberta-prelayernorm roformer tapas ultrabert umt5 xlm-roberta xlm-roberta-xl",
         _POOLS,
+    ),
+    **named(
+        "biogpt ctrl flaubert gpt-sw3 gpt2 gpt_bigcode mobilebert openai-gpt squeezebert xlm",
+        Kind(shifted=True),
     ),
     **dict.fromkeys(["convbert", "fnet", "nystromformer", "yoso"], _MIXES),
     **named("deepseek_v2 hunyuan_v1_moe minimax mixtral qwen3_moe qwen3_next", _EXPERTS),

@@ -164,26 +164,16 @@ def compared(
 
 
 def text_error(
-    model: nn.Module,
-    task: Task,
-    tokens: Sequence[Tensor],
-    side: str,
-    tolerance: float = oracle.FP64,
-    **options: Any,
+    model: nn.Module, task: Task, tokens: Sequence[Tensor], side: str, shifted: bool = False, **options: Any
 ) -> float:
     """Error of a posterior from padded batches, against sequences alone and without pads.
 
-    Some models let pads change the logits, masked or not (absolute positions of a classifier, recurrent states). The
-    posterior is then that of what the model computes: the oracle runs on the same padded rows, one at a time.
+    `shifted`: pads move the positions that the model counts, so that it gives other logits. The posterior is then that
+    of what the model computes: the oracle runs on the same padded rows, one at a time.
     """
     outputs = answers_of if isinstance(task, Answers) else classes_of
     weights = oracle.lora_weights(model, options.get("layers") or (lambda name: True))
     train, test = padded(tokens[:TRAIN], side), padded(tokens[TRAIN:], side)
-    alone = [{"input_ids": sequence[None]} for sequence in tokens]
-    expected = oracle.posterior(model, outputs, alone[:TRAIN], alone[TRAIN:], weights)
-    found = compared(model, task, train, test, expected, **options)
-    if found > tolerance and side != "none":
-        own = oracle.posterior(model, outputs, rows_of(train), rows_of(test), weights)
-        la = fitted(model, task, train, labels(), **options)
-        found = max(map(oracle.error, la.logit_distribution(test), own))
-    return found
+    rows = [*rows_of(train), *rows_of(test)] if shifted else [{"input_ids": ids[None]} for ids in tokens]
+    expected = oracle.posterior(model, outputs, rows[:TRAIN], rows[TRAIN:], weights)
+    return compared(model, task, train, test, expected, **options)

@@ -90,9 +90,18 @@ def quanto(weights: str) -> Any:
 
 
 def hqq(bits: int) -> Any:
-    """HQQ."""
+    """HQQ by its own library: this transformers loads none."""
     need("hqq")
-    return loaded(transformers.HqqConfig(nbits=bits, group_size=64), torch.float32)
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model = plain()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            config = BaseQuantizeConfig(nbits=bits, group_size=64)
+            parent, _, own = name.rpartition(".")
+            made = HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+            setattr(model.get_submodule(parent), own, made)
+    return model
 
 
 def error(

@@ -32,8 +32,8 @@ covariance of its logits with the exact linearised Laplace posterior, which plai
 Anything else is a bug: please report it. `make matrix` runs all cells.
 
 *With `layers`*: the layers that the refusal names were left out, `LaplaceLoRA(.., layers=lambda name: ..)`.
-A model that lets pads change its logits (absolute positions of a classifier, recurrent states) is compared on the same
-padded rows.
+*Positions shift*: the model counts positions itself, so that pads on the left give it other logits, here as in any use
+of it. It is compared on the same padded rows.
 """
 
 

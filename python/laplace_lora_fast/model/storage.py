@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -61,17 +63,39 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.support_avx512bf16_for_cpu = False
-            state: Any = getattr(layer.weight, "quant_state", None)
+            state = getattr(layer.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
-                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
-
-                with torch.no_grad():
-                    # The inverse leaves the blocks' scales in the packed order, or rounds them once more.
-                    state.original_nested, scales = False, state.absmax.T.reshape(-1).float()
-                    layer.weight.data, state = unpack(layer.weight.data, state)
-                    state.absmax, layer.weight.quant_state = scales, state
-                layer.quant_state = layer.weight.quant_state
+                _unpack(layer, state)
+            elif state is not None:
+                _UNPACKED[layer] = copy(state)
         yield
     finally:
         for layer in layers:
             layer.support_avx512bf16_for_cpu = True
+
+
+@torch.no_grad()
+def _unpack(layer: Any, state: Any) -> None:
+    """Packing rounds the blocks' scales to bf16. They are what they were, where the layer was seen before that.
+
+    The library's own inverse leaves the scales in the packed order, or rounds them once more.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_blockwise
+
+    packed = state.absmax.T.reshape(-1)
+    state.original_nested = False
+    layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    state.absmax = packed.float()
+    before = _UNPACKED.get(layer)
+    if before is not None:
+        scales = before.absmax
+        if before.nested:
+            scales = dequantize_blockwise(scales, before.state2) + before.offset
+        if torch.equal(scales.float().to(packed.dtype), packed):
+            state = copy(before)
+    layer.weight.quant_state = layer.quant_state = state
+
+
+_UNPACKED: WeakKeyDictionary[nn.Module, Any] = (
+    WeakKeyDictionary()
+)  # the state of layers before they were packed
