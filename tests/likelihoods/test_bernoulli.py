@@ -92,3 +92,14 @@ def test_a_model_that_says_what_it_was_trained_for() -> None:
     with pytest.raises(ValueError, match=r"MultiLabel\(\), not Classes"):
         LaplaceLoRA(model, "classes")
     assert LaplaceLoRA(model, "multi_label").task == MultiLabel()
+
+
+@pytest.mark.parametrize("link", Bernoulli.links)
+@pytest.mark.parametrize("margin", [10.0, 20.0, 60.0, -60.0])
+def test_score_of_a_sure_and_wrong_label(link, margin):
+    """In fp32, 1 - sigmoid(17) is 0: its logarithm would be infinite under every prior."""
+    label = torch.tensor([[float(margin < 0)]])
+    score, _ = Bernoulli().score(
+        torch.tensor([[margin]]), torch.full((1, 1, 1, 1), 1e-12), label, link, 10, torch.Generator(), None
+    )
+    assert_close(score, torch.tensor([abs(margin)], dtype=torch.float64), 1e-4)

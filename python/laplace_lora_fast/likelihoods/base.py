@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.errors import DeferredChecks
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 
 
 class Likelihood(ABC):
@@ -32,9 +32,8 @@ class Likelihood(ABC):
     has_noise: ClassVar[bool] = False
     noise: float | None = None
 
-    @abstractmethod
     def check(self, outputs: Tensor) -> None:
-        """Raises InvalidBatchError where C does not fit the likelihood."""
+        """Raises InvalidBatchError where C does not fit the likelihood; any does here."""
 
     @abstractmethod
     def targets(self, labels: Tensor | None, outputs: Tensor, checks: DeferredChecks) -> Tensor | None:
@@ -56,13 +55,13 @@ class Likelihood(ABC):
     def hessian_root(self, outputs: Tensor) -> Tensor:
         """S [N, C, K] with S S^T the Hessian of -log p(y | f) in f and K its rank."""
 
-    @abstractmethod
     def functions(self, outputs: int) -> Tensor:
-        """L [C, K] with f L all that the likelihood sees of f: contrasts, or the outputs themselves."""
+        """L [C, K] with f L all that the likelihood sees of f: contrasts, or, as here, the outputs themselves."""
+        return torch.eye(outputs)
 
-    @abstractmethod
     def from_functions(self, functions: Tensor) -> Tensor:
         """Outputs [.., N, C] with these functions [.., N, K]."""
+        return functions
 
     @abstractmethod
     def answer(
@@ -105,3 +104,15 @@ class Likelihood(ABC):
         """Root [N, K, K] of the Hessian in the functions."""
         root = self.hessian_root(outputs)
         return root[:, root.shape[1] - root.shape[2] :]
+
+
+def one_label_per_output(labels: Tensor, outputs: Tensor, kind: str) -> Tensor:
+    """Labels [N, C], or [N] where C = 1, in the shape of the outputs; raises InvalidBatchError for any other.
+
+    `kind` says what they are: "zeros and ones".
+    """
+    if labels.shape != outputs.shape and (labels.shape != outputs.shape[:1] or outputs.shape[1] != 1):
+        raise InvalidBatchError(
+            f"'labels' have shape {tuple(labels.shape)}, expected {tuple(outputs.shape)} {kind}"
+        )
+    return labels.reshape(outputs.shape)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.devices import to_device
-from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
-from laplace_lora_fast.likelihoods.base import Likelihood
+from laplace_lora_fast.errors import DeferredChecks
+from laplace_lora_fast.likelihoods.base import Likelihood, one_label_per_output
 from laplace_lora_fast.options import check_choice, register
 
 
@@ -23,17 +23,10 @@ class Bernoulli(Likelihood):
     links = ("probit", "mc")
     needs_samples = ("mc",)
 
-    def check(self, outputs: Tensor) -> None:
-        """Any number of labels will do."""
-
     def targets(self, labels: Tensor | None, outputs: Tensor, checks: DeferredChecks) -> Tensor | None:
         if labels is None:
             return None
-        if labels.shape != outputs.shape and (labels.shape != outputs.shape[:1] or outputs.shape[1] != 1):
-            raise InvalidBatchError(
-                f"'labels' have shape {tuple(labels.shape)}, expected {tuple(outputs.shape)} zeros and ones"
-            )
-        labels = labels.reshape(outputs.shape)
+        labels = one_label_per_output(labels, outputs, "zeros and ones")
         checks.require(((labels == 0) | (labels == 1)).all(), "'labels' must be zeros and ones")
         return to_device(labels.to(outputs.dtype), outputs.device).clone()
 
@@ -54,12 +47,6 @@ class Bernoulli(Likelihood):
         half = 0.5 * torch.nn.functional.logsigmoid(outputs)
         return torch.diag_embed((half + 0.5 * torch.nn.functional.logsigmoid(-outputs)).exp())
 
-    def functions(self, outputs: int) -> Tensor:
-        return torch.eye(outputs)
-
-    def from_functions(self, functions: Tensor) -> Tensor:
-        return functions
-
     def answer(
         self, mean: Tensor, cov: Tensor, link: str | None, n_samples: int, generator: torch.Generator
     ) -> Tensor:
@@ -67,14 +54,26 @@ class Bernoulli(Likelihood):
 
         "probit" is MacKay's (1992): sigmoid(m / sqrt(1 + pi / 8 v)).
         """
+        return self._probability(torch.ones_like(mean), mean, cov, link, n_samples, generator)
+
+    def _probability(
+        self,
+        sign: Tensor,
+        mean: Tensor,
+        cov: Tensor,
+        link: str | None,
+        n_samples: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Of "yes" where `sign` is 1, of "no" where it is -1: no 1 - p, which is 0 for a p near 1."""
         link = check_choice("link_approx", link or self.links[0], self.links)
         variance = cov.diagonal(dim1=-2, dim2=-1).clamp_min(0)
         if link == "probit":
-            return (mean / (1 + math.pi / 8 * variance).sqrt()).sigmoid()
+            return (sign * mean / (1 + math.pi / 8 * variance).sqrt()).sigmoid()
         noise = torch.randn(n_samples, generator=generator, dtype=torch.float64).to(mean)
         total = torch.zeros_like(variance)
         for each in noise:  # a sample at a time: priors x examples x labels are many
-            total += (mean + variance.sqrt() * each).sigmoid()
+            total += (sign * (mean + variance.sqrt() * each)).sigmoid()
         return total / n_samples
 
     def plain_answer(self, outputs: Tensor) -> Tensor:
@@ -90,6 +89,6 @@ class Bernoulli(Likelihood):
         generator: torch.Generator,
         noise: float | None,
     ) -> tuple[Tensor, None]:
-        probs = self.answer(mean, cov, link, n_samples, generator).double()
-        of_label = torch.where(targets > 0.5, probs, 1 - probs)
+        sign = (2 * targets - 1).double()
+        of_label = self._probability(sign, mean.double(), cov.double(), link, n_samples, generator)
         return -of_label.log().sum(-1).mean(-1), None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.devices import to_device
-from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
-from laplace_lora_fast.likelihoods.base import Likelihood
+from laplace_lora_fast.errors import DeferredChecks
+from laplace_lora_fast.likelihoods.base import Likelihood, one_label_per_output
 from laplace_lora_fast.options import positive_number, register
 
 
@@ -34,17 +34,10 @@ class Gaussian(Likelihood):
         if self.noise is not None:
             object.__setattr__(self, "noise", positive_number("noise", self.noise))
 
-    def check(self, outputs: Tensor) -> None:
-        """Any number of outputs will do."""
-
     def targets(self, labels: Tensor | None, outputs: Tensor, checks: DeferredChecks) -> Tensor | None:
         if labels is None:
             return None
-        if labels.shape != outputs.shape and (labels.shape != outputs.shape[:1] or outputs.shape[1] != 1):
-            raise InvalidBatchError(
-                f"'labels' have shape {tuple(labels.shape)}, expected {tuple(outputs.shape)}"
-            )
-        targets = labels.reshape(outputs.shape).to(outputs.dtype)
+        targets = one_label_per_output(labels, outputs, "real numbers").to(outputs.dtype)
         checks.require(targets.isfinite().all(), "'labels' hold a value that is not finite")
         return to_device(targets, outputs.device).clone()  # a loader may fill the same memory again
 
@@ -66,12 +59,6 @@ class Gaussian(Likelihood):
     def hessian_root(self, outputs: Tensor) -> Tensor:
         n, size = outputs.shape
         return torch.eye(size, dtype=outputs.dtype, device=outputs.device).expand(n, size, size)
-
-    def functions(self, outputs: int) -> Tensor:
-        return torch.eye(outputs)
-
-    def from_functions(self, functions: Tensor) -> Tensor:
-        return functions
 
     def answer(
         self, mean: Tensor, cov: Tensor, link: str | None, n_samples: int, generator: torch.Generator
