@@ -44,3 +44,10 @@ def test_targets_are_copies() -> None:
     targets = Categorical().targets(labels, torch.zeros(3, 2), DeferredChecks())
     labels.zero_()
     assert targets.tolist() == [0, 1, 1]
+
+
+def test_score_of_a_sure_and_wrong_label():
+    """The softmax of an fp32 margin of 120 is 0: its logarithm would be infinite under every prior."""
+    mean, cov = torch.tensor([[120.0]]), torch.full((1, 1, 1, 1), 1e-12)
+    score, _ = Categorical().score(mean, cov, torch.tensor([0]), "probit", 10, torch.Generator(), None)
+    torch.testing.assert_close(score, torch.tensor([120.0], dtype=torch.float64))

@@ -93,7 +93,7 @@ def test_held_out_tuning_of_confident_single_precision_logits(link: str) -> None
     for value in grid:
         probs = la.predict(val, link_approx=link, prior_precision=value).double()
         nll[value] = float(-probs.gather(1, val["labels"][:, None]).log().mean())
-    assert best == min(nll, key=nll.__getitem__)
+    assert nll[best] == min(nll.values())  # predictions in fp32 tie where the score in fp64 does not
 
 
 def test_a_likelihood_that_is_not_a_number_is_no_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
