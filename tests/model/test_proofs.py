@@ -74,6 +74,24 @@ def replace_forward(model: nn.Module) -> None:
         layer.forward = lambda x, layer=layer, a=a, b=b: layer.base_layer(x) + 3 * (x @ a.mT @ b.mT)
 
 
+class InferenceLinear(nn.Module):
+    """As quantisers make them: buffers, and a kernel that autograd does not know."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", linear.weight.detach().clone())
+
+    @torch.no_grad()
+    def forward(self, x):
+        return x @ self.qweight.mT
+
+
+def for_inference(model: nn.Module) -> None:
+    mlp = model.get_submodule("base_model.model.model.layers.1.mlp")
+    mlp.down_proj = InferenceLinear(mlp.down_proj)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -86,6 +104,8 @@ def replace_forward(model: nn.Module) -> None:
         (replace_forward, "without its lora_A and lora_B"),
         (on("v_proj", lambda m, a, o: o.detach()), "no gradient arrived"),
         (on("layers.0.mlp", lambda m, a, o: o + torch.rand(()).double()), "two forward passes"),
+        (on("layers.1.mlp.down_proj", lambda m, a, o: o.detach()), "down_proj.* lets no gradient through"),
+        (for_inference, "down_proj.* lets no gradient through"),
     ],
 )
 @pytest.mark.parametrize("structure", [Rows(), KFAC()], ids=["rows", "kfac"])
