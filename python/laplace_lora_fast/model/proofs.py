@@ -104,15 +104,16 @@ class FirstBatch:
             stack.callback(layer.base.register_forward_hook(keep_base).remove)
 
     def watch_kernels(self, model: nn.Module, is_own: Callable[[], bool], stack: ExitStack) -> None:
-        """Hooks on linear layers of every kind, in a first batch: each has to let gradients through.
+        """Hooks on all that has weights, in a first batch: each has to let gradients through.
 
-        One that does not (a quantised kernel for inference) need not show otherwise: gradients arrive everywhere by
-        the residual stream, but without its part.
+        What does not (a quantised linear layer for inference, a fused MLP) need not show otherwise: gradients arrive
+        everywhere by the residual stream, but without its part.
         """
         if not self.may_be_random:
             return
 
         def require_passage(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) and output else output
             given = [x for x in (*args[:1], output) if isinstance(x, Tensor) and x.is_floating_point()]
             if not (len(given) == 2 and is_own() and torch.is_grad_enabled()):
                 return
@@ -124,7 +125,8 @@ class FirstBatch:
                 )
 
         for name, module in model.named_modules():
-            if hasattr(module, "in_features") and not hasattr(module, "base_layer"):
+            has_weights = hasattr(module, "in_features") or next(module.parameters(), None) is not None
+            if has_weights and not hasattr(module, "base_layer"):
                 stack.callback(module.register_forward_hook(partial(require_passage, name)).remove)
 
     def require_plain(self, index: int, x: Tensor, output: Tensor) -> None:
