@@ -106,6 +106,10 @@ def for_inference(model: nn.Module) -> None:
         (on("layers.0.mlp", lambda m, a, o: o + torch.rand(()).double()), "two forward passes"),
         (on("layers.1.mlp.down_proj", lambda m, a, o: o.detach()), "down_proj.* lets no gradient through"),
         (on("layers.1.mlp", lambda m, a, o: o.detach()), "layers.1.mlp.* lets no gradient through"),
+        (
+            on("layers.1.self_attn", lambda m, a, o: (o[0].detach(), *o[1:])),
+            "self_attn.* lets no gradient through",
+        ),
         (for_inference, "down_proj.* lets no gradient through"),
     ],
 )

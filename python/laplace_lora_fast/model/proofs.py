@@ -112,12 +112,12 @@ class FirstBatch:
         if not self.may_be_random:
             return
 
-        def require_passage(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        def require_passage(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
-            given = [x for x in (*args[:1], output) if isinstance(x, Tensor) and x.is_floating_point()]
-            if not (len(given) == 2 and is_own() and torch.is_grad_enabled()):
+            if not (is_own() and torch.is_grad_enabled() and isinstance(output, Tensor)):
                 return
-            if given[0].requires_grad and not given[1].requires_grad:
+            depends = any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+            if depends and output.is_floating_point() and not output.requires_grad:
                 raise UnsupportedAdapterError(
                     f"layer {name!r} ({type(module).__name__}) lets no gradient through: its kernel is for inference "
                     "(activations quantised too, say). Load the base model unquantised, or with quantised weights "
@@ -127,7 +127,9 @@ class FirstBatch:
         for name, module in model.named_modules():
             has_weights = hasattr(module, "in_features") or next(module.parameters(), None) is not None
             if has_weights and not hasattr(module, "base_layer"):
-                stack.callback(module.register_forward_hook(partial(require_passage, name)).remove)
+                stack.callback(
+                    module.register_forward_hook(partial(require_passage, name), with_kwargs=True).remove
+                )
 
     def require_plain(self, index: int, x: Tensor, output: Tensor) -> None:
         """Raises UnsupportedAdapterError unless the layer's output is W0 x + s B A x, in a first batch."""
