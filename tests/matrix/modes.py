@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "fused kernel for down_proj": (partial(fused, part="down_proj"), "went around the layer"),
     "layer.forward called": (called_past_hooks, "past all hooks"),
     "forward replaced": (forward_replaced, "does not compute W0 x + s B A x"),
-    "a block detached": (detached, "no gradient arrived"),
+    "a block detached": (detached, "lets no gradient through"),
     "noise in evaluation mode": (random_by_hand, "two forward passes"),
     "statistics of the batch": (rows_mixed, "depends on other examples"),
     "lora_A shared by hand": (tied, "share"),

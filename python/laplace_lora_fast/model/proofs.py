@@ -120,8 +120,9 @@ class FirstBatch:
             if depends and output.is_floating_point() and not output.requires_grad:
                 raise UnsupportedAdapterError(
                     f"layer {name!r} ({type(module).__name__}) lets no gradient through: its kernel is for inference "
-                    "(activations quantised too, say). Load the base model unquantised, or with quantised weights "
-                    "that can be trained through (bitsandbytes, torchao's weight-only kinds)"
+                    "(activations quantised too, say), or a hook or its own code detaches what it gives. Load the base "
+                    "model unquantised, or with quantised weights that can be trained through (bitsandbytes, torchao's "
+                    "weight-only kinds), without what detaches"
                 )
 
         for name, module in model.named_modules():
