@@ -35,6 +35,7 @@ FLOORS = [
     ["saving"],
     ["posterior", "evaluation"],
     ["state"],
+    ["predictive"],
     ["laplace"],
     ["integrations", "data"],
     ["demo"],
