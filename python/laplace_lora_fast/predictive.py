@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from laplace_lora_fast.evaluation.predictions import LabelPredictions, Predictions, RegressionPredictions
 from laplace_lora_fast.evaluation.rewards import Rewards
+from laplace_lora_fast.evaluation.uncertainty import Uncertainty
 from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.model.batches import Batch, without_labels
 from laplace_lora_fast.prediction import (
@@ -79,6 +81,40 @@ class LaplacePredictive(LaplaceState):
         precisions, several = self._priors(prior_precision)
         variance = self._variance(one_block(self._distribution([without_labels(batch)], precisions)))
         return variance if several else variance[0]
+
+    def uncertainty(
+        self,
+        batch: Batch,
+        *,
+        n_samples: int | None = None,
+        prior_precision: PriorPrecision | None = None,
+    ) -> Uncertainty:
+        """How unsure each answer is, and how much of that is the model's own not knowing.
+
+        Entropies of classes, options and labels, over the Gaussian of the linearised model; variances of a regression.
+
+        Args:
+            batch: as for `fit`; labels are ignored.
+            n_samples: points of a seeded, scrambled Sobol sequence that the entropies are averaged over; None for
+                1,024. A regression's variances are in closed form and take none.
+            prior_precision: another one than the current.
+
+        Returns:
+            `total`, `aleatoric` and `epistemic`, one value an example (a label, an output), in the batch's order.
+
+        Raises:
+            ValueError: the task's likelihood does not say what is aleatoric, or `n_samples` would not be looked at.
+        """
+        precisions = self._resolve(prior_precision)[:, None]
+        parts = []
+        for block in self._distribution([without_labels(batch)], precisions):
+            mean = block.mean[0] if block.mean.dim() == 3 else block.mean
+            generator = torch.Generator().manual_seed(self.seed)
+            both = self.likelihood.uncertainty(mean, block.cov[0], n_samples, generator, self._known_noise())
+            parts.append((block.examples, torch.stack([each.cpu() for each in both], 1)))
+        order = torch.cat([examples for examples, _ in parts]).argsort()
+        total, aleatoric = torch.cat([values for _, values in parts])[order].unbind(1)
+        return Uncertainty(total, aleatoric)
 
     def reward(self, batch: Batch, prior_precision: PriorPrecision | None = None) -> Rewards:
         """Joint Gaussian of the scores of each example's sequences, for best-of-n under uncertainty.

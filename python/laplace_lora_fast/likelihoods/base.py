@@ -100,6 +100,23 @@ class Likelihood(ABC):
             The scores, and the best noise [G] where it was left open.
         """
 
+    def uncertainty(
+        self, mean: Tensor, cov: Tensor, n_samples: int | None, generator: torch.Generator, noise: float
+    ) -> tuple[Tensor, Tensor]:
+        """Total and aleatoric uncertainty of the answers, fp64 [N, ..]; their difference is the epistemic one.
+
+        Args:
+            mean: of the functions, [N, K].
+            cov: [N, K, K].
+            n_samples: points that stand for the Gaussian; None for the default, or where the result is in closed form.
+            generator: of the points.
+            noise: in force, 1 where there is none.
+
+        Raises:
+            ValueError: this likelihood takes its uncertainty apart in no way.
+        """
+        raise ValueError(f"{self!r} does not say what is aleatoric: give it a method 'uncertainty'")
+
     def functions_root(self, outputs: Tensor) -> Tensor:
         """Root [N, K, K] of the Hessian in the functions."""
         root = self.hessian_root(outputs)

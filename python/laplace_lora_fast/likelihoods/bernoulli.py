@@ -11,6 +11,7 @@ from torch import Tensor
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.likelihoods.base import Likelihood, one_label_per_output
+from laplace_lora_fast.likelihoods.draws import DEFAULT_POINTS, gaussian_points
 from laplace_lora_fast.options import check_choice, register
 
 
@@ -92,3 +93,21 @@ class Bernoulli(Likelihood):
         sign = (2 * targets - 1).double()
         of_label = self._probability(sign, mean.double(), cov.double(), link, n_samples, generator)
         return -of_label.log().sum(-1).mean(-1), None
+
+    def uncertainty(
+        self, mean: Tensor, cov: Tensor, n_samples: int | None, generator: torch.Generator, noise: float
+    ) -> tuple[Tensor, Tensor]:
+        """Entropies [N, C] in nats of each label, marginal in it."""
+        points = gaussian_points(DEFAULT_POINTS if n_samples is None else n_samples, 1, generator).to(
+            cov.device
+        )
+        sd = cov.double().diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        logits = mean.double()[..., None] + sd[..., None] * points[:, 0]  # [N, C, n]
+        yes, no = (torch.nn.functional.logsigmoid(sign * logits) for sign in (1, -1))
+        mean_yes, mean_no = (each.logsumexp(-1) - math.log(len(points)) for each in (yes, no))
+        return _entropy(mean_yes, mean_no), _entropy(yes, no).mean(-1)
+
+
+def _entropy(yes: Tensor, no: Tensor) -> Tensor:
+    """Of log probabilities."""
+    return -(yes.exp() * yes + no.exp() * no)

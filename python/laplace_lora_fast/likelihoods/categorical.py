@@ -5,6 +5,7 @@ Everything works on contrasts of logits, so that what softmax cannot see (a shif
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.likelihoods.base import Likelihood
+from laplace_lora_fast.likelihoods.draws import DEFAULT_POINTS, gaussian_values
 from laplace_lora_fast.likelihoods.links import LINKS, SAMPLING_LINKS, probabilities
 from laplace_lora_fast.options import register
 
@@ -105,3 +107,16 @@ class Categorical(Likelihood):
         # in fp64, where a probability of 0 needs a margin of 745; fp32's 104 is within reach
         probs = self.answer(mean.double(), cov.double(), link, n_samples, generator)
         return -probs[:, torch.arange(len(targets)), targets].log().mean(-1), None
+
+    def uncertainty(
+        self, mean: Tensor, cov: Tensor, n_samples: int | None, generator: torch.Generator, noise: float
+    ) -> tuple[Tensor, Tensor]:
+        """Entropies [N] in nats: H[E p] and E H[p] (Depeweg et al. 2018); their difference is mutual information."""
+        functions = gaussian_values(mean, cov, DEFAULT_POINTS if n_samples is None else n_samples, generator)
+        log_probs = torch.nn.functional.pad(functions, (1, 0)).log_softmax(-1)  # [N, n, C]
+        log_mean = log_probs.logsumexp(-2) - math.log(log_probs.shape[-2])
+        return _entropy(log_mean), _entropy(log_probs).mean(-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs).sum(-1)

@@ -92,6 +92,16 @@ class Gaussian(Likelihood):
         best = (squares / (variance + 1)).mean((-2, -1)).sqrt()
         return _score(squares, (variance + 1) * best[:, None, None] ** 2), best
 
+    def uncertainty(
+        self, mean: Tensor, cov: Tensor, n_samples: int | None, generator: torch.Generator, noise: float
+    ) -> tuple[Tensor, Tensor]:
+        """Variances [N, C] of the targets, in closed form: with that of the outputs, and the noise alone."""
+        if n_samples is not None:
+            raise ValueError("the uncertainty of a regression is in closed form: leave n_samples out")
+        variance = cov.double().diagonal(dim1=-2, dim2=-1)
+        aleatoric = torch.full_like(variance, noise**2)
+        return variance + aleatoric, aleatoric
+
 
 def _score(squares: Tensor, variance: Tensor) -> Tensor:
     terms = squares / variance + (2 * math.pi * variance).log()
