@@ -28,11 +28,12 @@ if TYPE_CHECKING:
         Outputs,
         Preference,
         Regression,
+        Tokens,
     )
 
 _MODULES = {
     "laplace": ("LaplaceLoRA",),
-    "tasks": ("Answers", "Classes", "MultiLabel", "Options", "Outputs", "Preference", "Regression"),
+    "tasks": ("Answers", "Classes", "MultiLabel", "Options", "Outputs", "Preference", "Regression", "Tokens"),
     "structures": ("Diagonal", "EKFAC", "KFAC", "Rows"),
     "likelihoods": ("MonteCarlo",),
     "prior.evidence": ("Evidence",),
@@ -75,6 +76,7 @@ __all__ = [
     "Regression",
     "Rows",
     "StateError",
+    "Tokens",
     "UnsupportedAdapterError",
 ]
 

@@ -19,7 +19,6 @@ from laplace_lora_fast.options import (
     positive_integer,
 )
 from laplace_lora_fast.posterior import LayerFactors, Summary, layer_factors, summarise
-from laplace_lora_fast.predictive import LaplacePredictive
 from laplace_lora_fast.prior.evidence import Evidence
 from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.precision import PriorPrecision
@@ -31,9 +30,10 @@ from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Ability, Problem
 from laplace_lora_fast.tasks import Task
+from laplace_lora_fast.text.predictive import LaplaceText
 
 
-class LaplaceLoRA(LaplacePredictive):
+class LaplaceLoRA(LaplaceText):
     """Laplace posterior over the LoRA weights of a PEFT model (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
 
     The posterior is Gaussian around the trained adapter; its precision is the Fisher information, exact or
@@ -49,7 +49,7 @@ class LaplaceLoRA(LaplacePredictive):
     Args:
         model: a PEFT model with one active LoRA adapter. Never changed.
         task: what the model answers: `Answers(token_ids)`, `Options()`, `Classes()`, `MultiLabel()`, `Regression()`,
-            `Preference()`, `Outputs(fn)`.
+            `Preference()`, `Tokens()`, `Outputs(fn)`.
         structure: of the curvature: `Rows(..)`, `KFAC(..)`, `EKFAC(..)`, `Diagonal(..)`, or their short names. "auto":
             exact rows where they are fewer than the weights and than 4,096 and fit the budget, else KFAC.
         prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.

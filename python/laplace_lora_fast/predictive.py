@@ -174,6 +174,7 @@ class LaplacePredictive(LaplaceState):
         progress: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Answers [G, N, C] and labels of a loader."""
+        self._require_answers()
         link, count = checked_link(self.likelihood, link_approx, n_samples, also=[MAP_LINK])
         with self._linearised(self._known_noise()) as linearised:
             if link == MAP_LINK:
@@ -183,8 +184,17 @@ class LaplacePredictive(LaplaceState):
             return answers(linearised, blocks, link, count, self.seed)
 
     def _distribution(self, loader: Loader, precisions: Tensor, **options: bool) -> list[Block]:
+        self._require_answers()
         with self._linearised(self._known_noise()) as linearised:
             return distribution(linearised, precisions, loader, **options)  # type: ignore[arg-type]
+
+    def _require_answers(self) -> None:
+        """Raises ValueError for a task whose answers are too many for a covariance."""
+        if self.likelihood.sampled:
+            raise ValueError(
+                f"{self.task!r} has a distribution over the vocabulary at each token, not one answer: see "
+                "token_uncertainty, sequence_log_prob and generate"
+            )
 
     def _variance(self, block: Block) -> Tensor:
         return block.cov.diagonal(dim1=-2, dim2=-1) + self._known_noise() ** 2

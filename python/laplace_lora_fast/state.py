@@ -73,6 +73,8 @@ class LaplaceState:
         self._peft_model = unwrapped(model)
         refuse_meta(self._peft_model)
         self._head = self.task.head(self._peft_model)
+        self._head.seed = self.seed
+        self._refuse_estimate_of_estimate()
         self._selection = layers
         self.layers = lora_layers(self._peft_model, self._head, layers)
         self._fit: Fit | None = None
@@ -206,6 +208,20 @@ class LaplaceState:
             settings = {"task": type(self.task).__name__, "structure": type(self.structure).__name__}
             settings |= {"prior_precision": self.prior_precision, "seed": self.seed, "budget": self.budget}
         return settings | {"layers": [layer.name for layer in layers]}
+
+    def _refuse_estimate_of_estimate(self) -> None:
+        """Raises ValueError for a structure that asks of labels drawn from the model what only given ones can say."""
+        if not (self.likelihood.sampled and isinstance(self.structure, Structure)):
+            return
+        if self.structure.starts_without_adapter:
+            raise ValueError(
+                f"{self.task!r} is fitted with labels drawn from the model, which say nothing about an optimum: leave "
+                "refit=True out"
+            )
+        if self.structure.fisher != "exact":
+            raise ValueError(
+                f"{self.task!r} draws its labels itself: leave fisher={self.structure.fisher!r} out"
+            )
 
     def _refuse_residual_base(self, layers: Sequence[LoraLayer]) -> None:
         if isinstance(self.structure, Structure) and self.structure.starts_without_adapter:

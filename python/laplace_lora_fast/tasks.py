@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, by_name
+from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, SampledTokens, by_name
 from laplace_lora_fast.model.causal_heads import AnswerHead, OptionHead
 from laplace_lora_fast.model.heads import (
     ChoiceHead,
@@ -25,7 +25,8 @@ from laplace_lora_fast.model.heads import (
     RewardHead,
     innermost,
 )
-from laplace_lora_fast.options import check_choice, positive_number, register
+from laplace_lora_fast.model.tokens.heads import SampledLabelsHead
+from laplace_lora_fast.options import check_choice, positive_integer, positive_number, register
 
 
 class Task(ABC):
@@ -179,6 +180,43 @@ class Preference(Task):
     @property
     def likelihood(self) -> Likelihood:
         return Categorical()
+
+
+@register
+@dataclass(frozen=True)
+class Tokens(Task):
+    """Every labelled token of a causal language model: softmax over the vocabulary at each, as in fine-tuning.
+
+    Batches are those the adapter was trained on: `labels` [N, T] are token ids, -100 where a token is not learnt
+    (prompts, pads), shifted inside as in transformers. The posterior is of the sum over labelled tokens; its curvature
+    is estimated with labels drawn from the model, one backward pass a sample. With few samples variances come out too
+    large, not too small. There is no evidence: the prior precision is chosen by `HeldOut`.
+
+    What it is for: `token_uncertainty`, `generate`, `sequence_log_prob`.
+
+    Args:
+        samples: label sequences drawn for each example.
+        likelihood_weight: of the data against the prior; below 1 where tokens of a text say less than as many
+            independent ones would.
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+
+    samples: int = 8
+    likelihood_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", positive_integer("samples", self.samples))
+        weight = positive_number("likelihood_weight", self.likelihood_weight)
+        object.__setattr__(self, "likelihood_weight", weight)
+
+    def head(self, model: nn.Module) -> Head:
+        return SampledLabelsHead(model, self.samples)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return SampledTokens(self.likelihood_weight)
 
 
 @register

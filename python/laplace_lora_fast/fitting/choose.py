@@ -55,7 +55,7 @@ def choose(subject: Subject, problem: Problem, loader: Loader) -> tuple[Structur
     ranked = [(kind.preference, kind) for kind in kinds(Structure) if kind.preference is not None]
     reasons = []
     for _, kind in sorted(ranked, key=lambda pair: pair[0]):
-        structure = kind()
+        structure = kind().adapted_to(problem)
         verdict = structure.suits(problem)
         reasons.append(verdict.reason)
         if verdict.suits:

@@ -23,6 +23,8 @@ class Likelihood(ABC):
         noise: its standard deviation where it was given; None where there is none or it is to be tuned.
         gives_classes: whether answers are distributions over classes, so that rows sum to one.
         has_noise: whether there is a noise scale, by whose square the curvature at unit noise is divided.
+        sampled: whether the outputs are scores of labels that the head has drawn from the model: the curvature is then
+            an estimate, and there is no evidence, no refit, no answer but by samples of the weights.
     """
 
     name: ClassVar[str]
@@ -30,6 +32,7 @@ class Likelihood(ABC):
     needs_samples: ClassVar[Sequence[str]] = ()
     gives_classes: ClassVar[bool] = False
     has_noise: ClassVar[bool] = False
+    sampled: ClassVar[bool] = False
     noise: float | None = None
 
     def check(self, outputs: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Heads of causal language models: answers at the last position, options scored by their tokens.
+"""Heads of causal language models: answers at the last position, options scored by their tokens, tokens themselves.
 
 The language-model head is shown only the positions that are read: with a vocabulary of 128,000 that is the memory of a
 batch.
@@ -7,9 +7,10 @@ batch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,13 +72,10 @@ class CausalHead(Head):
             handle.remove()
 
     def u(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        self._local.positions = self.positions(inputs)[0]
-        try:
+        with self._showing(partial(at_positions, positions=self.positions(inputs)[0])):
             return super().u(model, inputs)
-        finally:
-            self._local.positions = None
 
-    def output_stream(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None] | None:
+    def output_stream(self, x: Tensor, inputs: Inputs, use: int) -> tuple[Tensor, Tensor | None] | None:
         positions, mask = self.positions(inputs)
         return (x, mask) if x.dim() == 3 and x.shape[:2] == positions.shape else None
 
@@ -89,15 +87,25 @@ class CausalHead(Head):
         text = all(key in _TEXT for key, value in inputs.model.items() if isinstance(value, Tensor))
         return text and "position_ids" in self._accepts
 
+    @contextmanager
+    def _showing(self, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, and in this thread alone, the language-model head sees `choose` of its input."""
+        before = getattr(self._local, "choose", None)
+        self._local.choose = choose
+        try:
+            yield
+        finally:
+            self._local.choose = before
+
     def _gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        positions = getattr(
-            self._local, "positions", None
-        )  # of this thread's pass: a plain forward beside it has none
-        if positions is None:
-            return None
-        hidden = args[0]
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[rows[:, None], positions.to(hidden.device)], *args[1:])
+        choose = getattr(self._local, "choose", None)  # a plain forward beside this thread's pass has none
+        return None if choose is None else (choose(args[0]), *args[1:])
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Of hidden states [S, T, d] those at `positions` [S, L]: [S, L, d]."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[rows[:, None], positions.to(hidden.device)]
 
 
 class AnswerHead(CausalHead):
@@ -167,14 +175,7 @@ class OptionHead(CausalHead):
             raise InvalidBatchError(
                 f"sequence {int(counts.argmin())} of a batch has no token in 'option_mask'"
             )
-        order = torch.argsort(option.int(), dim=1, descending=True, stable=True)[:, : int(counts.max())]
-        real = torch.arange(order.shape[1]) < counts[:, None]
-        own = {
-            "positions": (order - 1).where(real, 0),
-            "tokens": ids.gather(1, order).where(real, 0),
-            "counted": real,
-        }
-        return replace(inputs, own={key: to_device(value, device) for key, value in own.items()})
+        return replace(inputs, own=marked_tokens(ids, option, device))
 
     def positions(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return inputs.own["positions"], inputs.own["counted"]
@@ -192,6 +193,30 @@ class OptionHead(CausalHead):
         return scores / counted.sum(1, keepdim=True) if self._mean else scores
 
 
+def marked_tokens(ids: Tensor, marked: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """The tokens that are marked in each sequence, and the positions that predict them.
+
+    Args:
+        ids: [S, T].
+        marked: [S, T] bool, false at first tokens; on the CPU nothing waits for a device.
+        device: where the result goes.
+
+    Returns:
+        "positions" and "tokens" [S, L], L the most that a sequence has and at least 1, in their order; "counted" [S, L]
+        says which are real.
+    """
+    counts = marked.sum(1)
+    most = max(int(counts.max()), 1)
+    order = torch.argsort(marked.int(), dim=1, descending=True, stable=True)[:, :most]
+    real = torch.arange(most, device=counts.device) < counts[:, None]
+    own = {
+        "positions": (order - 1).where(real, 0),
+        "tokens": ids.gather(1, order).where(real, 0),
+        "counted": real,
+    }
+    return {key: to_device(value, device) for key, value in own.items()}
+
+
 @torch.no_grad()
 def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether an unpadded sequence has the same logits with positions 0, 1, .. as with none given."""
@@ -203,7 +228,7 @@ def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 def _require_causal(model: nn.Module, head: str) -> None:
     """Only there does the last real position of `input_ids` predict the answer."""
-    task = {"AnswerHead": "Answers", "OptionHead": "Options"}.get(head, head)
+    task = {"AnswerHead": "Answers", "OptionHead": "Options"}.get(head, "Tokens")
     get, kind = getattr(model, "get_output_embeddings", None), type(innermost(model))
     if get is None or get() is None:
         raise ValueError(f"{task} needs a causal language model")

@@ -37,6 +37,7 @@ class Head:
         rows_checked: whether a tap has found that each layer's rows are the sequences.
         is_deterministic: whether a tap has found that two forward passes agree.
         plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
+        seed: of what the head draws.
     """
 
     grouped = False
@@ -48,6 +49,7 @@ class Head:
         self.features: Tensor | None = None
         self.rows_checked = self.is_deterministic = False
         self.plain_layers: set[str] = set()
+        self.seed = 0
         parameters = inspect.signature(innermost(model).forward).parameters
         self._accepts = set(parameters)
         self._accepts_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -95,8 +97,11 @@ class Head:
         """Whether the model may have to be told the positions of tokens."""
         return False
 
-    def output_stream(self, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None] | None:
-        """A stream of `output_layer` with its mask, where that sees other positions than the model's other layers."""
+    def output_stream(self, x: Tensor, inputs: Inputs, use: int) -> tuple[Tensor, Tensor | None] | None:
+        """A stream of `output_layer` with its mask, where that sees other positions than the model's other layers.
+
+        `use` counts its runs in a forward pass.
+        """
         return None
 
     def as_called(self, inputs: Inputs) -> Inputs:

@@ -21,25 +21,22 @@ class SharedInputs:
     Args:
         layers: names of the layers.
         groups: as for `Tap`.
+        varying: layers that may run as often as they like in each pass.
 
     Attributes:
         groups: for each layer the index of the first with the same inputs; None before the first pass has ended.
         uses: of every layer that has run in this pass, how often.
     """
 
-    def __init__(self, layers: Sequence[str], groups: list[int] | None) -> None:
-        self._layers, self.groups = layers, groups
+    def __init__(self, layers: Sequence[str], groups: list[int] | None, varying: Sequence[int] = ()) -> None:
+        self._layers, self.groups, self._varying = layers, groups, set(varying)
         self._expected: dict[int, int] | None = None  # uses of the first pass
         self.start()
 
-    @property
-    def known(self) -> bool:
-        """Whether a pass has ended: how often each layer runs is then no surprise."""
-        return self._expected is not None
-
-    def expected(self, index: int) -> int:
-        """How often a layer ran in the first pass."""
-        assert self._expected is not None
+    def expected(self, index: int) -> int | None:
+        """How often a layer ran in the first pass; None where that is not known, or may vary."""
+        if self._expected is None or index in self._varying:
+            return None
         return self._expected.get(index, 1)
 
     def start(self) -> None:
@@ -63,10 +60,11 @@ class SharedInputs:
         inputs.append(number)
         self.uses[index] = len(inputs)
         layer = self._layers[index]
-        if self._expected is not None and len(inputs) > self._expected.get(index, len(inputs)):
+        expected = None if index in self._varying else (self._expected or {}).get(index)
+        if expected is not None and len(inputs) > expected:
             raise InvalidBatchError(
-                f"layer {layer!r} runs more often than in the first batch ({self._expected[index]} times): pass "
-                "batches in which it runs as often"
+                f"layer {layer!r} runs more often than in the first batch ({expected} times): pass batches in which it "
+                "runs as often"
             )
         if self.groups is not None and self.groups[index] != index:
             leaders = self._inputs.get(self.groups[index], [])

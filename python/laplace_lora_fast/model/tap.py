@@ -76,7 +76,8 @@ class Tap:
     ) -> None:
         self.model, self.head, self.layers, self.observer = model, head, layers, observer
         self._parameters = list(parameters)
-        self._sharing = SharedInputs([layer.name for layer in layers], shared_inputs)
+        varying = [index for index, layer in enumerate(layers) if layer.module is head.output_layer]
+        self._sharing = SharedInputs([layer.name for layer in layers], shared_inputs, varying)
         self._checks = DeferredChecks()
         self._leaks = Leaks(self._checks)
         self._first = FirstBatch(head, layers)
@@ -274,10 +275,10 @@ class Tap:
         groups = self.shared_inputs
         if groups is not None and groups[index] != index:  # in a first pass it is not known yet who shares
             return
-        stream = self._tokens(self.layers[index], x.detach())
+        stream = self._tokens(index, self._sharing.uses[index] - 1, x.detach())
         self._sharing.keep(index, stream[0])
         self._streams.setdefault(index, []).append(stream)
-        if self._sharing.known and self._sharing.expected(index) == len(self._streams[index]):
+        if self._sharing.expected(index) == len(self._streams[index]):
             self._deliver_input(observer, index)
 
     def _finish_inputs(self, observer: Observer) -> None:
@@ -297,7 +298,7 @@ class Tap:
     def _observe_gradient(self, index: int, use: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
         layer = self.layers[index]
-        stream = self._tokens(layer, g)
+        stream = self._tokens(index, use, g)
         if self._checks_rows:
             self._leaks.require_own_row(*stream, layer.name)
             return
@@ -322,11 +323,11 @@ class Tap:
             g = g.index_select(-1, layer.features.to(g.device))
         self.observer.observe_gradient(index, g, mask)
 
-    def _tokens(self, layer: Tapped, x: Tensor) -> Stream:
+    def _tokens(self, index: int, use: int, x: Tensor) -> Stream:
         assert self._inputs is not None
-        inputs = self.head.as_called(self._inputs)
+        inputs, layer = self.head.as_called(self._inputs), self.layers[index]
         if layer.module is self.head.output_layer:
-            stream = self.head.output_stream(x, inputs)
+            stream = self.head.output_stream(x, inputs, use)
             if stream is not None:
                 return stream
         return tokens_and_mask(x, inputs, layer.name)

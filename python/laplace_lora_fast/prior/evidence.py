@@ -58,11 +58,21 @@ class MarginalLikelihood:
         fit: the fit, at unit noise.
         prior_mean: of each weight, or None for zero.
         likelihood: of the outputs.
+
+    Raises:
+        ValueError: there is no evidence.
     """
 
     fit: Fit
     prior_mean: Sequence[Tensor] | None
     likelihood: Likelihood
+
+    def __post_init__(self) -> None:
+        if self.likelihood.sampled:
+            raise ValueError(
+                "there is no evidence for Tokens: log-determinants of a curvature estimated with few sampled labels "
+                "are too small, by how much depends on the data; pass HeldOut(loader)"
+            )
 
     def at(self, prior_precision: Tensor, noise: float | None) -> Tensor:
         """Laplace's estimate, fp64 scalar.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from laplace_lora_fast.errors import InvalidBatchError
 from laplace_lora_fast.fitting.passes import Loader
-from laplace_lora_fast.options import check_choice, register
+from laplace_lora_fast.options import check_choice, positive_integer, register
 from laplace_lora_fast.prediction import distribution, require_labels
 from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, scores, warn_of_edge
 from laplace_lora_fast.prior.precision import from_groups, group_keys
 from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
+from laplace_lora_fast.sampling.tokens import drawn_steps, held_out_nll
 
 
 @register
@@ -25,9 +27,10 @@ class HeldOut(Tuning):
         loader: labelled batches that were not trained on.
         per: "all" for one prior precision, "side" for one for all lora_A and one for all lora_B.
         grid: ascending values; None for 1e-4 to 1e6, ten a decade. Of a regression with open noise they are products
-            of prior precision and noise variance.
+            of prior precision and noise variance. `Tokens` takes a pass for each value: None is then 1e-2 to 1e6, one a
+            decade, and three a decade around the best.
         link_approx: predictive link of a classification; None for "probit".
-        n_samples: of the "mc" link.
+        n_samples: of the "mc" link; for `Tokens` of the weights, None for 8, by the same random numbers for all values.
 
     Warns:
         LaplaceWarning: the minimum lies on the edge of the grid.
@@ -50,6 +53,8 @@ class HeldOut(Tuning):
             object.__setattr__(self, "grid", tuple(float(value) for value in self.grid))
 
     def choose(self, fitted: Fitted, progress: bool) -> Tuned:
+        if fitted.likelihood.sampled:
+            return self._choose_by_samples(fitted, progress)
         link, n_samples = checked_link(fitted.likelihood, self.link_approx, self.n_samples)
         grid = checked_grid(self.grid, fitted.dtype)
         names = fitted.fit.curvature.names
@@ -71,3 +76,37 @@ class HeldOut(Tuning):
             from_groups({group: value / scale for group, value in zip(groups, best, strict=True)}),
             tuned_noise,
         )
+
+    def _choose_by_samples(self, fitted: Fitted, progress: bool) -> Tuned:
+        """By the mixture of samples of the weights, one value after the other."""
+        if self.link_approx is not None:
+            raise ValueError("Tokens is predicted by samples of the weights: leave link_approx out")
+        if iter(self.loader) is self.loader:
+            raise InvalidBatchError(
+                "Tokens needs a pass over the held-out data for each value: pass a DataLoader or a list"
+            )
+        n_samples = _SAMPLES if self.n_samples is None else positive_integer("n_samples", self.n_samples)
+        grid = checked_grid(_DECADES if self.grid is None else self.grid, fitted.dtype)
+        keys = group_keys(self.per, fitted.fit.curvature.names)
+        groups = list(dict.fromkeys(keys))
+        nlls: dict[tuple[float, ...], float] = {}
+
+        def try_all(choices: Iterable[tuple[float, ...]]) -> None:
+            for choice in choices:
+                prior = torch.tensor([choice[groups.index(key)] for key in keys], dtype=torch.float64)
+                steps = drawn_steps(linearised, prior, n_samples, fitted.seed)
+                nlls[choice] = held_out_nll(linearised, steps, self.loader, progress)
+
+        with fitted.linearised(1.0) as linearised:
+            try_all(itertools.product(grid, repeat=len(groups)))
+            if self.grid is None and self.per == "all":
+                rough = min(nlls, key=lambda choice: nlls[choice])[0]
+                try_all((rough * 10 ** (step / 3),) for step in (-2, -1, 1, 2))
+        tried = sorted(nlls)
+        best = tried[least(torch.tensor([nlls[choice] for choice in tried], dtype=torch.float64), tried)]
+        warn_of_edge(best, [tried[0][0], tried[-1][0]] if len(groups) == 1 else grid)
+        return Tuned(from_groups(dict(zip(groups, best, strict=True))))
+
+
+_DECADES = [10.0**decade for decade in range(-2, 7)]
+_SAMPLES = 8

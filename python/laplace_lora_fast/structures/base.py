@@ -287,6 +287,10 @@ class Structure(ABC):
     def suits(self, problem: Problem) -> Verdict:
         """Whether "auto" may choose it."""
 
+    def adapted_to(self, problem: Problem) -> Structure:
+        """The options with which "auto" takes it: its defaults, unless the problem asks for others."""
+        return self
+
     @abstractmethod
     def stages(self, problem: Problem) -> list[Stage]:
         """The passes over the training data; the last one's result is the curvature."""

@@ -223,7 +223,9 @@ def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | No
     """Adds inputs x [S, T, d] with mask [S, T] to a factor. Returns by how much its divisor grows."""
     if tokens is TokenSharing.REDUCE:
         mean = _token_sum(x, mask)
-        mean /= x.shape[1] if mask is None else mask.sum(1, keepdim=True)
+        mean /= (
+            x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
+        )  # a head may see no token
         factor.add_rows(mean)
         return x.shape[0]
     if tokens is TokenSharing.PAPER:

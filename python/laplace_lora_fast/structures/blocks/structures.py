@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -95,6 +95,10 @@ class KFAC(BlockStructure):
 
     def suits(self, problem: Problem) -> Verdict:
         return Verdict(True, "KFAC serves any number of examples")
+
+    def adapted_to(self, problem: Problem) -> KFAC:
+        """Where every token has a label of its own, tokens are not added up first."""
+        return replace(self, tokens=TokenSharing.EXPAND.value) if problem.likelihood.sampled else self
 
     def stages(self, problem: Problem) -> list[Stage]:
         def accumulator(omegas: dict[int, Tensor] | None) -> KfacAccumulator:

@@ -1,0 +1,214 @@
+"""Samples of LoRA weights applied to a model, in hooks: linearised by forward-mode derivatives, or as weights.
+
+At a LoRA layer y = W0 x + s B A x a step (dA, dB) of its weights adds s (dB A x + B dA x) to the derivative of y.
+Forward mode carries that to the model's output: J delta, for all samples at once with the trained model computed once
+(`torch.func.vmap` over `torch.func.jvp`). Nothing is written to the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.model.contexts import (
+    autocast_of_caller,
+    eager,
+    evaluation_mode,
+    exclusive,
+    without_fast_path,
+)
+from laplace_lora_fast.model.heads import Head
+from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.storage import differentiable_kernels
+from laplace_lora_fast.weights import by_layer, stored
+
+Function = Callable[..., Any]  # of no or more tensors, to a tensor or a structure of tensors
+
+
+class StepHooks:
+    """Hooks on LoRA layers that make a step of their weights, in the thread and for as long as one is set.
+
+    Args:
+        model: the model.
+        layers: its LoRA layers.
+        head: whose hooks hold inside too; None for none.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[LoraLayer], head: Head | None = None) -> None:
+        self.model, self.layers, self.head = model, layers, head
+        self._steps: list[tuple[Tensor, Tensor]] | None = None
+        self._how: Callable[..., Tensor] = _derivative
+
+    @contextmanager
+    def installed(self) -> Iterator[StepHooks]:
+        """As `model.tap.Tap`: evaluation mode, one at a time on a model, all as before on exit."""
+        with ExitStack() as stack:
+            stack.enter_context(exclusive(self.model))
+            self._thread = threading.get_ident()
+            stack.enter_context(evaluation_mode(self.model))
+            if self.head is not None:
+                stack.enter_context(self.head.installed())
+            stack.enter_context(differentiable_kernels(self.model))
+            stack.enter_context(without_fast_path())
+            stack.enter_context(eager())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(autocast_of_caller(self.model))
+            for index, layer in enumerate(self.layers):
+                layer.check()
+                handle = layer.module.register_forward_hook(self._hook(index), prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield self
+
+    def linearised(
+        self,
+        deltas: Sequence[Tensor],
+        function: Function,
+        *inputs: Tensor,
+        tangents: Sequence[Tensor] = (),
+        at_a_time: int = 8,
+    ) -> tuple[Any, Any]:
+        """The function's value and its derivative along every sample.
+
+        Args:
+            deltas: of every weight, [n, r, d].
+            function: of `inputs`, by way of the model.
+            inputs: shared by all samples.
+            tangents: of each input, [n, ..].
+            at_a_time: samples in one pass, which computes the value once.
+
+        Returns:
+            The value, and derivatives with a leading axis n.
+
+        Raises:
+            UnsupportedAdapterError: something in the model has no forward-mode derivative.
+        """
+        steps = self._stored(deltas)
+        flat = [each for pair in steps for each in pair]
+        zeros = [torch.zeros_like(each[0]) for each in flat]
+
+        def of(*primals: Tensor) -> Any:
+            ours, theirs = primals[: len(flat)], primals[len(flat) :]
+            with self._set(by_layer(ours), _derivative):
+                return function(*theirs)
+
+        def along(*directions: Tensor) -> Any:
+            return torch.func.jvp(of, (*zeros, *inputs), directions)
+
+        parts = []
+        with forward_mode():
+            for some in zip(*(each.split(at_a_time) for each in (*flat, *tangents)), strict=True):
+                value, derivative = torch.func.vmap(along, out_dims=(None, 0))(*some)  # type: ignore[arg-type]
+                parts.append(derivative)
+        return value, tree_map(lambda *each: torch.cat(each), *parts)
+
+    def as_weights(self, deltas: Sequence[Tensor], function: Function) -> Any:
+        """The function's value with every sample's weights in turn, stacked."""
+        steps = self._stored(deltas)
+        values = []
+        for sample in range(len(deltas[0])):
+            with self._set([(a[sample], b[sample]) for a, b in steps], _difference):
+                values.append(function())
+        return tree_map(lambda *each: torch.stack(each), *values)
+
+    @contextmanager
+    def repeated(self, deltas: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the rows of a batch are n times those of a smaller one, sample by sample, and carry derivatives.
+
+        For forward passes that build on each other: their outputs, and caches, are dual tensors of
+        `torch.autograd.forward_ad`.
+        """
+        with forward_mode(), forward_ad.dual_level(), self._set(self._stored(deltas), _of_rows):
+            yield
+
+    def _stored(self, deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(dA [n, r, d_in], dB [n, d_out, r]) of every layer, in the dtype of its weights."""
+        steps = []
+        for layer, (a, b) in zip(self.layers, by_layer(deltas), strict=True):
+            weights = layer.weights
+            b = stored("B", b)
+            if layer.features is not None:
+                whole = b.new_zeros(len(b), layer.shape("B")[0], b.shape[2])
+                b = whole.index_copy(1, layer.features.to(b.device), b)
+            steps.append((a.to(weights.A), b.to(weights.B).contiguous()))
+        return steps
+
+    @contextmanager
+    def _set(self, steps: Sequence[tuple[Tensor, Tensor]], how: Callable[..., Tensor]) -> Iterator[None]:
+        self._steps, self._how = list(steps), how
+        try:
+            yield
+        finally:
+            self._steps = None
+
+    def _hook(self, index: int) -> Callable[..., Any]:
+        layer = self.layers[index]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+            if self._steps is None or threading.get_ident() != self._thread:
+                return output
+            x = args[0] if args else next(iter(kwargs.values()))
+            a, b = (part.weight.detach() for part in layer.adapter_parts)  # type: ignore[operator]
+            with torch.autocast(x.device.type, enabled=False):
+                return self._how(output, x, a, b, *self._steps[index], layer.scaling)
+
+        return hook
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """What forward-mode derivatives need; says of a model that has none what it is that has not."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+            yield
+    except (NotImplementedError, RuntimeError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        if not any(word in " ".join(said) for word in _MISSING):
+            raise
+        raise UnsupportedAdapterError(
+            f"something in the model has no forward-mode derivative, which linearised samples need: {said[0]} Load it "
+            "with attn_implementation='sdpa' or 'eager' and without custom kernels or quantised layers; samples as "
+            "weights need none: linearised=False"
+        ) from error
+
+
+_MISSING = ("forward AD", "forward-mode", "forward mode", "jvp", "vmap", "functorch")
+
+
+def _derivative(
+    output: Tensor, x: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, scaling: float
+) -> Tensor:
+    """Adds s (dB A x + B dA x), the step being dual and x taken as it is without one."""
+    x = forward_ad.unpack_dual(x).primal.to(a.dtype)
+    step = (x @ da.mT) @ b.mT + (x @ a.mT) @ db.mT
+    return output + (scaling * step).to(output.dtype)
+
+
+def _difference(
+    output: Tensor, x: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, scaling: float
+) -> Tensor:
+    """Adds s ((B + dB) (A + dA) - B A) x."""
+    x = x.to(a.dtype)
+    step = (x @ da.mT) @ (b + db).mT + (x @ a.mT) @ db.mT
+    return output + (scaling * step).to(output.dtype)
+
+
+def _of_rows(
+    output: Tensor, x: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, scaling: float
+) -> Tensor:
+    """Adds the derivative for rows x [n S, .., d] of n samples."""
+    x = forward_ad.unpack_dual(x).primal.to(a.dtype)
+    rows = x.reshape(len(da), -1, x.shape[-1])
+    step = torch.bmm(rows, da.mT) @ b.mT + torch.bmm(rows @ a.mT, db.mT)
+    step = (scaling * step).view(output.shape).to(output.dtype)
+    moved: Tensor = output + forward_ad.make_dual(torch.zeros_like(step), step)
+    return moved
