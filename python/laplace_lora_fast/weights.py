@@ -10,16 +10,20 @@ two streams x and g at the layer itself:
     gradient at lora_B output  g_B = s g
     gradient at lora_A output  g_A = s B^T g
 
-so that the Jacobian of lora_A is the sum over tokens of (s B^T g) (x) x, and lora_B's that of (s A x) (x) g.
+so that the Jacobian of lora_A is the sum over tokens of (s B^T g) (x) x, and lora_B's that of (s A x) (x) g. DoRA's
+normalisation of W0 + s B A adds to both: see `RowNorm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+import laplace_kernels as lk
 
 SIDES = ("A", "B")
 T = TypeVar("T")
@@ -36,6 +40,58 @@ class WeightName(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RowNorm:
+    """DoRA (Liu et al., ICML 2024, eq. 5): y = diag(m / |V|) V x + b, with |V| the norms of the rows of V = W0 + s B A.
+
+    With a = sum_t g_t * (y_t - b), feature by feature, and g' = g * m / |V|, the gradient in V is
+    sum_t g'_t x_t^T - diag(a / |V|^2) V: that of the rows' directions alone. The first term is what plain LoRA has of
+    g'. PEFT's own backward pass leaves out the second, as the paper proposes for training; the function has it.
+
+    Attributes:
+        A: lora_A's weight [r, d_in].
+        B: lora_B's weight [d_out, r].
+        scaling: s.
+        magnitude: m [d_out].
+        base: gives W0 [d_out, d_in], dense; called when needed, and not kept.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor
+    base: Callable[[], Tensor]
+
+    def _directions(self) -> Tensor:
+        """V [d_out, d_in] in the accumulation dtype."""
+        dtype = lk.accumulation_dtype(self.base().dtype)
+        return self.base().to(dtype) + self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+
+    @cached_property
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        directions = self._directions()
+        norms = directions.norm(dim=1)
+        return self.magnitude.to(norms) / norms, norms**-2, directions @ self.A.to(directions).mT
+
+    @property
+    def gain(self) -> Tensor:
+        """The factor m / |V|, [d_out]."""
+        return self._constants[0]
+
+    def jacobians(self, aligned: Tensor) -> tuple[Tensor, Tensor]:
+        """What the norm adds to the Jacobians of both weights, short side first.
+
+        Args:
+            aligned: a [S, d_out].
+
+        Returns:
+            [S, r, d_in] of lora_A and [S, r, d_out] of lora_B.
+        """
+        _, inverse_squares, against_a = self._constants
+        shares = -self.scaling * (aligned.to(inverse_squares) * inverse_squares)[:, None]
+        return (self.B.to(shares).mT * shares) @ self._directions(), against_a.mT * shares
+
+
+@dataclass(frozen=True)
 class LoraWeights:
     """Both weights of one LoRA layer.
 
@@ -44,12 +100,14 @@ class LoraWeights:
         A: lora_A's weight [r, d_in], detached.
         B: lora_B's weight [d_out, r], detached; of an adapted language-model head the answers' rows only.
         scaling: s.
+        norm: DoRA's, or None.
     """
 
     name: str
     A: Tensor
     B: Tensor
     scaling: float
+    norm: RowNorm | None = None
 
     @property
     def d_in(self) -> int:

@@ -73,14 +73,6 @@ MODELS = {
     "unadapted torch module": (Images, "no LoRA layer"),
     "IA3": (with_ia3, "ia3, not LoRA"),
     "AdaLoRA": (with_adalora, r"'[\w.]+q_proj'.*SVDLinear"),
-    "DoRA": (
-        lambda: tiny.tiny_llama(use_dora=True),
-        r"'base_model.model.model.layers.0.self_attn.q_proj'.*DoRA",
-    ),
-    "DoRA in one layer": (
-        lambda: tiny.tiny_llama(use_dora=True, targets=["layers.1.self_attn.v_proj"]),
-        r"'[\w.]+layers.1.self_attn.v_proj'.*DoRA",
-    ),
     "embedding": (
         lambda: tiny.tiny_llama(targets=("q_proj", "embed_tokens")),
         r"'[\w.]+embed_tokens'.*linear",

@@ -33,6 +33,7 @@ class LinearLayer:
     features: Tensor | None = None
 
     adapted: ClassVar[bool] = False
+    normalised: ClassVar[bool] = False
     adapter_parts: ClassVar[Sequence[nn.Module]] = ()
     base: ClassVar[None] = None
 
@@ -41,6 +42,10 @@ class LinearLayer:
 
     def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
         """A plain layer is W x + b by definition."""
+
+    def without_bias(self, output: Tensor) -> Tensor:
+        """It is not normalised: nobody asks."""
+        raise NotImplementedError
 
     def switch_off(self, is_own: Callable[[], bool]) -> None:
         """There is no adapter."""

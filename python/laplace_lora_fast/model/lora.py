@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.model.computes import require_plain
 from laplace_lora_fast.model.contexts import is_offloaded
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.observer import close, size
 from laplace_lora_fast.model.storage import refuse_storage
-from laplace_lora_fast.weights import SIDES, LoraWeights
+from laplace_lora_fast.weights import SIDES, LoraWeights, RowNorm
 
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
 _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_COMPARED = 64  # tokens of a first batch
 # Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
-_PLAIN_IN_EVALUATION = ("Montecl", "Velora")
+_PLAIN_IN_EVALUATION = ("Montecl", "Velora", "DoraLinear")  # DoRA's norm is known: see weights.RowNorm
 _LEAVE_OUT = (
     "leave it out with layers=lambda name: .., train it as plain LoRA, or merge it into the base model"
 )
@@ -60,7 +61,7 @@ class LoraLayer:
         """The weights as they are now, detached; lora_B restricted to `features`."""
         a, b = (self._side(side).weight.detach() for side in SIDES)  # type: ignore[operator]
         b = b if self.features is None else b[self.features.to(b.device)]
-        return LoraWeights(self.name, a, b, self.scaling)
+        return LoraWeights(self.name, a, b, self.scaling, self._norm(a, b))
 
     @property
     def parameter_names(self) -> dict[str, str]:
@@ -94,42 +95,30 @@ class LoraLayer:
         base: nn.Module = self.module.get_base_layer()  # type: ignore[operator]
         return base
 
-    def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
-        """Raises UnsupportedAdapterError unless output = base + s B A x, with these parameters A and B.
+    @property
+    def normalised(self) -> bool:
+        """Whether the adapter is DoRA."""
+        return bool(self.module.use_dora.get(self.adapter, False))  # type: ignore[union-attr, operator]
 
-        Up to rounding in the coarsest dtype on the way. lora_A and lora_B are run once more, so that what hooks or
-        parametrisations make of them shows; a bias of lora_B is part of it.
-        """
-        a, b = self.adapter_parts
-        x, output = _some_tokens(x), _some_tokens(output)
-        inner = x.to(a.weight.dtype)  # type: ignore[arg-type]
-        z = a(inner)
-        plain_z = nn.functional.linear(inner, a.weight, a.bias)  # type: ignore[arg-type]
-        delta = b(z)
-        plain_delta = nn.functional.linear(z, b.weight, b.bias)  # type: ignore[arg-type]
-        dtypes = (x.dtype, output.dtype, z.dtype)
-        dropped = self.module.lora_dropout[self.adapter](inner)  # type: ignore[index, operator]
-        for what, found, expected in (
-            ("lora_dropout", dropped, inner),
-            ("lora_A", z, plain_z),
-            ("lora_B", delta, plain_delta),
-        ):
-            if not close(found, expected, size(expected), *dtypes):
-                raise UnsupportedAdapterError(
-                    f"layer {self.name!r}: a hook, a parametrisation or a replaced module changes what its {what} "
-                    "gives: remove it while the posterior is used, or leave the layer out with `layers`"
-                )
-        if base is None:
-            return  # the base layer's forward was called past its hooks
-        base = _some_tokens(base)
-        change = output.double() - base.double()
-        scale = size(base) + size(output) + size(delta) * abs(self.scaling)
-        if not close(change, self.scaling * plain_delta.double(), scale, *dtypes):
-            raise UnsupportedAdapterError(
-                f"layer {self.name!r} does not compute W0 x + s B A x with the weights of adapter {self.adapter!r}: "
-                "its forward has been replaced, or it is a variant of LoRA that this version does not know. Leave it "
-                "out with `layers`"
-            )
+    def _norm(self, a: Tensor, b: Tensor) -> RowNorm | None:
+        if not self.normalised:
+            return None
+        parts: nn.ModuleDict = self.module.lora_magnitude_vector  # type: ignore[assignment]
+        magnitude: Tensor = parts[self.adapter].weight.detach()  # type: ignore[operator, assignment]
+        return RowNorm(a, b, self.scaling, magnitude, self._dense_base)
+
+    def _dense_base(self) -> Tensor:
+        weight: Tensor = dequantize_module_weight(self.base).detach()
+        return weight.mT if getattr(self.module, "fan_in_fan_out", False) else weight
+
+    def without_bias(self, output: Tensor) -> Tensor:
+        """The output y - b."""
+        bias = getattr(self.base, "bias", None)
+        return output if bias is None else output - bias.detach()
+
+    def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
+        """Raises UnsupportedAdapterError unless output = base + s B A x: see `computes`."""
+        require_plain(self, x, base, output)
 
     def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle:
         """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
@@ -144,12 +133,6 @@ class LoraLayer:
         return layers[self.adapter]
 
 
-def _some_tokens(x: Tensor) -> Tensor:
-    """At most 64 tokens of a stream [.., d], from all over it: what holds for them holds for all."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[:: max(1, -(-len(flat) // _COMPARED))]
-
-
 def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[LoraLayer]:
     """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
 
@@ -160,7 +143,7 @@ def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[Lor
 
     Raises:
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
-            (DoRA and other variants, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
+            (variants but DoRA, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
     """
     refuse_storage(model)
     active = {
@@ -177,6 +160,8 @@ def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[Lor
         _refuse_unsupported(name, module, adapter)
         features = head.features if module is head.output_layer else None
         features = None if features is None else features.to(device_of(module))
+        if features is not None and module.use_dora.get(adapter, False):
+            raise UnsupportedAdapterError(f"layer {name!r} is an output head with DoRA: {_LEAVE_OUT}")
         found.append(LoraLayer(name, module, adapter, float(module.scaling[adapter]), features))
     _refuse_tied(found)
     return found
@@ -243,9 +228,9 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
         )
     if module.disable_adapters:
         raise UnsupportedAdapterError(f"layer {name!r} has its adapters disabled: enable them first")
-    if module.use_dora.get(adapter, False):
+    if module.use_dora.get(adapter, False) and dora.ENABLE_DORA_CACHING:
         raise UnsupportedAdapterError(
-            f"layer {name!r} uses DoRA, whose Jacobian goes through the norm of W0 + s B A too: {_LEAVE_OUT}"
+            f"layer {name!r} uses DoRA and keeps its norms: leave peft's DoraCaching context first"
         )
     variant = type(module.lora_variant.get(adapter)).__name__
     if adapter in module.lora_variant and not variant.startswith(_PLAIN_IN_EVALUATION):

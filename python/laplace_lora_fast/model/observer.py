@@ -28,6 +28,10 @@ class Tapped(Protocol):
     def features(self) -> Tensor | None:
         """Indices of the output features that carry gradient, or None for all of them."""
 
+    @property
+    def normalised(self) -> bool:
+        """Whether the rows of its weight are normalised (DoRA): its output is needed too."""
+
     def check(self) -> None:
         """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
 
@@ -46,6 +50,9 @@ class Tapped(Protocol):
     def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
         """Raises UnsupportedAdapterError unless input, output and the base layer's output fit W0 x + s B A x."""
 
+    def without_bias(self, output: Tensor) -> Tensor:
+        """The output y - b of a normalised layer."""
+
     def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle | None:
         """Takes the adapter's part out of the output, in passes of one's own, until the handle is removed."""
 
@@ -58,6 +65,9 @@ class Observer(Protocol):
 
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
         """Gradient g [S, T, d_out] at the output of a layer, with its mask [S, T]."""
+
+    def observe_alignment(self, layer: int, aligned: Tensor) -> None:
+        """Of a layer with DoRA, before its gradient: sum_t g_t * (y_t - b), feature by feature, [S, d_out]."""
 
 
 def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tensor | None]:

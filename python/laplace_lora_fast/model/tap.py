@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import laplace_kernels as lk
 from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
@@ -87,6 +88,7 @@ class Tap:
             int, list[Stream]
         ] = {}  # inputs of layers that have not run as often as they will
         self._gradients: dict[int, dict[int, Stream]] = {}  # of a backward pass, by layer and use
+        self._outputs: dict[int, list[Stream]] = {}  # of layers with DoRA, without bias
         self._reached: set[int] = set()  # layers that saw a gradient of this batch
         self._stack = ExitStack()
 
@@ -141,6 +143,7 @@ class Tap:
         self._sharing.start()
         self._leaks.start_batch()
         self._streams.clear()
+        self._outputs.clear()
         self._reached.clear()
         self._first.start_pass()
         self._forward_phase = True
@@ -257,6 +260,7 @@ class Tap:
                     self._sharing.enter(index, x)
                     use = self._sharing.uses[index] - 1
                     self._observe_input(observer, index, x)
+                    self._keep_output(index, output)
             if not torch.is_grad_enabled():  # first run of a reentrant checkpoint: its rerun has the graph
                 return output
             output = self._start_graph(output)
@@ -280,6 +284,12 @@ class Tap:
         self._streams.setdefault(index, []).append(stream)
         if self._sharing.expected(index) == len(self._streams[index]):
             self._deliver_input(observer, index)
+
+    def _keep_output(self, index: int, output: Tensor) -> None:
+        layer = self.layers[index]
+        if layer.normalised:
+            stream = self._tokens(layer, layer.without_bias(output.detach()))
+            self._outputs.setdefault(index, []).append(stream)
 
     def _finish_inputs(self, observer: Observer) -> None:
         """After a forward pass: in a first one it is only known now how often each layer runs, and who shares."""
@@ -319,6 +329,8 @@ class Tap:
         assert self.shared_inputs is not None
         assert self.observer is not None
         self._leaks.require_off_pads(self.shared_inputs[index], g, layer.name)
+        if layer.normalised:
+            self.observer.observe_alignment(index, _aligned(g, _joined(self._outputs[index])[0], mask))
         if layer.features is not None:
             g = g.index_select(-1, layer.features.to(g.device))
         self.observer.observe_gradient(index, g, mask)
@@ -331,6 +343,13 @@ class Tap:
             if stream is not None:
                 return stream
         return tokens_and_mask(x, inputs, layer.name)
+
+
+def _aligned(g: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over real tokens of g * y, [S, d], in the accumulation dtype."""
+    dtype = lk.accumulation_dtype(g.dtype)
+    products = g.to(dtype) * y.to(dtype)
+    return (products if mask is None else products.where(mask[..., None], 0)).sum(1)
 
 
 def _joined(streams: Sequence[Stream]) -> Stream:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.errors import NumericalError, UnsupportedAdapterError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
@@ -72,6 +72,17 @@ class Listener(ABC):
     @abstractmethod
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
         """Gradient g [S, T, d_out] at the output of a layer, with its mask."""
+
+    def observe_alignment(self, layer: int, aligned: Tensor) -> None:
+        """Of a layer with DoRA, before its gradient: sum_t g_t * (y_t - b), feature by feature, [S, d_out].
+
+        Raises:
+            UnsupportedAdapterError: this listener is for plain layers.
+        """
+        raise UnsupportedAdapterError(
+            f"{type(self).__name__} cannot treat DoRA, whose norm is no sum over tokens: take structure=Rows() or "
+            "Diagonal(), which form whole Jacobians, or leave the DoRA layers out with layers=lambda name: .."
+        )
 
     def observe_parameters(self, gradients: Sequence[Tensor | None]) -> None:
         """Gradients of parameters in this backward pass, where a run was asked for them."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Listener, Step
-from laplace_lora_fast.weights import LoraWeights, by_layer, positions
+from laplace_lora_fast.weights import LoraWeights, by_layer, layer_of, positions
 
 
 def jacobian(small: Tensor, large: Tensor) -> Tensor:
@@ -36,6 +37,9 @@ class JacobianListener(Listener):
             tuple(small if turn is None else turn.mT @ small for small, turn in zip(maps, turns, strict=True))
             for maps, turns in zip((layer.small_maps for layer in layers), by_layer(rotations), strict=True)
         ]
+        self._norms = [layer.norm for layer in layers]
+        self._rotations = by_layer(rotations)
+        self._aligned: dict[int, Tensor] = {}
         self._inputs: dict[int, Tensor] = {}
         self._small_of_inputs: dict[int, Tensor] = {}
         self._shared_inputs: Sequence[int] = []
@@ -55,9 +59,28 @@ class JacobianListener(Listener):
             of_gradient, of_input = self._maps[layer] = of_gradient.to(dtype), of_input.to(dtype)
         if layer not in self._small_of_inputs:  # the same in every backward pass
             self._small_of_inputs[layer] = linear(x.to(dtype), of_input)[:, None]
-        weight_a, weight_b = positions(layer)
-        self.observe_jacobian(weight_a, linear(g.to(dtype), of_gradient)[:, None], x[:, None])
-        self.observe_jacobian(weight_b, self._small_of_inputs[layer], g[:, None])
+        norm = self._norms[layer]
+        if norm is not None:
+            g = g * norm.gain.to(g.dtype)
+        pairs = [
+            (linear(g.to(dtype), of_gradient)[:, None], x[:, None]),
+            (self._small_of_inputs[layer], g[:, None]),
+        ]
+        if norm is not None:
+            added = norm.jacobians(self._aligned.pop(layer))
+            pairs = [
+                _with_rows(*pair, rows, turn)
+                for pair, rows, turn in zip(pairs, added, self._rotations[layer], strict=True)
+            ]
+        for weight, (small, large) in zip(positions(layer), pairs, strict=True):
+            self.observe_jacobian(weight, small, large)
+
+    def is_normalised(self, weight: int) -> bool:
+        """Whether a weight's layer has DoRA: its large stream then differs from pass to pass."""
+        return self._norms[layer_of(weight)] is not None
+
+    def observe_alignment(self, layer: int, aligned: Tensor) -> None:
+        self._aligned[layer] = aligned
 
     @abstractmethod
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
@@ -73,8 +96,17 @@ class JacobianListener(Listener):
         self.forget()
 
     def forget(self) -> None:
+        self._aligned.clear()
         self._inputs.clear()
         self._small_of_inputs.clear()
+
+
+def _with_rows(small: Tensor, large: Tensor, rows: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The streams of a Jacobian to which `rows` [S, r, d] are added: r tokens more, in the accumulation dtype."""
+    unit = torch.eye(rows.shape[1], dtype=small.dtype, device=small.device)
+    unit = unit if turn is None else turn.to(unit)
+    unit = unit.expand(len(rows), 1, -1, -1)
+    return torch.cat([small, unit], 2), torch.cat([large.to(small.dtype), rows[:, None].to(small.dtype)], 2)
 
 
 def _real_tokens(stream: Tensor, mask: Tensor | None) -> Tensor:

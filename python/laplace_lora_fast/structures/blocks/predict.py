@@ -75,7 +75,7 @@ class BlockPredictor(JacobianListener, Predictor[Gaussian]):
         if self._passes == 1:
             self._add(0, weight, small, large)
             return
-        shares_large = is_input_side(weight)  # x is the same in every pass, g is not
+        shares_large = is_input_side(weight) and not self.is_normalised(weight)  # x is the same in every pass
         waiting = self._waiting.setdefault(weight, [])
         waiting.append(small if shares_large else jacobian(small, large))
         if len(waiting) < self._passes:
