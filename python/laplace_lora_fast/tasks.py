@@ -15,7 +15,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, SampledTokens, by_name
-from laplace_lora_fast.model.causal_heads import AnswerHead, OptionHead
 from laplace_lora_fast.model.heads import (
     ChoiceHead,
     ClassHead,
@@ -25,6 +24,7 @@ from laplace_lora_fast.model.heads import (
     RewardHead,
     innermost,
 )
+from laplace_lora_fast.model.heads.causal import AnswerHead, OptionHead
 from laplace_lora_fast.model.tokens.heads import SampledLabelsHead
 from laplace_lora_fast.options import check_choice, positive_integer, positive_number, register
 

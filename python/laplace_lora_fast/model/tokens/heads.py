@@ -17,8 +17,8 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.model.batches import Batch, Inputs
-from laplace_lora_fast.model.causal_heads import CausalHead, at_positions, marked_tokens
 from laplace_lora_fast.model.heads import innermost
+from laplace_lora_fast.model.heads.causal import CausalHead, at_positions, marked_tokens
 from laplace_lora_fast.model.tokens.chunks import Backbone
 
 IGNORED = -100  # the label of what is not learnt, as transformers has it

@@ -20,7 +20,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.model.batches import Batch, Inputs
-from laplace_lora_fast.model.heads import Head, innermost
+from laplace_lora_fast.model.heads.base import Head, innermost
 
 _TEXT = {"input_ids", "inputs_embeds", "token_type_ids", "attention_mask"}
 _PROBED = 8  # tokens

@@ -1,7 +1,7 @@
 """From a batch to u [S, U]: what the model's output says of every sequence.
 
 A head is what a task needs of the model. `ClassHead` reads classifiers, `OutputHead` whatever a function of the user's
-makes of the output; causal_heads.py has those of language models.
+makes of the output; causal.py has those of language models.
 """
 
 from __future__ import annotations

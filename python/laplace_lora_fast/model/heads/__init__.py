@@ -1,0 +1,23 @@
+"""What turns a batch into u: heads of classifiers, reward models and output functions; causal.py has language models'."""
+
+from laplace_lora_fast.model.heads.base import (
+    ChoiceHead,
+    ClassHead,
+    Head,
+    OutputFn,
+    OutputHead,
+    RewardHead,
+    context_length,
+    innermost,
+)
+
+__all__ = [
+    "ChoiceHead",
+    "ClassHead",
+    "Head",
+    "OutputFn",
+    "OutputHead",
+    "RewardHead",
+    "context_length",
+    "innermost",
+]
