@@ -1,4 +1,4 @@
-"""What turns a batch into u: heads of classifiers, reward models and output functions; causal.py has language models'."""
+"""What turns a batch into u: heads of classifiers, rewards, choices and functions; causal.py has language models."""
 
 from laplace_lora_fast.model.heads.base import (
     ChoiceHead,
