@@ -288,7 +288,7 @@ class Tap:
     def _keep_output(self, index: int, output: Tensor) -> None:
         layer = self.layers[index]
         if layer.normalised:
-            stream = self._tokens(layer, layer.without_bias(output.detach()))
+            stream = self._tokens(index, self._sharing.uses[index] - 1, layer.without_bias(output.detach()))
             self._outputs.setdefault(index, []).append(stream)
 
     def _finish_inputs(self, observer: Observer) -> None:

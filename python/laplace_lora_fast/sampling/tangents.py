@@ -65,6 +65,11 @@ class StepHooks:
             stack.enter_context(autocast_of_caller(self.model))
             for index, layer in enumerate(self.layers):
                 layer.check()
+                if layer.normalised:
+                    raise UnsupportedAdapterError(
+                        f"layer {layer.name!r} uses DoRA, whose norm the derivatives here leave out: predict, "
+                        "logit_distribution and sample_adapters have it"
+                    )
                 handle = layer.module.register_forward_hook(self._hook(index), prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             yield self
