@@ -47,15 +47,30 @@ FITS = {
     "rows, in files": Rows(),
     "auto": "auto",
     "refit": Rows(refit=True),
+    "kfac, first rank empty": KFAC(factors="dense"),
+    "kfac sketch, first rank empty": KFAC(tokens="expand", factors="sketch", columns=16),
+    "ekfac, last rank empty": EKFAC(factors="dense"),
+    "diagonal, last rank empty": Diagonal(),
+    "rows, first rank empty": Rows(),
+    "refit, last rank empty": Rows(refit=True),
+    "auto, last rank empty": "auto",
 }
 
 
 def shares(name=""):
     """Batches of every rank: not as many, not as large; or so few that no factor is accumulated."""
+    if "first rank empty" in name:
+        return [[], *shares()[1:]]
+    if "last rank empty" in name:
+        return [shares()[0], []]
     if name == "kfac, few rows":
         return [[tiny.batch(1, 6, seed=1)], [tiny.batch(1, 4, seed=2)]]
     first = [tiny.batch(n, length, seed=n) for n, length in ((3, 6), (2, 4), (5, 7))]
     return [first, [tiny.batch(4, 5, seed=9)]]
+
+
+def examples(name):
+    return sum(len(batch["labels"]) for share in shares(name) for batch in share)
 
 
 def build(rank=0):
@@ -93,8 +108,8 @@ def good(rank, group, name):
     return seen(la), repr(la.snapshot()[0].structure), la.snapshot()[0].n_examples
 
 
-def one_has_no_batch(rank, group):
-    fit(build(), shares()[rank] if rank == 0 else [], "kfac", group)
+def nobody_has_a_batch(rank, group):
+    fit(build(), [], "kfac", group)
 
 
 def one_has_a_bad_label(rank, group):
@@ -125,7 +140,8 @@ def gathered(rank, group):
     rows = ranks.gather(torch.full((2 * rank, 3), float(rank)))
     total = torch.tensor([1.0, 10.0 * rank])
     ranks.sum_([total])
-    return rows, total, ranks.from_first(torch.tensor([5 + rank])), ranks.gather_numbers([rank, 7])
+    assert ranks.first(rank == 1) == 1
+    return rows, total, ranks.from_rank(0, torch.tensor([5 + rank])), ranks.gather_numbers([rank, 7])
 
 
 class Recording(LaplaceCallback):
@@ -156,7 +172,7 @@ def trainer(rank, group, folder):
     return evidence, callback.laplace.snapshot()[0].n_examples, share
 
 
-FAULTS = [one_has_no_batch, one_has_a_bad_label, one_has_an_iterator, other_weights]
+FAULTS = [nobody_has_a_batch, one_has_a_bad_label, one_has_an_iterator, other_weights]
 JOBS = {name: functools.partial(good, name=name) for name in FITS}
 JOBS |= {job.__name__: job for job in (*FAULTS, one_has_no_labels, gathered, sampled)}
 
@@ -201,7 +217,7 @@ def test_world_size(ranks, name):
     for found in ranks:
         mine, structure, n_examples = found[name]
         assert structure == repr(alone.snapshot()[0].structure)
-        assert n_examples == alone.snapshot()[0].n_examples == (2 if "few" in name else 14)
+        assert n_examples == alone.snapshot()[0].n_examples == examples(name)
         assert mine.keys() == expected.keys()
         for key, value in expected.items():
             assert_close(mine[key], value, 1e-9)
@@ -215,10 +231,15 @@ def test_ranks_agree_bitwise(ranks, name):
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-@pytest.mark.parametrize("job", [one_has_no_batch, one_has_a_bad_label, one_has_an_iterator])
+@pytest.mark.parametrize("job", [one_has_a_bad_label, one_has_an_iterator])
 def test_a_failing_rank_stops_all(ranks, job):
     kinds = [found[job.__name__][0] for found in ranks]
     assert kinds == [RankError, InvalidBatchError]
+
+
+def test_no_data_at_all(ranks):
+    for found in ranks:
+        assert found[nobody_has_a_batch.__name__] == (InvalidBatchError, "the loader yielded no batch")
 
 
 def test_ranks_with_different_adapters_are_refused(ranks):

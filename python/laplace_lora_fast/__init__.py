@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         StateError,
         UnsupportedAdapterError,
     )
+    from laplace_lora_fast.fitting.checkpoint import Checkpoint
     from laplace_lora_fast.laplace import LaplaceLoRA
     from laplace_lora_fast.likelihoods import MonteCarlo
     from laplace_lora_fast.prior.evidence import Evidence
@@ -39,6 +40,7 @@ _MODULES = {
     "prior.evidence": ("Evidence",),
     "prior.held_out": ("HeldOut",),
     "prior.leave_one_out": ("LeaveOneOut",),
+    "fitting.checkpoint": ("Checkpoint",),
     "errors": (
         "InvalidBatchError",
         "LaplaceError",
@@ -56,6 +58,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "Answers",
+    "Checkpoint",
     "Classes",
     "Diagonal",
     "Evidence",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -45,6 +46,7 @@ class DeferredChecks:
 
     def __init__(self) -> None:
         self._pending: dict[tuple[type[LaplaceError], str], Tensor] = {}
+        self._places: dict[tuple[type[LaplaceError], str], Tensor] = {}
 
     def require(self, ok: Tensor, message: str, error: type[LaplaceError] = InvalidBatchError) -> None:
         """Raises `error` with `message`, now or in `settle`, unless the boolean scalar `ok` is true."""
@@ -52,6 +54,18 @@ class DeferredChecks:
             self._pend(ok, message, error)
         elif not ok:
             raise error(message)
+
+    def require_at(
+        self, ok: Tensor, index: int, message: str, error: type[LaplaceError] = InvalidBatchError
+    ) -> None:
+        """`require` in batch `index`; "{index}" in the message becomes that of the first batch where it fails."""
+        if ok.device.type == "cpu":
+            if not ok:
+                raise error(message.replace("{index}", str(index)))
+            return
+        first = self._places.get((error, message))
+        first = ok.new_full((), -1, dtype=torch.long) if first is None else first
+        self._places[error, message] = first.where(ok | (first >= 0), index)
 
     def settle(self) -> None:
         """Reads all pending conditions.
@@ -63,6 +77,10 @@ class DeferredChecks:
         for (error, message), ok in pending.items():
             if not ok:
                 raise error(message)
+        places, self._places = self._places, {}
+        for (error, message), first in places.items():
+            if first >= 0:
+                raise error(message.replace("{index}", str(int(first))))
 
     def _pend(self, ok: Tensor, message: str, error: type[LaplaceError] = InvalidBatchError) -> None:
         earlier = self._pending.get((error, message))

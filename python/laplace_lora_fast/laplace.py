@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from laplace_lora_fast.errors import LaplaceError, StateError
+from laplace_lora_fast.fitting.checkpoint import Checkpoint
 from laplace_lora_fast.fitting.choose import choose
+from laplace_lora_fast.fitting.finite import NON_FINITE
 from laplace_lora_fast.fitting.fit import fit
 from laplace_lora_fast.fitting.passes import Loader, Subject
 from laplace_lora_fast.options import (
     DEFAULT_BUDGET,
+    check_choice,
     named,
     positive_integer,
 )
@@ -26,7 +29,9 @@ from laplace_lora_fast.prior.tuning import Fitted, Tuning
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.saving import adapters, agreement
 from laplace_lora_fast.saving import posterior as saved_posterior
+from laplace_lora_fast.saving.checked import MALFORMED
 from laplace_lora_fast.saving.fingerprint import FittedOn
+from laplace_lora_fast.saving.recorder import recording
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Ability, Problem
 from laplace_lora_fast.tasks import Task
@@ -70,7 +75,13 @@ class LaplaceLoRA(LaplaceText):
     """
 
     def fit(
-        self, train_loader: Loader, *, group: ProcessGroup | None = None, progress: bool = True
+        self,
+        train_loader: Loader,
+        *,
+        group: ProcessGroup | None = None,
+        checkpoint: str | PathLike[str] | Checkpoint | None = None,
+        non_finite: str = "raise",
+        progress: bool = True,
     ) -> LaplaceLoRA:
         """Fits the posterior: one pass over the training data, rank-of-Hessian backward passes a batch.
 
@@ -84,7 +95,13 @@ class LaplaceLoRA(LaplaceText):
                 regression, `Rows(refit=True)` and the empirical Fisher only.
             group: process group of torch.distributed, `torch.distributed.group.WORLD` say, whose ranks fit together:
                 each passes the batches of its own share of the data and holds the same model, and leaves with the
-                posterior of all of the data. None: this process alone.
+                posterior of all of the data; a share may be empty. None: this process alone.
+            checkpoint: a folder, or `Checkpoint(folder, seconds)`, to write to how far the fit has come, every 300
+                seconds unless told otherwise. The same call after a killed one goes on there, with bitwise the result
+                of one that was not killed, if the loader gives the same batches in the same order; those taken in
+                before are read again and compared. Removed when the fit has succeeded.
+            non_finite: what becomes of a batch whose numbers are not: "raise", or "skip", which leaves it out, counts
+                it and holds a batch's streams of all layers in memory until they have been looked at.
             progress: show a bar.
 
         Returns:
@@ -92,13 +109,16 @@ class LaplaceLoRA(LaplaceText):
 
         Raises:
             InvalidBatchError: the loader is empty, or a batch is unusable.
-            NumericalError: a layer's curvature is not finite.
+            NumericalError: numbers are not finite; names the layer and the batch.
+            OSError: the checkpoint cannot be written; the last one is still there.
             RankError: another rank of `group` failed, or holds another model.
+            StateError: the checkpoint is damaged, of another version, of another fit, or of one on other data.
             UnsupportedAdapterError: the active adapter is one this does not cover, or not the one of `prior_mean`.
             ValueError: `prior_precision` names other layers than the active adapter has.
         """
         ranks = Ranks(group)
         with ranks.together():
+            check_choice("non_finite", non_finite, NON_FINITE)
             layers = self._current_layers()
             fitted_on = FittedOn(self._peft_model, layers)
             facts = agreement.facts(self._described(layers), layers, fitted_on.surroundings, self._prior_mean)
@@ -115,9 +135,20 @@ class LaplaceLoRA(LaplaceText):
             structure, reason = self.structure, ""
         else:
             structure, reason, train_loader = choose(subject, problem, train_loader)
-        fitted = fit(subject, structure, problem, train_loader, reason, progress)
-        with ranks.together():
-            fitted_on.fitted()
+        facts |= {"the chosen structure": repr(structure), "non_finite": non_finite}
+        with recording(checkpoint, facts, ranks) as recorder:
+            fitted = fit(
+                subject,
+                structure,
+                problem,
+                train_loader,
+                reason,
+                progress,
+                recorder=recorder,
+                non_finite=non_finite,
+            )
+            with ranks.together():
+                fitted_on.fitted()
         self._fit, self._fitted_on, self.layers = fitted, fitted_on, layers
         if self.likelihood.has_noise and self._noise is None and self._fit.log_likelihood is not None:
             self._noise = self._marginal_likelihood().best_noise(self._resolve(None))
@@ -229,7 +260,7 @@ class LaplaceLoRA(LaplaceText):
             la = cls(model, **settings)
         except LaplaceError:
             raise
-        except saved_posterior.MALFORMED as error:
+        except MALFORMED as error:
             raise StateError(f"the posterior's settings do not fit: {error}") from error
         fitted, prior_mean = saved.rebuild(la.layers, la.likelihood)
         saved_posterior.check(fitted.curvature, la.layers)
@@ -248,4 +279,5 @@ class LaplaceLoRA(LaplaceText):
             self.parameters_left_alone,
             repr(fitted.structure),
             fitted.reason,
+            fitted.n_skipped,
         )

@@ -102,6 +102,7 @@ def summarise(
     left_alone: Sequence[str],
     structure: str,
     reason: str,
+    n_skipped: int = 0,
 ) -> Summary:
     """What was done, a table with one row a weight, and lines of totals.
 
@@ -113,6 +114,7 @@ def summarise(
         left_alone: trained parameters outside.
         structure: repr of the structure.
         reason: why it was chosen, where that was left open.
+        n_skipped: batches that the fit left out.
     """
     curvature = posterior.curvature
     gammas = posterior.effective_parameters().tolist()
@@ -130,6 +132,8 @@ def summarise(
         f"{len(gammas)} weights, {sum(gammas):.1f} of {total} parameters determined by the data",
         f"prior precision {prior_precision}" + (f", noise {noise:.4g}" if noise is not None else ""),
     ]
+    if n_skipped:
+        lines.append(f"{n_skipped} batches of the training data were not finite and are left out")
     if left_alone:
         names = ", ".join(left_alone[:4]) + (", ..." if len(left_alone) > 4 else "")
         lines.append(f"{len(left_alone)} trained parameters outside keep their MAP value: {names}")

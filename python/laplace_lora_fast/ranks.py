@@ -78,11 +78,11 @@ class Ranks:
         everywhere = self.gather(torch.frombuffer(bytearray(text), dtype=torch.uint8)).split(lengths)
         first, *others = (json.loads(bytes(each.tolist())) for each in everywhere)
         for rank, other in enumerate(others, start=1):
-            difference = _difference("", first, other)
+            difference = first_difference("", first, other)
             if difference:
                 name, one, two = difference
                 raise RankError(
-                    f"the ranks differ in {name}: rank 0 has {_short(one)}, rank {rank} {_short(two)}"
+                    f"the ranks differ in {name}: rank 0 has {short(one)}, rank {rank} {short(two)}"
                 )
         raise RankError("the ranks differ")  # in what JSON takes for the same
 
@@ -97,11 +97,20 @@ class Ranks:
             if carried is not tensor:
                 tensor.copy_(carried)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows [n, ...] of all ranks, rank by rank; n may differ."""
+    def gather(self, rows: Tensor | None) -> Tensor:
+        """The rows [n, ...] of all ranks, rank by rank; n may differ. None: of a rank that has none, of no shape.
+
+        On the rank's device, or on the CPU where it had None.
+        """
         if self.size == 1:
+            assert rows is not None
             return rows
-        counts = self.gather_numbers([len(rows)])[:, 0].long().tolist()
+        shapes = self.gather_numbers(_shape_code(rows)).long().tolist()
+        counts = [shape[0] for shape in shapes]
+        if rows is None:
+            known = [shape for shape in shapes if shape[1] >= 0]
+            dtype, dim = known[0][1:3]
+            rows = torch.empty(0, *known[0][3 : 3 + dim], dtype=_DTYPES[dtype])
         mine = rows.to(self._carrier(rows))
         padded = mine.new_zeros(max(counts), *mine.shape[1:])
         padded[: len(mine)] = mine
@@ -121,14 +130,18 @@ class Ranks:
             dist.all_gather(parts, mine, group=self._group)
         return torch.stack(parts).cpu()
 
-    def from_first(self, tensor: Tensor) -> Tensor:
-        """The first rank's tensor; it has the same shape and dtype on all of them."""
+    def first(self, has: bool) -> int:
+        """The first rank that has something, for `from_rank`; 0 if none has."""
+        return int(self.gather_numbers([has])[:, 0].argmax())
+
+    def from_rank(self, rank: int, tensor: Tensor) -> Tensor:
+        """That rank's tensor; it has the same shape and dtype on all of them."""
         if self.size == 1:
             return tensor
         carried = tensor.to(self._carrier(tensor)).contiguous()
-        first = dist.get_global_rank(self._group, 0) if self._group is not None else 0
+        source = dist.get_global_rank(self._group, rank) if self._group is not None else rank
         with self._collective():
-            dist.broadcast(carried, first, group=self._group)
+            dist.broadcast(carried, source, group=self._group)
         return carried.to(tensor.device)
 
     def require_same(self, numbers: Sequence[float], what: str) -> None:
@@ -168,17 +181,33 @@ class Ranks:
         return tensor.device if tensor.is_cuda else torch.device("cuda", torch.cuda.current_device())
 
 
-def _difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any] | None:
+_DTYPES = tuple(
+    getattr(torch, name)
+    for name in ["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"]
+)
+_DIMENSIONS = 5
+
+
+def _shape_code(rows: Tensor | None) -> list[int]:
+    """Number of rows, dtype, number of further dimensions, these; a dtype of -1 for None."""
+    if rows is None:
+        return [0, -1, 0, *[0] * _DIMENSIONS]
+    rest = list(rows.shape[1:])
+    return [len(rows), _DTYPES.index(rows.dtype), len(rest), *rest, *[0] * (_DIMENSIONS - len(rest))]
+
+
+def first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any] | None:
     """The first place where two JSON values differ, and what they are there."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(key for key in other if key not in one)]:
-            found = _difference(f"{name}, {key}" if name else key, one.get(key), other.get(key))
+            found = first_difference(f"{name}, {key}" if name else key, one.get(key), other.get(key))
             if found:
                 return found
         return None
     return None if one == other else (name, one, other)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """As JSON, cut where it is long."""
     text = json.dumps(value)
     return text if len(text) <= 200 else text[:197] + "..."

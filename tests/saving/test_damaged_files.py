@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from laplace_lora_fast import LaplaceLoRA, StateError, UnsupportedAdapterError
-from laplace_lora_fast.saving import posterior
+from laplace_lora_fast.saving import checked, posterior
 from tests import tiny
 from tests.saving.cases import QKV, assert_equal, build, build_model, everything
 
@@ -38,7 +38,7 @@ def rewrite(folder, data, tensors=lambda t: t, header=lambda h: h, metadata=lamb
         content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     changed = tensors(content)
     text = header(json.loads(old["header"]))
-    new = posterior.metadata(text if isinstance(text, str) else json.dumps(text), changed)
+    new = checked.metadata(posterior.FORMAT, text if isinstance(text, str) else json.dumps(text), changed)
     safetensors.torch.save_file(changed, path, metadata(new))
 
 

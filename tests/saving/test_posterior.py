@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from laplace_lora_fast import Answers, Classes, Evidence, LaplaceLoRA, Outputs, StateError
-from laplace_lora_fast.saving import posterior
+from laplace_lora_fast.saving import checked
 from tests import tiny
 from tests.saving.cases import (
     ANSWERS,
@@ -128,7 +128,7 @@ def test_saving_again_replaces_and_a_failed_save_keeps_what_was_there(tmp_path, 
         path.write_bytes(b"half a file")
         raise OSError("no space left")
 
-    monkeypatch.setattr(posterior, "save_file", full_disk)
+    monkeypatch.setattr(checked, "save_file", full_disk)
     la.prior_precision = 6.0
     with pytest.raises(OSError, match="no space"):
         la.save(tmp_path)

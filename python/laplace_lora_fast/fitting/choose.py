@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 
 from laplace_lora_fast.devices import device_of
-from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, Subject, run
 from laplace_lora_fast.model.batches import Batch
 from laplace_lora_fast.options import kinds
@@ -36,13 +36,11 @@ class Resumed:
         return iter(self._loader) if batches is None else batches
 
 
-def first_batch(loader: Loader) -> tuple[Batch, Loader]:
-    """The first batch, and a loader that still has it. Raises InvalidBatchError if there is none."""
+def first_batch(loader: Loader) -> tuple[Batch | None, Loader]:
+    """The first batch, None if there is none, and a loader that still has it."""
     batches = iter(loader)
     first = next(batches, None)
-    if first is None:
-        raise InvalidBatchError("the loader yielded no batch")
-    return first, Resumed(loader, chain([first], batches))
+    return first, Resumed(loader, batches if first is None else chain([first], batches))
 
 
 def choose(subject: Subject, problem: Problem, loader: Loader) -> tuple[Structure, str, Loader]:
@@ -68,8 +66,8 @@ def _sized(subject: Subject, problem: Problem, loader: Loader) -> tuple[Problem,
     """The problem with its size, if the loader tells: its first batch counts for all."""
     with problem.ranks.together():
         first, loader = first_batch(loader)
-        counts = _count(subject, first)
-    batches = length(loader)
+        counts = (0, 0) if first is None else _count(subject, first)
+    batches = 0 if first is None else length(loader)
     mine = [math.nan if batches is None else float(batches * count) for count in counts]
     examples, functions = problem.ranks.gather_numbers(mine).sum(0).tolist()
     if math.isnan(examples):

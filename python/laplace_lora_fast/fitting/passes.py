@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import laplace_kernels as lk
 from laplace_lora_fast.devices import device_of, to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
+from laplace_lora_fast.fitting.finite import Screen
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.fisher import fisher_cotangents
 from laplace_lora_fast.likelihoods.functions import Functions, Group, OneSequence
@@ -66,6 +67,7 @@ class BatchStep:
     likelihood: Likelihood
     generator: torch.Generator
     tap: Tap
+    checks: DeferredChecks
     outputs: list[Tensor] = field(init=False)
     targets: list[Tensor] | None = None
 
@@ -115,6 +117,7 @@ def run(
     n_outputs: int | None = None,
     plain_outputs: bool = False,
     parameters: Sequence[nn.Parameter] = (),
+    first_index: int = 0,
 ) -> Tap:
     """Forward and backward passes over a loader.
 
@@ -128,6 +131,7 @@ def run(
         n_outputs: U of an earlier run; None for that of the first batch.
         plain_outputs: whether the functions are the outputs themselves, not what the likelihood sees of them.
         parameters: whose gradients the listener is shown too.
+        first_index: of the loader's first batch, for errors.
 
     Returns:
         The tap, left: which layers share inputs, and which saw a gradient.
@@ -136,31 +140,40 @@ def run(
         InvalidBatchError: the loader is empty, or a batch is unusable.
         UnsupportedAdapterError: the layers cannot be tapped.
     """
-    checks, device, index = DeferredChecks(), device_of(subject.model), -1
+    checks, device, index = DeferredChecks(), device_of(subject.model), None
+    screen = listener if isinstance(listener, Screen) else None
     layers = list(subject.layers)
     with Tap(subject.model, subject.head, layers, listener, shared_inputs, parameters) as tap:
-        for index, batch in enumerate(loader):
+        for index, batch in enumerate(loader, first_index):
             inputs = subject.head.inputs(batch, device, checks)
             graph = tap.forward(inputs)
             u = graph.detach().to(lk.accumulation_dtype(graph.dtype))
             n_outputs = _checked_outputs(u, n_outputs)
+            if screen is not None and screen.rejects(u):
+                screen.forget()
+                continue
             functions = _functions(subject, inputs, u, plain_outputs)
             step = BatchStep(
-                index, inputs, u, functions, tap.shared_inputs or [], subject.likelihood, generator, tap
+                index,
+                inputs,
+                u,
+                functions,
+                tap.shared_inputs or [],
+                subject.likelihood,
+                generator,
+                tap,
+                checks,
             )
             for outputs in step.outputs:
                 subject.likelihood.check(outputs)
-            checks.require(
-                u.isfinite().all(),
-                f"batch {index} gives logits that are not finite: load the model in bfloat16 or float32, or pad "
-                "on the other side",
-            )
+            checks.require_at(u.isfinite().all(), index, _not_finite(screen))
             step.read_targets(checks)
             if listener is not None:
                 _send_back(tap, graph, step, listener)
-            each(step)
+            if screen is None or not screen.dropped:
+                each(step)
         checks.settle()
-    if index < 0:
+    if index is None:
         raise InvalidBatchError("the loader yielded no batch")
     return tap
 
@@ -178,6 +191,15 @@ def _send_back(tap: Tap, graph: Tensor, step: BatchStep, listener: Listener) -> 
         listener.finish()
     finally:
         listener.forget()
+
+
+def _not_finite(screen: Screen | None) -> str:
+    first = "" if screen is None else screen.wrong_input()
+    return (
+        "batch {index} gives logits that are not finite"
+        + (f" (what is not, first: {first})" if first else "")
+        + ": load the model in bfloat16 or float32, or pad on the other side"
+    )
 
 
 def _functions(subject: Subject, inputs: Inputs, u: Tensor, plain_outputs: bool) -> Functions:

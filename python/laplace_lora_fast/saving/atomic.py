@@ -103,7 +103,7 @@ def _opened(partial: Path) -> int | None:
         handle = os.open(partial, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    if _lock(handle) is not False and partial.exists():
+    if lock(handle) is not False and partial.exists():
         return handle
     os.close(handle)
     return None
@@ -117,13 +117,13 @@ def _clear(target: Path) -> None:
         with suppress(OSError):
             handle = os.open(found, os.O_RDONLY)
             try:
-                if _lock(handle):
+                if lock(handle):
                     shutil.rmtree(found, ignore_errors=True)
             finally:
                 os.close(handle)
 
 
-def _lock(handle: int) -> bool | None:
+def lock(handle: int) -> bool | None:
     """Takes the lock, which goes with the handle or the process: False if another has it, None if there are none."""
     if fcntl is None:
         return None

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import StateError
@@ -22,8 +17,8 @@ from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.lora import LoraLayer
 from laplace_lora_fast.options import from_json, kinds, to_json
 from laplace_lora_fast.prior.precision import PriorPrecision
-from laplace_lora_fast.saving import fingerprint
-from laplace_lora_fast.saving.atomic import replacing
+from laplace_lora_fast.saving import checked, fingerprint
+from laplace_lora_fast.saving.checked import MALFORMED
 from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.saving.surroundings import Surroundings
 from laplace_lora_fast.structures.base import Curvature, Structure
@@ -33,17 +28,8 @@ from laplace_lora_fast.weights import SIDES, WeightName, weight_names
 FILE_NAME = "posterior.safetensors"
 FORMAT = "laplace-lora-fast/5"
 _OF_THE_FIT = ("shared_inputs", "n_examples", "n_outputs", "log_likelihood", "reason")
+_LATER = {"n_skipped": 0}  # of the fit, and what a file has that was written without it
 _KEYS = {"settings", "structure", "names", "scalings", "surroundings", *_OF_THE_FIT}
-MALFORMED = (
-    KeyError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    RecursionError,
-    OverflowError,
-    RuntimeError,
-)
 
 
 def save(
@@ -76,25 +62,11 @@ def save(
         "names": fit.curvature.names,
         "scalings": scalings,
         "surroundings": surroundings.to_json(),
-        **{key: getattr(fit, key) for key in _OF_THE_FIT},
+        **{key: getattr(fit, key) for key in (*_OF_THE_FIT, *_LATER)},
     }
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as partial:
-        try:
-            save_file(contiguous, partial, metadata=metadata(json.dumps(header), contiguous))
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def metadata(header: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of a file with this header and these tensors on the CPU, with a checksum over both."""
-    digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return {"format": FORMAT, "header": header, "sha256": digest.hexdigest()}
+    checked.write(path, FORMAT, header, tensors)
 
 
 def settings_of(
@@ -181,6 +153,7 @@ class Saved:
         except MALFORMED as error:
             raise StateError(f"{self.path} has a structure that does not fit: {error}") from error
         rest = {key: self.header[key] for key in _OF_THE_FIT}
+        rest |= {key: self.header.get(key, default) for key, default in _LATER.items()}
         return Fit(structure, curvature, **rest), prior_mean
 
     def fitted_on(self, model: nn.Module, layers: Sequence[LoraLayer]) -> FittedOn:
@@ -214,24 +187,8 @@ def load(folder: str | PathLike[str]) -> Saved:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise StateError(f"{path} does not exist: pass a folder that LaplaceLoRA.save wrote")
+    header, tensors = checked.read(path, FORMAT, "fit again, or use the version that wrote it")
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            if found.get("format") == FORMAT:
-                # cloned to torch's alignment, on which the last bit of products can depend
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, *MALFORMED) as error:
-        raise StateError(f"{path} is truncated or damaged: {error}") from error
-    if found.get("format") != FORMAT:
-        raise StateError(
-            f"{path} has format {found.get('format')!r}, this version reads {FORMAT!r}: fit again, or use the version "
-            "that wrote it"
-        )
-    text = found.get("header", "")
-    if metadata(text, tensors) != found:
-        raise StateError(f"{path} is damaged: its content does not match its checksum")
-    try:
-        header = json.loads(text)
         _require_form(header)
         return Saved(path, header, tensors, Surroundings.from_json(header["surroundings"]))
     except MALFORMED as error:
@@ -250,6 +207,7 @@ def _require_form(header: Any) -> None:
         "shared_inputs": len(header["shared_inputs"]) != n
         or not all(type(each) is int and 0 <= each < n for each in header["shared_inputs"]),
         "n_examples": type(header["n_examples"]) is not int or header["n_examples"] < 1,
+        "n_skipped": type(header.get("n_skipped", 0)) is not int or header.get("n_skipped", 0) < 0,
         "n_outputs": type(header["n_outputs"]) is not int or header["n_outputs"] < 1,
         "log_likelihood": header["log_likelihood"] is not None and not _is_number(header["log_likelihood"]),
         "reason": not isinstance(header["reason"], str),

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.errors import NumericalError, UnsupportedAdapterError
+from laplace_lora_fast.errors import NumericalError, StateError, UnsupportedAdapterError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
@@ -97,8 +97,48 @@ class Listener(ABC):
         """Drops what is held of the current batch, which has failed or is over."""
 
 
+@dataclass
+class State:
+    """What an accumulator holds between two batches: from it another process goes on bit for bit.
+
+    Attributes:
+        values: JSON-serialisable.
+        tensors: those that batches change.
+        grown: lists of tensors that batches only add to, and that are joined along their first axis in the end.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    grown: dict[str, Sequence[Tensor]] = field(default_factory=dict)
+
+
 class Accumulator(Listener):
-    """Listener that makes something of the Fisher-weighted streams of all batches: in the end a curvature."""
+    """Listener that makes something of the Fisher-weighted streams of all batches: in the end a curvature.
+
+    `start` takes nothing in that `forget` does not drop again: a batch of which nothing but that was shown has left no
+    trace, and its streams may be shown after `start` as well as before it.
+    """
+
+    def state(self) -> State:
+        """What it holds between two batches, before `join`. Tensors are its own: to be read at once.
+
+        Raises:
+            StateError: this kind cannot be interrupted.
+        """
+        raise StateError(
+            f"{type(self).__name__} has no state to write: fit without checkpoint, or give it state() and restore()"
+        )
+
+    def restore(self, state: State) -> None:
+        """Takes over what `state` gave, in an empty accumulator made with the same arguments."""
+        raise NotImplementedError
+
+    def prepare(self, shared_inputs: list[int]) -> None:
+        """Before `join` on a rank without a batch: becomes as empty as one that has seen batches can be.
+
+        Args:
+            shared_inputs: for each layer the first layer that is fed by the same tensor, as other ranks found.
+        """
 
     @abstractmethod
     def join(self, ranks: Ranks) -> None:
@@ -321,6 +361,11 @@ class Structure(ABC):
         likelihood: Likelihood,
     ) -> Curvature:
         """The curvature of `Curvature.tensors`, every weight on its device. Raises KeyError for a missing tensor."""
+
+
+def numbered(**parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Lists of tensors in one dict: "name.0", "name.1", .."""
+    return {f"{name}.{i}": tensor for name, each in parts.items() for i, tensor in enumerate(each)}
 
 
 def require_finite(names: Sequence[WeightName], tensors: Sequence[Tensor], what: str) -> None:

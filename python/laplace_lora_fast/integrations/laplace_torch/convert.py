@@ -16,7 +16,7 @@ from laplace_lora_fast.structures import KFAC
 from laplace_lora_fast.structures.base import Ability, Structure
 from laplace_lora_fast.structures.blocks.algebra import KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
-from laplace_lora_fast.structures.blocks.factors import Spectrum
+from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.weights import SIDES, by_layer, from_flat, matrices, to_flat, weight_names
 
 

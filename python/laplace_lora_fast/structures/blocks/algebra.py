@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
-from laplace_lora_fast.structures.blocks.factors import Spectrum
+from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.structures.jacobians import jacobian
 
 _MOST_ELEMENTS = 2**24  # of Jacobians formed at a time

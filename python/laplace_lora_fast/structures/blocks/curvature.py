@@ -11,7 +11,7 @@ from torch import Tensor
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.structures.blocks.algebra import Block, DiagBlock, KronBlock
-from laplace_lora_fast.structures.blocks.factors import Spectrum
+from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.structures.search import evidence_root
 from laplace_lora_fast.weights import WeightName, stored_covariance
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,48 +17,9 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.base import State
+from laplace_lora_fast.structures.blocks.spectrum import Spectrum, spectrum_of_rows, truncated
 from laplace_lora_fast.structures.blocks.waiting import WaitingRows
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """U diag(values) U^T + tail (I - U U^T), a symmetric positive semi-definite matrix on R^d.
-
-    Attributes:
-        values: [k] fp64, descending.
-        vectors: U [d, k] with orthonormal columns, in the factor's accumulation dtype.
-        tail: fp64 scalar, the mean eigenvalue of what `values` leaves out; 0 when k = d or nothing is left out.
-        trace: fp64 scalar, of the matrix this stands for.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    tail: Tensor
-    trace: Tensor
-
-    @property
-    def dim(self) -> int:
-        return self.vectors.shape[0]
-
-    @property
-    def rank(self) -> int:
-        return self.vectors.shape[1]
-
-    @property
-    def captured(self) -> float:
-        """Fraction of the trace in `values` (1 for a zero matrix)."""
-        return float(self.values.sum() / self.trace) if self.trace > 0 else 1.0
-
-    def dense(self) -> Tensor:
-        """The matrix [d, d]."""
-        u = self.vectors.double()
-        matrix = (u * (self.values - self.tail)) @ u.mT
-        matrix.diagonal().add_(self.tail)
-        return matrix.to(self.vectors.dtype)
-
-    def scaled(self, factor: float | Tensor) -> Spectrum:
-        """The spectrum of `factor` times the matrix."""
-        return Spectrum(self.values * factor, self.vectors, self.tail * factor, self.trace * factor)
 
 
 def tokens_worth_an_update(device: torch.device) -> int:
@@ -132,9 +92,21 @@ class Factor(ABC):
     def spectrum(self, rank: int | None) -> Spectrum:
         """The `rank` leading eigenpairs and the tail; None for the kind's default."""
         if not self._accumulated():
-            return _spectrum_of_rows(self._rows(), rank, self.dtype)
+            return spectrum_of_rows(self._rows(), rank, self.dtype)
         self._flush()
         return self._spectrum(rank)
+
+    def state(self) -> State:
+        """What it holds, bit for bit."""
+        rows, last = self._waiting.state()
+        waiting = {} if rows is None else {"waiting": rows}
+        return State({"last": last}, waiting | self._own_state())
+
+    def restore(self, state: State) -> None:
+        """Takes over what `state` gave, in a factor made with the same arguments."""
+        tensors = {name: tensor.to(self.device) for name, tensor in state.tensors.items()}
+        self._waiting.restore(tensors.get("waiting"), state.values["last"])
+        self._restore_own(tensors)
 
     def _rows(self) -> Tensor:
         """What waits, [n, d]."""
@@ -167,6 +139,13 @@ class Factor(ABC):
     @abstractmethod
     def _sums(self) -> tuple[Tensor, ...]:
         """What adds up over data, allocated if it is not."""
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Tensor]:
+        """What there is beside the rows that wait."""
+
+    @abstractmethod
+    def _restore_own(self, tensors: dict[str, Tensor]) -> None: ...
 
     @abstractmethod
     def _quadratic(self, basis: Tensor) -> Tensor: ...
@@ -205,6 +184,12 @@ class DenseFactor(Factor):
     def _sums(self) -> tuple[Tensor, ...]:
         return (self.lower,)
 
+    def _own_state(self) -> dict[str, Tensor]:
+        return {} if self._lower is None else {"lower": self._lower}
+
+    def _restore_own(self, tensors: dict[str, Tensor]) -> None:
+        self._lower = tensors.get("lower")
+
     def _merge(self, other: Factor) -> None:
         assert isinstance(other, DenseFactor)
         if other._lower is not None:
@@ -223,7 +208,7 @@ class DenseFactor(Factor):
         noise = 8 * torch.finfo(torch.float64).eps * self.dim**0.5 * values[-1]
         kept = max(1, int((values > noise).sum()))
         rank = kept if rank is None else min(rank, kept)
-        return _truncated(values.flip(0).clamp_min(0), vectors.flip(1), trace, rank, self.dtype)
+        return truncated(values.flip(0).clamp_min(0), vectors.flip(1), trace, rank, self.dtype)
 
 
 class SketchFactor(Factor):
@@ -276,6 +261,16 @@ class SketchFactor(Factor):
             self._sketch = torch.zeros_like(self.omega)
         return self._sketch, self._trace
 
+    def _own_state(self) -> dict[str, Tensor]:
+        found = {"omega": self._omega, "sketch": self._sketch, "trace": self._trace}
+        made = {name: tensor for name, tensor in found.items() if tensor is not None}
+        return made | {"generator": self._generator.get_state()}
+
+    def _restore_own(self, tensors: dict[str, Tensor]) -> None:
+        self._omega, self._sketch = tensors.get("omega"), tensors.get("sketch")
+        self._trace = tensors["trace"]
+        self._generator.set_state(tensors["generator"].cpu())
+
     def _merge(self, other: Factor) -> None:
         assert isinstance(other, SketchFactor)
         if other._sketch is None:
@@ -305,7 +300,7 @@ class SketchFactor(Factor):
         vectors, sigma, _ = torch.linalg.svd(root, full_matrices=False)
         values = (sigma.square() - shift).clamp_min(0)
         rank = max(1, self._size // 4) if rank is None else rank
-        return _truncated(values, vectors, self._trace, rank, self.dtype)
+        return truncated(values, vectors, self._trace, rank, self.dtype)
 
     def _start(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Omega [d, m], half of it warm-started from the first rows."""
@@ -370,31 +365,3 @@ def join(factors: Sequence[Factor], ranks: Ranks) -> None:
         else:
             factor._flush()
             ranks.sum_(factor._sums())
-
-
-def _spectrum_of_rows(rows: Tensor, rank: int | None, dtype: torch.dtype) -> Spectrum:
-    """Of rows^T rows by a thin SVD in fp64; LAPACK takes half the time after an explicit QR."""
-    basis, triangle = torch.linalg.qr(rows.double().mT)
-    vectors, sigma, _ = torch.linalg.svd(triangle, full_matrices=False)
-    values = sigma.square()
-    if len(values):
-        noise = values[0] * torch.finfo(torch.float64).eps * max(rows.shape)
-        kept = int((values > noise).sum())
-        values, vectors = values[:kept], vectors[:, :kept]
-    return _truncated(values, basis @ vectors, values.sum(), rank, dtype)
-
-
-def _truncated(
-    values: Tensor, vectors: Tensor, trace: Tensor, rank: int | None, dtype: torch.dtype
-) -> Spectrum:
-    dim = vectors.shape[0]
-    rank = len(values) if rank is None else min(rank, len(values))
-    values = values[:rank].contiguous()
-    left_out = (trace - values.sum()).clamp_min(0)
-    noise = torch.finfo(dtype).eps * trace
-    tail = (
-        torch.where(left_out > noise, left_out, 0) / max(dim - rank, 1)
-        if rank < dim
-        else torch.zeros_like(trace)
-    )
-    return Spectrum(values, vectors[:, :rank].to(dtype).contiguous(), tail, trace)

@@ -27,17 +27,17 @@ import laplace_kernels as lk
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import Accumulator, Step
+from laplace_lora_fast.structures.base import Accumulator, State, Step
 from laplace_lora_fast.structures.blocks.algebra import KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.blocks.factors import (
     DenseFactor,
     Factor,
     SketchFactor,
-    Spectrum,
     flush_full,
     join,
 )
+from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.weights import LoraWeights, in_order, weight_names
 
 
@@ -112,12 +112,11 @@ class KfacAccumulator(Accumulator):
         self._gradients: list[Factor] = []
         self._divisors: dict[int, Tensor | float] = {}
         self._first_inputs: list[tuple[int, Tensor, Tensor | None]] = []
-        self._shared_inputs: list[int] = []
+        self._shared_inputs: list[int] = []  # of the factors, once they are there
+        self._found: list[int] = []
 
     def start(self, step: Step) -> Tensor:
-        """Creates the factors, once the first forward pass has told which layers share their input."""
-        if not self._shared_inputs:
-            self._create(step.shared_inputs)
+        self._found = step.shared_inputs
         return step.functions.spread(step.fisher(self._fisher))
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
@@ -127,6 +126,12 @@ class KfacAccumulator(Accumulator):
             self._first_inputs.append((group, x, mask))
 
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+        """Creates the factors, once the first forward pass has told which layers share their input."""
+        if not self._shared_inputs:
+            self._create(self._found, lk.accumulation_dtype(self._first_inputs[0][1].dtype))
+            for group, x, own_mask in self._first_inputs:
+                self._add_input(group, x, own_mask)
+            self._first_inputs.clear()
         add_gradient(self._gradients[layer], self._tokens, g, mask)
 
     def finish_pass(self) -> None:
@@ -137,6 +142,36 @@ class KfacAccumulator(Accumulator):
         """Omega of every sketched factor: accumulators with the same ones, over other data, add up."""
         factors = enumerate(self._all_factors())
         return {index: factor.omega for index, factor in factors if isinstance(factor, SketchFactor)}
+
+    def forget(self) -> None:
+        self._first_inputs.clear()
+
+    def state(self) -> State:
+        if not self._shared_inputs:
+            return State({"shared_inputs": []})
+        factors = [factor.state() for factor in self._all_factors()]
+        values = {
+            "shared_inputs": self._shared_inputs,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "divisors": [int(self._divisors.get(leader, 0)) for leader in self._inputs],
+            "factors": [factor.values for factor in factors],
+        }
+        tensors = {f"{i}.{name}": t for i, factor in enumerate(factors) for name, t in factor.tensors.items()}
+        return State(values, tensors)
+
+    def restore(self, state: State) -> None:
+        values = state.values
+        if not values["shared_inputs"]:
+            return
+        self._create(values["shared_inputs"], getattr(torch, values["dtype"]))
+        self._divisors = dict(zip(self._inputs, values["divisors"], strict=True))
+        for index, factor in enumerate(self._all_factors()):
+            prefix = f"{index}."
+            own = {n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)}
+            factor.restore(State(values["factors"][index], own))
+
+    def prepare(self, shared_inputs: list[int]) -> None:
+        self._create(shared_inputs, lk.accumulation_dtype(self._layers[0].A.dtype))
 
     def join(self, ranks: Ranks) -> None:
         """Adds up the factors, and the tokens behind them, over all ranks."""
@@ -173,10 +208,9 @@ class KfacAccumulator(Accumulator):
         z = x.quadratic(a.mT) * (square / divisor)
         return block_a, KronBlock.kfac(g.spectrum(self._rank), z, layer.B.mT)
 
-    def _create(self, shared_inputs: list[int]) -> None:
-        self._shared_inputs = shared_inputs
+    def _create(self, shared_inputs: list[int], dtype: torch.dtype) -> None:
+        self._shared_inputs, self._dtype = shared_inputs, dtype
         leaders = sorted(set(shared_inputs))
-        dtype = lk.accumulation_dtype(self._first_inputs[0][1].dtype)
         dims = [self._layers[leader].d_in for leader in leaders] + [layer.d_out for layer in self._layers]
         dense = self._plan.choose(dims, dtype.itemsize)
         for position, leader in enumerate(leaders):
@@ -187,9 +221,6 @@ class KfacAccumulator(Accumulator):
             self._inputs[leader] = self._factor(position, dense, exact, dtype)
         for position, layer in enumerate(self._layers, len(leaders)):
             self._gradients.append(self._factor(position, dense, [layer.B], dtype))
-        for group, x, mask in self._first_inputs:
-            self._add_input(group, x, mask)
-        self._first_inputs.clear()
 
     def _all_factors(self) -> list[Factor]:
         return [*self._inputs.values(), *self._gradients]
@@ -209,10 +240,11 @@ class KfacAccumulator(Accumulator):
 
 
 class OmegaAccumulator(KfacAccumulator):
-    """Makes the sketches that the first rank would make of its first batch, for all ranks to use."""
+    """Makes the sketches that the first rank with data would make of its first batch, for all ranks to use."""
 
     def join(self, ranks: Ranks) -> None:
-        self._shared = {index: ranks.from_first(omega) for index, omega in self.omegas().items()}
+        source = ranks.first(bool(self._divisors))
+        self._shared = {index: ranks.from_rank(source, omega) for index, omega in self.omegas().items()}
 
     def result(self) -> dict[int, Tensor]:  # type: ignore[override]
         """Omega of every sketched factor."""

@@ -12,7 +12,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import Accumulator, Step, require_finite
+from laplace_lora_fast.structures.base import Accumulator, State, Step, numbered, require_finite
 from laplace_lora_fast.structures.blocks.algebra import DiagBlock, KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.jacobians import JacobianListener, jacobian
@@ -78,6 +78,13 @@ class EkfacAccumulator(MomentAccumulator):
         if row_grams is not None:
             self._rest[weight] += (row_grams[:, :, 0, 0].double() - kept.sum(-1)).sum(0)
 
+    def state(self) -> State:
+        return State(tensors=numbered(core=self._core, rest=self._rest))
+
+    def restore(self, state: State) -> None:
+        for key, own in self.state().tensors.items():
+            own.copy_(state.tensors[key])
+
     def join(self, ranks: Ranks) -> None:
         ranks.sum_([*self._core, *self._rest])
 
@@ -110,6 +117,13 @@ class DiagonalAccumulator(MomentAccumulator):
 
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
         self._sums[weight] += jacobian(*self._of_examples(small, large)).square().sum((0, 1))
+
+    def state(self) -> State:
+        return State(tensors=numbered(sums=self._sums))
+
+    def restore(self, state: State) -> None:
+        for key, own in self.state().tensors.items():
+            own.copy_(state.tensors[key])
 
     def join(self, ranks: Ranks) -> None:
         ranks.sum_(self._sums)

@@ -56,6 +56,15 @@ class WaitingRows:
         """Forgets the rows; keeps their memory."""
         self.n = 0
 
+    def state(self) -> tuple[Tensor | None, int]:
+        """The rows in the dtype of their memory, None where none ever came, and how many came last."""
+        return None if self._memory is None else self._memory[: self.n], self._last
+
+    def restore(self, rows: Tensor | None, last: int) -> None:
+        """Takes over what `state` gave."""
+        self.n, self._last = 0 if rows is None else len(rows), last
+        self._memory = None if rows is None else rows.clone()
+
     def _reserve(self, size: int, like: Tensor) -> Tensor:
         """Memory of at least `size` rows in a dtype that loses nothing of `like`."""
         memory = like.new_empty(0, self.dim) if self._memory is None else self._memory

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from laplace_lora_fast.errors import InvalidBatchError, NumericalError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import Accumulator, Step, require_finite
+from laplace_lora_fast.structures.base import Accumulator, State, Step, require_finite
 from laplace_lora_fast.structures.jacobians import JacobianListener
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
@@ -30,6 +31,25 @@ class Pieces:
     def append(self, size: int, piece: Tensor) -> None:
         self._of_size.setdefault(size, []).append(piece)
 
+    def take(self, other: Pieces) -> None:
+        """Moves what another one holds to the end of this one."""
+        for size, pieces in other._of_size.items():
+            self._of_size.setdefault(size, []).extend(pieces)
+        other._of_size.clear()
+
+    def clear(self) -> None:
+        self._of_size.clear()
+
+    def grown(self, name: str) -> dict[str, Sequence[Tensor]]:
+        """As `State.grown` has it."""
+        return {f"{name}.{size}": pieces for size, pieces in self._of_size.items()}
+
+    def restore(self, name: str, grown: Mapping[str, Sequence[Tensor]], device: torch.device) -> None:
+        for key, pieces in grown.items():
+            if key.startswith(f"{name}."):
+                size = int(key.rpartition(".")[2])
+                self._of_size[size] = [piece.to(device) for piece in pieces]
+
     def joined(self, sizes: Sequence[int]) -> list[Tensor]:
         """One tensor for each size, those of all batches one after the other."""
         return [torch.cat(self._of_size[size]) for size in sizes]
@@ -38,9 +58,7 @@ class Pieces:
         """Takes in the pieces of all ranks, for all sizes that any of them has."""
         for size in sizes:
             mine = self._of_size.get(size)
-            like = next(iter(self._of_size.values()))[0]
-            empty = like.new_empty(0, *([size] * (like.dim() - 1)))
-            self._of_size[size] = [ranks.gather(torch.cat(mine) if mine else empty)]
+            self._of_size[size] = [ranks.gather(torch.cat(mine) if mine else None)]
 
 
 class RowAccumulator(JacobianListener, Accumulator):
@@ -57,6 +75,8 @@ class RowAccumulator(JacobianListener, Accumulator):
         budget: bytes of rows before they leave the device.
         seed: of Omega.
     """
+
+    pieces: ClassVar[tuple[str, ...]] = ("roots",)  # what is kept of every example beside its rows
 
     def __init__(
         self,
@@ -77,7 +97,8 @@ class RowAccumulator(JacobianListener, Accumulator):
         self._store = RowStore(len(self._names), budget)
         self._batch: list[list[Tensor]] = [[] for _ in self._names]  # [S, r m] a pass
         self._sizes: list[Tensor] = []
-        self._roots = Pieces()
+        self._pieces = {name: Pieces() for name in self.pieces}
+        self._of_batch = {name: Pieces() for name in self.pieces}
         self._functions: Functions | None = None
         self._n_sequences = 0
 
@@ -86,12 +107,12 @@ class RowAccumulator(JacobianListener, Accumulator):
         self._functions, self._n_sequences = step.functions, len(step.u)
         if self._fisher == "exact":
             for size, outputs in zip(step.functions.sizes, step.outputs, strict=True):
-                self._roots.append(size, self._likelihood.functions_root(outputs))
+                self._of_batch["roots"].append(size, self._likelihood.functions_root(outputs))
             return plain
         cotangents = step.functions.spread(step.fisher(self._fisher))
         passes = cotangents.shape[2]
         unit = torch.eye(passes, dtype=cotangents.dtype, device=cotangents.device)
-        self._roots.append(passes, unit.expand(step.functions.n_examples, -1, -1))
+        self._of_batch["roots"].append(passes, unit.expand(step.functions.n_examples, -1, -1))
         return cotangents
 
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
@@ -105,7 +126,7 @@ class RowAccumulator(JacobianListener, Accumulator):
                 rows.append(projection.new_zeros(self._n_sequences, mean.shape[0] * projection.shape[1]))
 
     def finish(self) -> None:
-        """A batch is over: its rows are complete, example by example."""
+        """A batch is over: its rows are complete, example by example. Only now it is taken in."""
         functions = self._functions
         assert functions is not None
         exact, passes = self._fisher == "exact", len(self._batch[0])
@@ -123,14 +144,39 @@ class RowAccumulator(JacobianListener, Accumulator):
             self._store.append(weight, layout.join(blocks))
             rows.clear()
         self._sizes.append(layout.sizes)
+        for name, pieces in self._pieces.items():
+            pieces.take(self._of_batch[name])
         super().finish()
+
+    def forget(self) -> None:
+        super().forget()
+        for rows in self._batch:
+            rows.clear()
+        for pieces in self._of_batch.values():
+            pieces.clear()
+
+    def state(self) -> State:
+        grown: dict[str, Sequence[Tensor]] = {"sizes": self._sizes}
+        grown |= {f"rows.{weight}": chunks for weight, chunks in enumerate(self._store.chunks)}
+        for name, pieces in self._pieces.items():
+            grown |= pieces.grown(name)
+        return State(grown=grown)
+
+    def restore(self, state: State) -> None:
+        self._sizes = list(state.grown["sizes"])
+        for weight, mean in enumerate(self._means):
+            for rows in state.grown[f"rows.{weight}"]:
+                self._store.append(weight, rows.to(mean.device))
+        for name, pieces in self._pieces.items():
+            pieces.restore(name, state.grown, self._means[0].device)
 
     def join(self, ranks: Ranks) -> None:
         """Takes in the rows of all ranks: each then holds them all."""
         if ranks.size > 1:
-            self._store = self._store.gathered(ranks)
-            self._sizes = [ranks.gather(torch.cat(self._sizes))]
-            self._roots.gather(ranks, self._layout().block_sizes)
+            self._store = self._store.gathered(ranks, [mean.device for mean in self._means])
+            self._sizes = [ranks.gather(torch.cat(self._sizes) if self._sizes else None)]
+            for pieces in self._pieces.values():
+                pieces.gather(ranks, self._layout().block_sizes)
 
     def _layout(self) -> Layout:
         return Layout(torch.cat(self._sizes))
@@ -144,18 +190,19 @@ class RowAccumulator(JacobianListener, Accumulator):
         rows, layout = self._store.matrices(), self._layout()
         require_finite(self._names, rows, "Jacobian")
         means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
-        roots = BlockDiagonal(layout, self._roots.joined(layout.block_sizes))
+        roots = BlockDiagonal(layout, self._pieces["roots"].joined(layout.block_sizes))
         return RowCurvature(self._names, means, rows, self._projections, roots)
 
 
 class RefitAccumulator(RowAccumulator):
     """Keeps, beside the rows, targets and the functions with the adapter switched off."""
 
+    pieces = ("roots", "targets", "prior")
+
     def __init__(
         self, layers: Sequence[LoraWeights], likelihood: Likelihood, columns: int, budget: int, seed: int
     ) -> None:
         super().__init__(layers, likelihood, "exact", columns, budget, seed)
-        self._targets, self._prior = Pieces(), Pieces()
 
     def start(self, step: Step) -> Tensor:
         """Raises InvalidBatchError for a batch without labels."""
@@ -164,24 +211,18 @@ class RefitAccumulator(RowAccumulator):
             raise InvalidBatchError("Rows(refit=True) needs 'labels' in every batch of train_loader")
         prior = step.functions.values(step.prior_u().double())
         for size, targets, functions in zip(step.functions.sizes, step.targets, prior, strict=True):
-            self._targets.append(size, targets)
-            self._prior.append(size, functions)
+            self._of_batch["targets"].append(size, targets)
+            self._of_batch["prior"].append(size, functions)
         return cotangents
-
-    def join(self, ranks: Ranks) -> None:
-        super().join(ranks)
-        if ranks.size > 1:
-            for pieces in (self._targets, self._prior):
-                pieces.gather(ranks, self._layout().block_sizes)
 
     def result(self) -> RefittedCurvature:
         rows = super().result()
         home, sizes = rows.rows[0].device, rows.roots.layout.block_sizes
-        prior = [each.to(home) for each in self._prior.joined(sizes)]
+        prior = [each.to(home) for each in self._pieces["prior"].joined(sizes)]
         if not all(each.isfinite().all() for each in prior):
             raise NumericalError("without its adapter the model gives logits that are not finite")
         targets = [
             (each.double() if each.is_floating_point() else each).to(home)
-            for each in self._targets.joined(sizes)
+            for each in self._pieces["targets"].joined(sizes)
         ]
         return RefittedCurvature(rows, Observations(rows.roots.layout, self._likelihood, prior, targets))

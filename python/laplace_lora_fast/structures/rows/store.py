@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -55,11 +56,17 @@ class RowStore:
         """[R, features] of every block, where its rows live; chunks are let go block by block."""
         return [self._matrix(block) for block in range(len(self._chunks))]
 
-    def gathered(self, ranks: Ranks) -> RowStore:
-        """A store of the rows of all ranks, rank by rank; this one is emptied."""
+    @property
+    def chunks(self) -> list[list[Tensor]]:
+        """For each block what has been appended, where it lives."""
+        return self._chunks
+
+    def gathered(self, ranks: Ranks, devices: Sequence[torch.device]) -> RowStore:
+        """A store of the rows of all ranks, rank by rank, for each block on its device; this one is emptied."""
         whole = RowStore(len(self._chunks), self._budget)
-        for block, device in enumerate(self._devices):
-            whole.append(block, ranks.gather(self._matrix(block)).to(device))
+        for block, device in enumerate(devices):
+            mine = self._matrix(block) if self._chunks[block] else None
+            whole.append(block, ranks.gather(mine).to(device))
         return whole
 
     def _matrix(self, block: int) -> Tensor:

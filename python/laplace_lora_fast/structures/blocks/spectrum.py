@@ -1,0 +1,78 @@
+"""Eigenvalues of a factor: the leading ones with their vectors, and one for all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """U diag(values) U^T + tail (I - U U^T), a symmetric positive semi-definite matrix on R^d.
+
+    Attributes:
+        values: [k] fp64, descending.
+        vectors: U [d, k] with orthonormal columns, in the factor's accumulation dtype.
+        tail: fp64 scalar, the mean eigenvalue of what `values` leaves out; 0 when k = d or nothing is left out.
+        trace: fp64 scalar, of the matrix this stands for.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    tail: Tensor
+    trace: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def captured(self) -> float:
+        """Fraction of the trace in `values` (1 for a zero matrix)."""
+        return float(self.values.sum() / self.trace) if self.trace > 0 else 1.0
+
+    def dense(self) -> Tensor:
+        """The matrix [d, d]."""
+        u = self.vectors.double()
+        matrix = (u * (self.values - self.tail)) @ u.mT
+        matrix.diagonal().add_(self.tail)
+        return matrix.to(self.vectors.dtype)
+
+    def scaled(self, factor: float | Tensor) -> Spectrum:
+        """The spectrum of `factor` times the matrix."""
+        return Spectrum(self.values * factor, self.vectors, self.tail * factor, self.trace * factor)
+
+
+def spectrum_of_rows(rows: Tensor, rank: int | None, dtype: torch.dtype) -> Spectrum:
+    """Of rows^T rows by a thin SVD in fp64; LAPACK takes half the time after an explicit QR."""
+    basis, triangle = torch.linalg.qr(rows.double().mT)
+    vectors, sigma, _ = torch.linalg.svd(triangle, full_matrices=False)
+    values = sigma.square()
+    if len(values):
+        noise = values[0] * torch.finfo(torch.float64).eps * max(rows.shape)
+        kept = int((values > noise).sum())
+        values, vectors = values[:kept], vectors[:, :kept]
+    return truncated(values, basis @ vectors, values.sum(), rank, dtype)
+
+
+def truncated(
+    values: Tensor, vectors: Tensor, trace: Tensor, rank: int | None, dtype: torch.dtype
+) -> Spectrum:
+    """The `rank` leading ones of these eigenpairs, descending; None for all."""
+    dim = vectors.shape[0]
+    rank = len(values) if rank is None else min(rank, len(values))
+    values = values[:rank].contiguous()
+    left_out = (trace - values.sum()).clamp_min(0)
+    noise = torch.finfo(dtype).eps * trace
+    tail = (
+        torch.where(left_out > noise, left_out, 0) / max(dim - rank, 1)
+        if rank < dim
+        else torch.zeros_like(trace)
+    )
+    return Spectrum(values, vectors[:, :rank].to(dtype).contiguous(), tail, trace)
