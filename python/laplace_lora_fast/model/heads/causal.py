@@ -218,12 +218,18 @@ def marked_tokens(ids: Tensor, marked: Tensor, device: torch.device) -> dict[str
 
 
 @torch.no_grad()
-def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether an unpadded sequence has the same logits with positions 0, 1, .. as with none given."""
+def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
+    """Whether an unpadded sequence has the same logits with positions 0, 1, .. as with none given.
+
+    None where logits are not finite, which tell nothing: the next batch will.
+    """
     row = {key: value[:1, :_PROBED] if isinstance(value, Tensor) else value for key, value in batch.items()}
     row["attention_mask"] = torch.ones_like(row["attention_mask"])
     positions = torch.arange(row["attention_mask"].shape[1], device=row["attention_mask"].device)[None]
-    return torch.equal(model(**row).logits, model(**row, position_ids=positions).logits)
+    plain = model(**row).logits
+    if not bool(plain.isfinite().all()):
+        return None
+    return torch.equal(plain, model(**row, position_ids=positions).logits)
 
 
 def _require_causal(model: nn.Module, head: str) -> None:
