@@ -26,6 +26,7 @@ from laplace_lora_fast import (
     Regression,
     Rows,
     StateError,
+    Tokens,
 )
 from laplace_lora_fast.saving import checked, recorder
 from tests import tiny
@@ -133,6 +134,20 @@ def test_ragged_options_and_rows_in_files(place, tmp_path):
     expected = make().fit(ragged(), progress=False)
     found = interrupted(make, ragged(), tmp_path, [1, 2, 4])
     require_equal(tensors(found), tensors(expected))
+
+
+def test_tokens(tmp_path):
+    batches = [
+        batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+        for batch in data()
+    ]
+
+    def make():
+        return laplace(KFAC(tokens="expand", factors="dense"), task=Tokens(samples=2))
+
+    expected = make().fit(batches, progress=False).snapshot()[0].curvature.tensors()
+    found = interrupted(make, batches, tmp_path, [2, 4]).snapshot()[0].curvature.tensors()
+    require_equal(found, expected)
 
 
 def test_regression(tmp_path):

@@ -17,6 +17,7 @@ from laplace_lora_fast import (
     LaplaceWarning,
     NumericalError,
     Rows,
+    Tokens,
 )
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.finite import Screen
@@ -102,6 +103,26 @@ def test_skip_leaves_them_out_bit_for_bit(structure, where):
     assert found.snapshot()[0].n_skipped == 3
     assert "3 batches of the training data were not finite" in found.summary()
     assert "not finite" not in expected.summary()
+
+
+def test_dora_and_tokens_are_skipped_too():
+    made = tiny.tiny_llama(use_dora=True)
+    with torch.no_grad():
+        made.base_model.model.model.embed_tokens.weight[MARK] = torch.inf
+
+    def fitted(batches, task=ANSWERS, model=made):
+        la = LaplaceLoRA(model, task, structure=Rows())
+        return la.fit(batches, progress=False, non_finite="skip").snapshot()[0].curvature.tensors()
+
+    with pytest.warns(LaplaceWarning, match="1 batches"):
+        require_equal(fitted([marked(), *GOOD]), fitted(GOOD))
+    texts = [
+        batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+        for batch in [*GOOD, marked()]
+    ]
+    with pytest.warns(LaplaceWarning, match="1 batches"):
+        found = fitted(texts, Tokens(samples=2), model("input"))
+    require_equal(found, fitted(texts[:-1], Tokens(samples=2), model("input")))
 
 
 def test_nothing_to_skip_is_the_same_fit():

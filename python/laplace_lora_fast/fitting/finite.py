@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ class Screen(Listener):
         self.skipped, self.first_skipped, self.dropped = 0, "", False
         self._checks = DeferredChecks()
         self._wrong = ""  # of this batch
-        self._inputs: list[tuple[int, Tensor, Tensor | None]] = []
-        self._passes: list[list[tuple[int, Tensor, Tensor | None]]] = [[]]
+        self._held: list[Callable[[], None]] = []  # what the accumulator is to be shown yet
         self._latest: tuple[int, Tensor, Tensor | None] | None = None
 
     def wrong_input(self) -> str:
@@ -66,16 +66,12 @@ class Screen(Listener):
     def start(self, step: Step) -> Tensor:
         if self._wrong:
             raise NumericalError(self._message(self._wrong))
-        self._passes = [[]]
         return self._inner.start(step)
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
         if self._reads(x) and not self._wrong and not _is_finite(x, mask):
             self._wrong = f"the input of layer {self._names[group]!r}"
-        if self._skip:
-            self._inputs.append((group, x, mask))
-        else:
-            self._inner.observe_input(group, x, mask)
+        self._show(partial(self._inner.observe_input, group, x, mask))
 
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
         self._latest = layer, g, mask
@@ -83,41 +79,39 @@ class Screen(Listener):
             self._wrong = f"the gradient at the output of layer {self._names[layer]!r}"
             if not self._skip:
                 raise NumericalError(self._message(self._wrong))
-        if self._skip:
-            self._passes[-1].append((layer, g, mask))
-        else:
-            self._inner.observe_gradient(layer, g, mask)
+        self._show(partial(self._inner.observe_gradient, layer, g, mask))
+
+    def observe_alignment(self, layer: int, aligned: Tensor) -> None:
+        self._show(partial(self._inner.observe_alignment, layer, aligned))
 
     def finish_pass(self) -> None:
-        if self._skip:
-            self._passes.append([])
-            return
         if self._latest is not None and not self._reads(self._latest[1]):
             layer, g, mask = self._latest
             what = f"the gradient at the output of layer {self._names[layer]!r}, or of one behind it,"
             message = f"in batch {{index}} {what} is not finite: {_REMEDY}"
             self._checks.require_at(_total(g, mask).isfinite(), self._index, message, NumericalError)
-        self._inner.finish_pass()
+        self._show(self._inner.finish_pass)
 
     def finish(self) -> None:
-        if self._skip:
-            if self._wrong:
-                self._drop(self._wrong)
-                return
-            for each in self._inputs:
-                self._inner.observe_input(*each)
-            for gradients in self._passes[:-1]:
-                for each in gradients:
-                    self._inner.observe_gradient(*each)
-                self._inner.finish_pass()
+        if self._skip and self._wrong:
+            self._drop(self._wrong)
+            return
+        for show in self._held:
+            show()
         self.dropped = False
         self._inner.finish()
 
     def forget(self) -> None:
         """A batch is over."""
         self._inner.forget()
-        self._inputs, self._passes, self._latest, self._wrong = [], [[]], None, ""
+        self._held, self._latest, self._wrong = [], None, ""
         self._index += 1
+
+    def _show(self, what: Callable[[], None]) -> None:
+        if self._skip:
+            self._held.append(what)
+        else:
+            what()
 
     def _drop(self, what: str) -> None:
         self.dropped = True
