@@ -17,7 +17,7 @@ normalisation of W0 + s B A adds to both: see `RowNorm`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
@@ -76,6 +76,22 @@ class RowNorm:
     def gain(self) -> Tensor:
         """The factor m / |V|, [d_out]."""
         return self._constants[0]
+
+    def growth(self, da: Tensor, db: Tensor) -> Tensor:
+        """Relative growth of |V| along a step of both weights, [.., d_out]: rows of dV V^T over |V|^2.
+
+        Args:
+            da: [.., r, d_in].
+            db: [.., d_out, r].
+        """
+        _, inverse_squares, against_a = self._constants
+        of_b = (db.to(against_a) * against_a).sum(-1)
+        of_a = (self.B.to(against_a) * (self._directions() @ da.to(against_a).mT)).sum(-1)
+        return self.scaling * (of_a + of_b) * inverse_squares
+
+    def moved(self, da: Tensor, db: Tensor) -> RowNorm:
+        """That of other weights."""
+        return replace(self, A=self.A + da, B=self.B + db)
 
     def jacobians(self, aligned: Tensor) -> tuple[Tensor, Tensor]:
         """What the norm adds to the Jacobians of both weights, short side first.

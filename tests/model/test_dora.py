@@ -202,3 +202,26 @@ def test_peft_still_detaches_the_norm() -> None:
     )
     assert not torch.allclose(whole, plain)
     assert isinstance(model, peft.PeftModel)
+
+
+def test_samples_go_through_the_norm() -> None:
+    """Linearised: f + J delta. As weights: the model with those weights."""
+    model = adapted()
+    la = LaplaceLoRA(model, Answers(tiny.ANSWERS), structure=Rows(), prior_precision=30.0)
+    samples = la.fit([BATCH], progress=False).sample(3)
+    names = [f"{name}.lora_{side}.default.weight" for name in oracle.lora_modules(model) for side in "AB"]
+    stored = [d if "lora_A" in name else d.mT for name, d in zip(names, samples.deltas, strict=True)]
+    flat = torch.cat([d.flatten(1) for d in stored], 1)
+    rows = jacobian(model, BATCH, oracle.answer_logits)
+    at_trained = torch.stack(
+        [oracle.answer_logits(model, single) for single in oracle.examples(BATCH)]
+    ).detach()
+    oracle.assert_close(samples.outputs(BATCH), at_trained + torch.einsum("ncp,sp->snc", rows, flat), 1e-10)
+
+    found = samples.outputs(BATCH, linearised=False)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, step in zip(names, stored, strict=True):
+            parameters[name] += step[1]
+    moved = torch.stack([oracle.answer_logits(model, single) for single in oracle.examples(BATCH)]).detach()
+    oracle.assert_close(found[1], moved, 1e-10)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from laplace_lora_fast.model.contexts import (
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.lora import LoraLayer
 from laplace_lora_fast.model.storage import differentiable_kernels
-from laplace_lora_fast.weights import by_layer, stored
+from laplace_lora_fast.weights import RowNorm, by_layer, stored
 
 Function = Callable[..., Any]  # of no or more tensors, to a tensor or a structure of tensors
 
@@ -65,11 +66,6 @@ class StepHooks:
             stack.enter_context(autocast_of_caller(self.model))
             for index, layer in enumerate(self.layers):
                 layer.check()
-                if layer.normalised:
-                    raise UnsupportedAdapterError(
-                        f"layer {layer.name!r} uses DoRA, whose norm the derivatives here leave out: predict, "
-                        "logit_distribution and sample_adapters have it"
-                    )
                 handle = layer.module.register_forward_hook(self._hook(index), prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             yield self
@@ -157,6 +153,7 @@ class StepHooks:
 
     def _hook(self, index: int) -> Callable[..., Any]:
         layer = self.layers[index]
+        norm = layer.weights.norm
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
             if self._steps is None or threading.get_ident() != self._thread:
@@ -164,7 +161,12 @@ class StepHooks:
             x = args[0] if args else next(iter(kwargs.values()))
             a, b = (part.weight.detach() for part in layer.adapter_parts)  # type: ignore[operator]
             with torch.autocast(x.device.type, enabled=False):
-                return self._how(output, x, a, b, *self._steps[index], layer.scaling)
+                step = Step(x.to(a.dtype), a, b, *self._steps[index], layer.scaling)
+                if norm is None:
+                    return self._how(output, step)
+                return self._how(
+                    output, step, norm, layer.without_bias(forward_ad.unpack_dual(output).primal)
+                )
 
         return hook
 
@@ -189,31 +191,63 @@ def forward_mode() -> Iterator[None]:
 _MISSING = ("forward AD", "forward-mode", "forward mode", "jvp", "vmap", "functorch")
 
 
-def _derivative(
-    output: Tensor, x: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, scaling: float
-) -> Tensor:
+@dataclass(frozen=True)
+class Step:
+    """A step of one layer's weights, at its input x [.., d_in].
+
+    Attributes:
+        x: in the dtype of the weights.
+        a: A [r, d_in].
+        b: B [d_out, r].
+        da: dA, of each sample [n, r, d_in] where x has the rows of n samples.
+        db: dB, likewise.
+        scaling: s.
+    """
+
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    da: Tensor
+    db: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Dora:
+    """What DoRA adds: its norm, and the output y - b of the trained weights."""
+
+    norm: RowNorm
+    plain: Tensor
+
+
+def _derivative(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
     """Adds s (dB A x + B dA x), the step being dual and x taken as it is without one."""
-    x = forward_ad.unpack_dual(x).primal.to(a.dtype)
-    step = (x @ da.mT) @ b.mT + (x @ a.mT) @ db.mT
-    return output + (scaling * step).to(output.dtype)
+    x = forward_ad.unpack_dual(at.x).primal
+    step = at.scaling * ((x @ at.da.mT) @ at.b.mT + (x @ at.a.mT) @ at.db.mT)
+    if dora is not None:
+        step = dora.norm.gain * step - dora.plain * dora.norm.growth(at.da, at.db)
+    return output + step.to(output.dtype)
 
 
-def _difference(
-    output: Tensor, x: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, scaling: float
-) -> Tensor:
+def _difference(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
     """Adds s ((B + dB) (A + dA) - B A) x."""
-    x = x.to(a.dtype)
-    step = (x @ da.mT) @ (b + db).mT + (x @ a.mT) @ db.mT
-    return output + (scaling * step).to(output.dtype)
+    step = at.scaling * ((at.x @ at.da.mT) @ (at.b + at.db).mT + (at.x @ at.a.mT) @ at.db.mT)
+    if dora is not None:
+        gain = dora.norm.moved(at.da, at.db).gain
+        step = gain * step + (gain / dora.norm.gain - 1) * dora.plain
+    moved: Tensor = output + step.to(output.dtype)
+    return moved
 
 
-def _of_rows(
-    output: Tensor, x: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, scaling: float
-) -> Tensor:
+def _of_rows(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
     """Adds the derivative for rows x [n S, .., d] of n samples."""
-    x = forward_ad.unpack_dual(x).primal.to(a.dtype)
-    rows = x.reshape(len(da), -1, x.shape[-1])
-    step = torch.bmm(rows, da.mT) @ b.mT + torch.bmm(rows @ a.mT, db.mT)
-    step = (scaling * step).view(output.shape).to(output.dtype)
+    x = forward_ad.unpack_dual(at.x).primal
+    rows = x.reshape(len(at.da), -1, x.shape[-1])
+    step = at.scaling * (torch.bmm(rows, at.da.mT) @ at.b.mT + torch.bmm(rows @ at.a.mT, at.db.mT))
+    if dora is not None:
+        step = (
+            dora.norm.gain * step - dora.plain.reshape(step.shape) * dora.norm.growth(at.da, at.db)[:, None]
+        )
+    step = step.view(output.shape).to(output.dtype)
     moved: Tensor = output + forward_ad.make_dual(torch.zeros_like(step), step)
     return moved
