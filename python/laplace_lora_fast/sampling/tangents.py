@@ -164,9 +164,8 @@ class StepHooks:
                 step = Step(x.to(a.dtype), a, b, *self._steps[index], layer.scaling)
                 if norm is None:
                     return self._how(output, step)
-                return self._how(
-                    output, step, norm, layer.without_bias(forward_ad.unpack_dual(output).primal)
-                )
+                plain = layer.without_bias(forward_ad.unpack_dual(output).primal)
+                return self._how(output, step, Dora(norm, plain))
 
         return hook
 
@@ -222,11 +221,12 @@ class Dora:
 
 def _derivative(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
     """Adds s (dB A x + B dA x), the step being dual and x taken as it is without one."""
-    x = forward_ad.unpack_dual(at.x).primal
+    x: Tensor = forward_ad.unpack_dual(at.x).primal
     step = at.scaling * ((x @ at.da.mT) @ at.b.mT + (x @ at.a.mT) @ at.db.mT)
     if dora is not None:
         step = dora.norm.gain * step - dora.plain * dora.norm.growth(at.da, at.db)
-    return output + step.to(output.dtype)
+    moved: Tensor = output + step.to(output.dtype)
+    return moved
 
 
 def _difference(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
