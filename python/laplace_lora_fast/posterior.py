@@ -131,6 +131,7 @@ def summarise(
         *_table(rows),
         f"{len(gammas)} weights, {sum(gammas):.1f} of {total} parameters determined by the data",
         f"prior precision {prior_precision}" + (f", noise {noise:.4g}" if noise is not None else ""),
+        *curvature.notes(posterior.prior_precision),
     ]
     if n_skipped:
         lines.append(f"{n_skipped} batches of the training data were not finite and are left out")

@@ -14,10 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.structures.rows.kernels import RowKernels
 from tests.replay import cases, frozen, integrations
 
 # Quantities (patterns of case/quantity) that may differ: by how much of the largest entry, and why.
 CLOSE: dict[str, tuple[float, str]] = {}
+
+# Cases of sketched rows that were frozen before sketches took another precision than the prior's in its place
+# (structures/rows/equivalent.py): the numbers are those at the prior's own.
+AT_THE_PRIORS_PRECISION = (
+    "decoder-rows-columns",
+    "decoder-rows-empirical",
+    "decoder-rows-seed",
+    "*-refit-columns",
+    "regression-refit",
+)
 
 ELSEWHERE = 1e-4  # base weights are drawn in fp32, whose last bit is the processor's
 SIGNS = ("*/samples", "*/*-mc")  # noise in an eigenbasis: the vectors' signs are one machine's
@@ -48,7 +59,9 @@ def compare(name: str, found: cases.Quantities) -> None:
 
 @pytest.mark.filterwarnings("ignore::laplace_lora_fast.errors.LaplaceWarning")  # of a grid's edges
 @pytest.mark.parametrize("name", cases.FITS)
-def test_fits(name: str, tmp_path: Path) -> None:
+def test_fits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if any(fnmatch(name, pattern) for pattern in AT_THE_PRIORS_PRECISION):
+        monkeypatch.setattr(RowKernels, "sketched", False)
     compare(name, cases.quantities(cases.FITS[name], tmp_path))
 
 

@@ -18,7 +18,6 @@ from laplace_lora_fast.likelihoods import Gaussian, Likelihood
 from laplace_lora_fast.options import check_choice, register
 from laplace_lora_fast.prior.precision import PER, from_groups, group_keys
 from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
-from laplace_lora_fast.structures.search import evidence_noise
 
 
 @register
@@ -134,7 +133,7 @@ class MarginalLikelihood:
                 "the model interpolates its targets: the evidence has no maximum in the noise; pass "
                 "Regression(noise=..)"
             )
-        return evidence_noise(*self.fit.curvature.whitened_spectrum(prior_precision), residuals, count)
+        return self.fit.curvature.best_noise(prior_precision, residuals, count)
 
     def squared_norms(self) -> list[float]:
         """||theta - prior mean||^2 of each weight."""

@@ -23,6 +23,7 @@ from laplace_lora_fast.errors import NumericalError, StateError, UnsupportedAdap
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.search import evidence_noise
 from laplace_lora_fast.weights import LoraWeights, WeightName
 
 Seen = TypeVar("Seen")
@@ -225,6 +226,10 @@ class Curvature(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Everything that `Structure.rebuild` needs beside the names."""
 
+    def notes(self, prior_precision: Tensor) -> list[str]:
+        """Lines of the summary about all weights together, as how good an approximation is."""
+        return []
+
     def dense_factors(self) -> list[tuple[Tensor, Tensor]]:
         """For each weight [r, d] its Kronecker factors ([r, r], [d, d]). Raises ValueError where there are none."""
         raise ValueError(f"{type(self).__name__} has no Kronecker factors: fit with KFAC()")
@@ -232,6 +237,16 @@ class Curvature(ABC):
     def maximise_evidence_with_noise(self, keys: Sequence[str]) -> tuple[dict[str, float], float] | None:
         """The prior precision of each group and the noise, where both are the curvature's own to say; else None."""
         return None
+
+    def best_noise(self, prior_precision: Tensor, residuals: float, count: int) -> float:
+        """The noise standard deviation of a regression that maximises the evidence at a prior precision.
+
+        Args:
+            prior_precision: fp64 [n_weights].
+            residuals: sum of squared residuals.
+            count: number of scalar observations.
+        """
+        return evidence_noise(*self.whitened_spectrum(prior_precision), residuals, count)
 
     def log_det_ratio(self, prior_precision: Tensor) -> Tensor:
         """logdet(H + Lambda) - logdet Lambda, fp64 scalar."""

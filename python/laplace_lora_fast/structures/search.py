@@ -30,29 +30,46 @@ def evidence_root(values: Tensor, counts: Tensor, distance: float, group: str) -
     Raises:
         NumericalError: there is no maximum.
     """
+
+    def determined(lam: float) -> tuple[float, float]:
+        share = values / (values + lam)
+        return float((counts * share).sum()), -float((counts * share * (1 - share)).sum())
+
+    return gamma_root(determined, float((counts * (values > 0)).sum()), distance, group)
+
+
+def gamma_root(
+    determined: Callable[[float], tuple[float, float]], most: float, distance: float, group: str
+) -> float:
+    """The prior precision lambda at which lambda ||theta - mean||^2 = gamma(lambda).
+
+    Args:
+        determined: lambda -> (gamma, its derivative in log lambda).
+        most: the largest that gamma can be.
+        distance: ||theta - mean||^2.
+        group: named in errors.
+
+    Raises:
+        NumericalError: there is no maximum.
+    """
     where = f" of group {group!r}" if group else ""
     if not distance > 0:
         raise NumericalError(
             f"the LoRA weights{where} equal the prior mean: the evidence has no maximum; train first"
         )
-    determined = float((counts * (values > 0)).sum())
-    if not determined > 0:
+    if not most > 0:
         raise NumericalError(f"the curvature{where} is zero: the evidence has no maximum")
 
     def gap(log_lambda: float) -> tuple[float, float]:
         lam = math.exp(log_lambda)
-        share = values / (values + lam)
-        gamma = float((counts * share).sum())
-        slope = float((counts * share * (1 - share)).sum())
-        return lam * distance - gamma, lam * distance + slope
+        gamma, slope = determined(lam)
+        return lam * distance - gamma, lam * distance - slope
 
-    return math.exp(increasing_root(gap, math.log(determined / distance)))
+    return math.exp(increasing_root(gap, math.log(most / distance)))
 
 
 def evidence_noise(values: Tensor, counts: Tensor, residuals: float, count: int) -> float:
     """The noise standard deviation that maximises the evidence at a given prior.
-
-    Root of residuals / sigma^2 = count - gamma(sigma), which has exactly one.
 
     Args:
         values: eigenvalues of Lambda^-1/2 H Lambda^-1/2 at unit noise, fp64.
@@ -61,11 +78,26 @@ def evidence_noise(values: Tensor, counts: Tensor, residuals: float, count: int)
         count: number of scalar observations.
     """
 
+    def determined(variance: float) -> tuple[float, float]:
+        share = 1 / (1 + variance / values)
+        return float((counts * share).sum()), -float((counts * share * (1 - share)).sum())
+
+    return noise_root(determined, residuals, count)
+
+
+def noise_root(determined: Callable[[float], tuple[float, float]], residuals: float, count: int) -> float:
+    """Root of residuals / sigma^2 = count - gamma(sigma^2), which has exactly one: a noise standard deviation.
+
+    Args:
+        determined: noise variance -> (gamma, its derivative in the variance's logarithm).
+        residuals: sum of squared residuals.
+        count: number of scalar observations.
+    """
+
     def gap(log_variance: float) -> tuple[float, float]:
-        share = 1 / (1 + math.exp(log_variance) / values)
-        gamma, slope = float((counts * share).sum()), float((counts * share * (1 - share)).sum())
+        gamma, slope = determined(math.exp(log_variance))
         misfit = residuals * math.exp(-log_variance)
-        return count - gamma - misfit, slope + misfit
+        return count - gamma - misfit, misfit - slope
 
     return math.exp(increasing_root(gap, math.log(residuals / count)) / 2)
 

@@ -12,22 +12,27 @@ Williams 2006, section 2.1):
 J is kept rather than Phi: it does not vanish where the model is certain, and serves any S (see refit.py). It is not
 kept whole: of each [r, d] Jacobian, J Omega [r, m] is, with a fixed random orthonormal Omega [d, m] times sqrt(d / m),
 one a weight. Inner products are then unbiased, and exact for m = d. Test rows use the same Omega, so that the
-covariance is one of a Gaussian: never negative.
+covariance is one of a Gaussian: never negative. That sketches are over-confident is undone by the precision they are
+used with (equivalent.py): wherever Lambda stands here, a sketch takes its deterministic equivalent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Curvature
+from laplace_lora_fast.structures.rows.equivalent import Equivalent
+from laplace_lora_fast.structures.rows.evidence import maximise_evidence
+from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.solver import Solver, shared_solvers
-from laplace_lora_fast.structures.search import evidence_root
+from laplace_lora_fast.structures.rows.lines import Line, lines, on_a_line
+from laplace_lora_fast.structures.rows.solver import Solver, one_solver, shared_solvers
+from laplace_lora_fast.structures.search import noise_root
 from laplace_lora_fast.weights import WeightName, stored_covariance
 
 
@@ -40,6 +45,7 @@ class RowCurvature(Curvature):
         rows: J Omega of every weight, [R, r m].
         projections: Omega of every weight, [d, m].
         roots: S.
+        kernels: inner products of the rows, where they are known.
     """
 
     refitted = False
@@ -51,10 +57,13 @@ class RowCurvature(Curvature):
         rows: list[Tensor],
         projections: list[Tensor],
         roots: BlockDiagonal,
+        kernels: RowKernels | None = None,
     ) -> None:
         self.names, self.means, self.rows, self.projections = names, means, rows, projections
         self.roots = roots
+        self.kernels = RowKernels(rows, projections) if kernels is None else kernels
         self._latest_solver: tuple[list[float], Solver] | None = None
+        self._latest_equivalent: tuple[list[float], Equivalent] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -66,92 +75,98 @@ class RowCurvature(Curvature):
         return self.roots.to(self.rows[0])
 
     def scaled(self, factor: float) -> RowCurvature:
-        return RowCurvature(
-            self.names, self.means, self.rows, self.projections, self.roots.scaled(factor**0.5)
-        )
-
-    def kernel(self, weights: Sequence[float]) -> Tensor:
-        """Weighted sum of the kernels J_w J_w^T of the LoRA weights, fp64 [R, R]; those of weight 0 are not touched."""
-        if len(set(weights)) == 1:
-            return weights[0] * self._plain_kernel
-        return self._sum_of_kernels(weights)
-
-    @cached_property
-    def _plain_kernel(self) -> Tensor:
-        """Serves every scalar prior."""
-        return self._sum_of_kernels([1.0] * len(self.rows))
-
-    def _sum_of_kernels(self, weights: Sequence[float]) -> Tensor:
-        home = self.rows[0].device
-        kernel = torch.zeros(self.n_rows, self.n_rows, dtype=torch.float64, device=home)
-        for rows, weight in zip(self.rows, weights, strict=True):
-            if weight != 0:
-                lk.gram_(kernel, rows.to(home, torch.float64).mT, alpha=weight)
-        return lk.mirror_(kernel)
+        roots = self.roots.scaled(factor**0.5)
+        return RowCurvature(self.names, self.means, self.rows, self.projections, roots, self.kernels)
 
     def whitened_kernel(self, prior_precision: Tensor) -> Tensor:
-        """S^T J Lambda^-1 J^T S, fp64 [R, R]."""
-        return self.roots_at(prior_precision).whiten(self.kernel((1 / prior_precision).tolist()))
+        """S^T J Lambda'^-1 J^T S, fp64 [R, R], Lambda' what the sketch takes in the place of Lambda."""
+        weights = (1 / self.effective(prior_precision)).tolist()
+        return self.roots_at(prior_precision).whiten(self.kernels.total(weights))
+
+    def effective(self, prior_precision: Tensor) -> Tensor:
+        """Lambda' [n_weights]: the prior precision itself where nothing is sketched (see equivalent.py)."""
+        if not self.kernels.sketched:
+            return prior_precision
+        equivalent, scale = self.equivalent(prior_precision)
+        return prior_precision * (1 - float(equivalent.shrinkage(torch.tensor([scale], dtype=torch.float64))))
+
+    def equivalent(self, prior_precision: Tensor) -> tuple[Equivalent, float]:
+        """The sketch's equivalent in the direction of a prior precision, and its scale; the latest is kept."""
+        direction, scale = on_a_line(prior_precision)
+        key = direction.tolist()
+        if self._latest_equivalent is None or self._latest_equivalent[0] != key:
+            weights, roots = (1 / direction).tolist(), self.roots_of_equivalent()
+            halves = [roots.whiten(self.kernels.part(weights, index, 2)) for index in range(2)]
+            whole = roots.whiten(self.kernels.total(weights))
+            self._latest_equivalent = key, Equivalent.of_kernels(whole, halves, self.kernels.kept(weights))
+        return self._latest_equivalent[1], scale
+
+    def estimated_error(self, prior_precision: Tensor) -> float:
+        """The relative error of variances that is left, nan where there are too few columns to tell.
+
+        A half of the columns, corrected by its own halves, is off from all of them by about four times as much as they
+        are from the whole rows: what the correction leaves is of second order in the share that it corrects.
+        """
+        if self.kernels.fewest_columns < 4:
+            return math.nan
+        equivalent, scale = self.equivalent(prior_precision)
+        weights, roots = (scale / prior_precision).tolist(), self.roots_of_equivalent()
+        half, *quarters = (
+            roots.whiten(self.kernels.part(weights, index, parts))
+            for index, parts in ((0, 2), (0, 4), (1, 4))
+        )
+        smaller = Equivalent.of_kernels(half, quarters, equivalent.kept / 2)
+        scales = torch.tensor([scale], dtype=torch.float64)
+        by_half, by_all = (float(each.dimension(scales)) for each in (smaller, equivalent))
+        return (by_half / (self.n_rows - by_half) * (self.n_rows - by_all) / by_all - 1) / 4
+
+    def notes(self, prior_precision: Tensor) -> list[str]:
+        if not self.kernels.sketched:
+            return []
+        factor = float((self.effective(prior_precision) / prior_precision)[0])
+        error = self.estimated_error(prior_precision)
+        left = "unknown, of so few columns" if math.isnan(error) else f"{100 * error:+.1f} %"
+        return [
+            f"sketched rows take {factor:.3f} times the prior precision in its place (their deterministic equivalent); "
+            f"estimated error of variances {left}"
+        ]
+
+    def roots_of_equivalent(self) -> BlockDiagonal:
+        """S under which the sketch is judged."""
+        return self.roots.to(self.rows[0])
 
     def whitened_spectrum(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
         values = torch.linalg.eigvalsh(self.whitened_kernel(prior_precision)).clamp_min(0).cpu()
         return values, torch.ones_like(values)
 
+    def log_det_ratio(self, prior_precision: Tensor) -> Tensor:
+        if not self.kernels.sketched:
+            return super().log_det_ratio(prior_precision)
+        equivalent, scale = self.equivalent(prior_precision)
+        return equivalent.log_det(scale)
+
     def effective_parameters(self, prior_precision: Tensor) -> Tensor:
         roots, kernel = self.roots_at(prior_precision), self.whitened_kernel(prior_precision)
         inverse = torch.linalg.inv(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device))
         shares = []
-        for rows, weight in zip(self.rows, (1 / prior_precision).tolist(), strict=True):
+        for rows, weight in zip(self.rows, (1 / self.effective(prior_precision)).tolist(), strict=True):
             phi = roots.transposed_times(rows.to(inverse))
             shares.append(weight * (phi * (inverse @ phi)).sum())
         return torch.stack(shares).cpu()
 
     def maximise_evidence(self, keys: Sequence[str], squared_norms: Sequence[float]) -> dict[str, float]:
-        """One group: the root of MacKay's condition. Several: L-BFGS on the evidence in log lambda, from that root."""
-        groups = list(dict.fromkeys(keys))
-        distances = [
-            sum(n for n, key in zip(squared_norms, keys, strict=True) if key == group) for group in groups
-        ]
-        values, counts = self.whitened_spectrum(torch.ones(len(keys), dtype=torch.float64))
-        common = evidence_root(values, counts, sum(distances), groups[0] if len(groups) == 1 else "")
-        if len(groups) == 1:
-            return {groups[0]: common}
-        roots = self.roots_at(torch.ones(len(keys), dtype=torch.float64))
-        plain = [self.kernel([float(key == group) for key in keys]) for group in groups]
-        kernels = torch.stack([roots.whiten(kernel) for kernel in plain]).cpu()
-        traces = kernels.diagonal(dim1=1, dim2=2).sum(1)
-        for group, distance, trace in zip(groups, distances, traces, strict=True):
-            evidence_root(trace[None], torch.ones(1), distance, group)  # refuses a group without a maximum
-        start = torch.full((len(groups),), common, dtype=torch.float64).log()
-        log_lambda: Tensor = start.requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [log_lambda],
-            max_iter=1000,
-            tolerance_grad=1e-9,
-            tolerance_change=1e-15,
-            line_search_fn="strong_wolfe",
-        )
-        moved = torch.tensor(distances, dtype=torch.float64)
+        return maximise_evidence(self, keys, squared_norms)
 
-        def closure() -> Tensor:
-            """Negative evidence and its gradient: half of lambda ||theta||^2 + logdet(I + K)."""
-            weights = (-log_lambda.detach()).exp()
-            kernel = torch.einsum("g,gij->ij", weights, kernels) + torch.eye(self.n_rows, dtype=torch.float64)
-            chol = torch.linalg.cholesky(kernel)
-            inverse = torch.cholesky_inverse(chol)
-            gamma = weights * torch.einsum("ij,gij->g", inverse, kernels)
-            log_lambda.grad = 0.5 * (moved / weights - gamma)
-            loss: Tensor = 0.5 * ((moved / weights).sum() + 2 * chol.diagonal().log().sum())
-            return loss
-
-        with torch.enable_grad():
-            optimizer.step(closure)
-        return dict(zip(groups, log_lambda.detach().exp().tolist(), strict=True))
+    def best_noise(self, prior_precision: Tensor, residuals: float, count: int) -> float:
+        if not self.kernels.sketched:
+            return super().best_noise(prior_precision, residuals, count)
+        equivalent, scale = self.equivalent(prior_precision)
+        return noise_root(lambda variance: equivalent.dimension_and_slope(scale * variance), residuals, count)
 
     def solvers_of(self, prior_precisions: Tensor) -> tuple[list[int], Iterable[Solver]]:
         """For each weight its part, and a solver for each of G priors [n_weights, G]; that of a single one is kept.
 
-        Weights in one part have the same prior precision under each of the priors.
+        Weights in one part have the same prior precision under each of the priors. Solvers say whose they are.
         """
         precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
         solvers: Iterable[Solver] = self._solvers(precisions, parts)
@@ -164,7 +179,9 @@ class RowCurvature(Curvature):
 
     def _solvers(self, precisions: Tensor, parts: Tensor) -> Iterator[Solver]:
         weights = [[float(other == part) for other in parts] for part in range(len(precisions))]
-        yield from self.solvers(torch.stack([self.kernel(each) for each in weights]), parts, precisions)
+        yield from self.solvers(
+            torch.stack([self.kernels.total(each) for each in weights]), parts, precisions
+        )
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> Iterator[Solver]:
         """One a prior.
@@ -174,7 +191,33 @@ class RowCurvature(Curvature):
             parts: for each weight its part.
             precisions: fp64 [parts, G].
         """
-        return shared_solvers(kernels, self.roots_at(precisions[parts, 0]), precisions)
+        roots = self.roots_at(precisions[parts, 0])
+        if not self.kernels.sketched:
+            yield from shared_solvers(kernels, roots, precisions)
+            return
+        for line in lines(precisions):
+            yield from self._solvers_on(line, kernels, parts, roots)
+
+    def _solvers_on(
+        self, line: Line, kernels: Tensor, parts: Tensor, roots: BlockDiagonal
+    ) -> Iterator[Solver]:
+        """Of priors that differ in scale alone: one eigenbasis, as what the sketch takes in their place does too."""
+        direction = line.direction
+        if len(line.places) == 1:
+            whole = (direction * line.scales)[parts]
+            column = (self.effective(whole) / whole)[0] * direction * line.scales
+            yield one_solver(kernels, roots, column, prior=line.places[0])
+            return
+        weights = (1 / direction).to(kernels.device)
+        kernel = roots.whiten(torch.einsum("p,pij->ij", weights, kernels))
+        values, vectors = torch.linalg.eigh(kernel)
+        values, each = values.clamp_min(0), (1 / direction[parts]).tolist()
+        halves = [roots.whiten(self.kernels.part(each, index, 2)) for index in range(2)]
+        equivalent = Equivalent.of_kernels(kernel, halves, self.kernels.kept(each), values)
+        shrinkages = equivalent.shrinkage(line.scales)
+        basis = roots.times(vectors)
+        for place, scale in zip(line.places, (line.scales * (1 - shrinkages.cpu())).tolist(), strict=True):
+            yield Solver(weights / scale, basis, values / scale, prior=place)
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Matheron's rule: w = w0 - Lambda^-1 Phi^T (I + K)^-1 (Phi w0 + e), w0 from the prior, e white.
@@ -182,7 +225,7 @@ class RowCurvature(Curvature):
         In the sketched features, w = Omega u: J w then has exactly the predictive's covariance for every J. For m = d
         this is the posterior itself; for m < d the directions outside Omega stay at the MAP value.
         """
-        weights = (1 / prior_precision).tolist()
+        weights = (1 / self.effective(prior_precision)).tolist()
         priors = []
         for mean, rows, weight in zip(self.means, self.rows, weights, strict=True):
             noise = torch.randn((n, rows.shape[1]), generator=generator, dtype=torch.float64).to(mean.device)

@@ -91,15 +91,15 @@ class RowPredictor(JacobianListener, Predictor[Products]):
             )
             for group in groups
         ]
-        shifts: list[list[Tensor]] = [[] for _ in joined]
-        covs: list[list[Tensor]] = [[] for _ in joined]
+        shifts: list[dict[int, Tensor]] = [{} for _ in joined]
+        covs: list[dict[int, Tensor]] = [{} for _ in joined]
         for solver in self._solvers:
             for index, block in enumerate(joined):
-                covs[index].append(solver.covariance(block.own, block.cross).to(block.mean))
+                covs[index][solver.prior] = solver.covariance(block.own, block.cross).to(block.mean)
                 if self._refitted:
-                    shifts[index].append(solver.shift(block.cross).to(block.mean))
+                    shifts[index][solver.prior] = solver.shift(block.cross).to(block.mean)
         return [
-            (block.mean + torch.stack(shift) if self._refitted else block.mean, torch.stack(cov))
+            (block.mean + _in_order(shift) if self._refitted else block.mean, _in_order(cov))
             for block, shift, cov in zip(joined, shifts, covs, strict=True)
         ]
 
@@ -119,3 +119,8 @@ class RowPredictor(JacobianListener, Predictor[Products]):
     def forget(self) -> None:
         super().forget()
         self._features.clear()
+
+
+def _in_order(of_priors: dict[int, Tensor]) -> Tensor:
+    """[G, ..] in the order of the priors, which solvers come in as it suits them."""
+    return torch.stack([of_priors[prior] for prior in range(len(of_priors))])

@@ -28,12 +28,15 @@ from torch import Tensor
 
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.likelihoods import Likelihood
+from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.equivalent import Equivalent
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver
 from laplace_lora_fast.structures.search import maximum_on_log_axis
 
 _STEPS = 100  # of Newton's method, which takes about five
+_ROUNDS = 30  # of x and the mode, which take about five
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ class Mode:
         alpha: [R].
         roots: S.
         log_evidence: of the refitted model.
+        dimension: tr[K W (I + K W)^-1], how many of the functions the data determine.
+        shrinkage: x, where the kernel is a sketch's: its precisions were (1 - x) times the prior's.
     """
 
     functions: Tensor
     alpha: Tensor
     roots: BlockDiagonal
     log_evidence: float
+    dimension: float = math.nan
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,16 @@ class Observations:
         return [self.likelihood.from_functions(block) for block in self.layout.split(f)]
 
 
-def newton(kernel: Tensor, observed: Observations) -> Mode:
+def newton(
+    kernel: Tensor, observed: Observations, start: Tensor | None = None, dimension: bool = False
+) -> Mode:
     """The mode of p(f | y) for f ~ N(m, kernel) (Rasmussen and Williams 2006, algorithm 3.3, with step halving).
 
     Args:
         kernel: K [R, R], fp64.
         observed: prior functions and targets.
+        start: alpha [R] to begin from, that of a similar kernel; None for zero.
+        dimension: whether the mode's dimension is asked for, an inverse more.
 
     Raises:
         NumericalError: no convergence.
@@ -120,6 +131,8 @@ def newton(kernel: Tensor, observed: Observations) -> Mode:
 
     alpha, last = torch.zeros_like(prior), math.inf
     f, value = at(alpha)
+    if start is not None and (tried := at(start))[1] > value:
+        alpha, (f, value) = start, tried
     for _ in range(_STEPS):
         roots = observed.roots(f)
         chol = torch.linalg.cholesky(identity + roots.whiten(kernel))
@@ -138,8 +151,44 @@ def newton(kernel: Tensor, observed: Observations) -> Mode:
         last = moved if step == 1 else math.inf
         if there or rounding:
             log_det = 2 * chol.diagonal().log().sum()
-            return Mode(f, alpha, observed.roots(f), float(value - 0.5 * log_det))
+            gamma = math.nan
+            if dimension:
+                gamma = len(kernel) - float(
+                    torch.linalg.solve_triangular(chol, identity, upper=False).square().sum()
+                )
+            return Mode(f, alpha, observed.roots(f), float(value - 0.5 * log_det), gamma)
     raise NumericalError(f"the refit did not converge in {_STEPS} steps: try larger prior precisions")
+
+
+def equivalent_mode(
+    kernel: Tensor, observed: Observations, equivalent: Equivalent, start: Tensor | None = None
+) -> Mode:
+    """The mode where the kernel is a sketch's: that of kernel / (1 - x), x what the sketch's dimension there asks for.
+
+    Args:
+        kernel: K [R, R] of a sketch, fp64.
+        observed: prior functions and targets.
+        equivalent: of the sketch.
+        start: as for `newton`.
+    """
+    x = 0.0
+    mode = newton(kernel, observed, start, dimension=True)
+    for _ in range(_ROUNDS):
+        wanted = equivalent.shrinkage_at(mode.dimension)
+        if abs(wanted - x) < 1e-7:
+            break
+        mode = newton(kernel / (1 - wanted), observed, mode.alpha * (1 - wanted) / (1 - x), dimension=True)
+        x = wanted
+    correction = log_det_of_shrinkage(mode.dimension, x)
+    return replace(mode, shrinkage=x, log_evidence=mode.log_evidence - 0.5 * correction)
+
+
+def log_det_of_shrinkage(dimension: float, x: float) -> float:
+    """What the whole rows' logdet(I + K) has more than the sketch's at the precision that it takes in their place.
+
+    The integral of the dimension d over log(1 - d / q), with q = d / x as it is there: d (1 + log(1 - x) / x) <= 0.
+    """
+    return dimension * (1 + math.log1p(-x) / x) if x > 0 else 0.0
 
 
 def leave_one_out(kernel: Tensor, observed: Observations, mode: Mode) -> list[tuple[Tensor, Tensor]]:
@@ -185,7 +234,7 @@ class RefittedCurvature(RowCurvature):
     refitted = True
 
     def __init__(self, rows: RowCurvature, observed: Observations) -> None:
-        super().__init__(rows.names, rows.means, rows.rows, rows.projections, rows.roots)
+        super().__init__(rows.names, rows.means, rows.rows, rows.projections, rows.roots, rows.kernels)
         self.observed = observed
         self._latest: tuple[list[float], Mode] | None = None
 
@@ -197,8 +246,27 @@ class RefittedCurvature(RowCurvature):
         """The optimum under a prior precision, fp64 [n_weights]; the latest one is kept."""
         key = prior_precision.tolist()
         if self._latest is None or self._latest[0] != key:
-            self._latest = key, newton(self.kernel((1 / prior_precision).tolist()), self.observed)
+            self._latest = key, self._mode(prior_precision)
         return self._latest[1]
+
+    def _mode(self, prior_precision: Tensor) -> Mode:
+        kernel = self.kernels.total((1 / prior_precision).tolist())
+        if not self.kernels.sketched:
+            return newton(kernel, self.observed)
+        equivalent, _ = self.equivalent(prior_precision)
+        return equivalent_mode(kernel, self.observed, equivalent)
+
+    def effective(self, prior_precision: Tensor) -> Tensor:
+        return prior_precision * (1 - self.mode(prior_precision).shrinkage)
+
+    def roots_of_equivalent(self) -> BlockDiagonal:
+        """At the prior's functions: at the trained model's they vanish where it is certain."""
+        return self.observed.roots(self.observed.layout.join(self.observed.prior)).to(self.rows[0])
+
+    def log_det_ratio(self, prior_precision: Tensor) -> Tensor:
+        mode = self.mode(prior_precision)
+        ratio = Curvature.log_det_ratio(self, prior_precision)
+        return ratio + log_det_of_shrinkage(mode.dimension, mode.shrinkage) if mode.shrinkage else ratio
 
     def roots_at(self, prior_precision: Tensor) -> BlockDiagonal:
         return self.mode(prior_precision).roots
@@ -240,7 +308,7 @@ class RefittedCurvature(RowCurvature):
 
     def leave_one_out(self, prior_precision: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """For every block its examples, their mean [N_b, K] and covariance [N_b, K, K] without each, and targets."""
-        kernel = self.kernel((1 / prior_precision).tolist())
+        kernel = self.kernels.total((1 / self.effective(prior_precision)).tolist())
         blocks = leave_one_out(kernel, self.observed, self.mode(prior_precision))
         layout = self.observed.layout
         return [
@@ -252,9 +320,9 @@ class RefittedCurvature(RowCurvature):
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> Iterator[Solver]:
         """A refit and a factorisation a prior."""
-        for column in precisions.mT:
+        for place, column in enumerate(precisions.mT):
             mode = self.mode(column[parts])
-            yield one_solver(kernels, mode.roots, column, mode.alpha)
+            yield one_solver(kernels, mode.roots, column * (1 - mode.shrinkage), mode.alpha, place)
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Raises ValueError: the refitted mean is one of functions, there are no weights that have it."""

@@ -20,12 +20,14 @@ class Solver:
         basis: T [R, R] with S (I + K)^-1 S^T = T diag(1 / (1 + values)) T^T.
         values: [R].
         alpha: [R], or None where the mean is the trained model's.
+        prior: whose solver this is, among several priors.
     """
 
     weights: Tensor
     basis: Tensor
     values: Tensor
     alpha: Tensor | None = None
+    prior: int = 0
 
     def covariance(self, own: Tensor, cross: Tensor) -> Tensor:
         """[N, K, K] from the parts' J* J*^T [parts, N, K, K] and J* J^T [parts, N, K, R]."""
@@ -39,7 +41,9 @@ class Solver:
         return torch.einsum("p,pncr,r->nc", self.weights, cross, self.alpha)
 
 
-def one_solver(kernels: Tensor, roots: BlockDiagonal, column: Tensor, alpha: Tensor | None = None) -> Solver:
+def one_solver(
+    kernels: Tensor, roots: BlockDiagonal, column: Tensor, alpha: Tensor | None = None, prior: int = 0
+) -> Solver:
     """The solver of one prior, by a Cholesky factorisation.
 
     Args:
@@ -47,12 +51,13 @@ def one_solver(kernels: Tensor, roots: BlockDiagonal, column: Tensor, alpha: Ten
         roots: S.
         column: prior precision of every part, [parts], fp64.
         alpha: as for `Solver`.
+        prior: as for `Solver`.
     """
     weights = (1 / column).to(kernels.device)
     kernel = roots.whiten(torch.einsum("p,pij->ij", weights, kernels))
     identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(identity + kernel), identity, upper=False)
-    return Solver(weights, roots.times(inverse.mT), torch.zeros_like(inverse[0]), alpha)
+    return Solver(weights, roots.times(inverse.mT), torch.zeros_like(inverse[0]), alpha, prior)
 
 
 def shared_solvers(kernels: Tensor, roots: BlockDiagonal, precisions: Tensor) -> Iterator[Solver]:
@@ -69,11 +74,11 @@ def shared_solvers(kernels: Tensor, roots: BlockDiagonal, precisions: Tensor) ->
     white = [roots.whiten(kernel) for kernel in kernels]
     identity = torch.eye(kernels.shape[1], dtype=kernels.dtype, device=kernels.device)
     shared = None
-    for column in precisions.mT:
+    for place, column in enumerate(precisions.mT):
         *leading, last = column.tolist()
         if leading != shared:
             fixed = identity + sum(kernel / lam for kernel, lam in zip(white, leading, strict=False))
             inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(fixed), identity, upper=False)
             values, vectors = torch.linalg.eigh(inverse @ white[-1] @ inverse.mT)
             shared, values, basis = leading, values.clamp_min(0), roots.times(inverse.mT @ vectors)
-        yield Solver((1 / column).to(kernels.device), basis, values / last)
+        yield Solver((1 / column).to(kernels.device), basis, values / last, prior=place)

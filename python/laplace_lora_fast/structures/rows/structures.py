@@ -45,6 +45,8 @@ class Rows(Structure):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", positive_integer("columns", self.columns))
+        if self.columns < 2:
+            raise ValueError("columns must be at least 2: the two halves of a sketch tell its error, got 1")
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit must be True or False, got {self.refit!r}")
         object.__setattr__(self, "fisher", checked_fisher(self.fisher))
