@@ -21,7 +21,7 @@ from tests.replay import cases, frozen, integrations
 CLOSE: dict[str, tuple[float, str]] = {}
 
 # Cases of sketched rows that were frozen before sketches took another precision than the prior's in its place
-# (structures/rows/equivalent.py): the numbers are those at the prior's own.
+# (structures/rows/precisions/equivalent.py): the numbers are those at the prior's own.
 AT_THE_PRIORS_PRECISION = (
     "decoder-rows-columns",
     "decoder-rows-empirical",

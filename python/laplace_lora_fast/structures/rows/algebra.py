@@ -13,7 +13,7 @@ J is kept rather than Phi: it does not vanish where the model is certain, and se
 kept whole: of each [r, d] Jacobian, J Omega [r, m] is, with a fixed random orthonormal Omega [d, m] times sqrt(d / m),
 one a weight. Inner products are then unbiased, and exact for m = d. Test rows use the same Omega, so that the
 covariance is one of a Gaussian: never negative. That sketches are over-confident is undone by the precision they are
-used with (equivalent.py): wherever Lambda stands here, a sketch takes its deterministic equivalent.
+used with (precisions/equivalent.py): wherever Lambda stands here, a sketch takes its deterministic equivalent.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Curvature
-from laplace_lora_fast.structures.rows.equivalent import Equivalent
-from laplace_lora_fast.structures.rows.evidence import maximise_evidence
+from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
+from laplace_lora_fast.structures.rows.precisions.evidence import maximise_evidence
 from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.lines import Line, lines, on_a_line
+from laplace_lora_fast.structures.rows.precisions.lines import Line, lines, on_a_line
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver, shared_solvers
 from laplace_lora_fast.structures.search import noise_root
 from laplace_lora_fast.weights import WeightName, stored_covariance
@@ -84,7 +84,7 @@ class RowCurvature(Curvature):
         return self.roots_at(prior_precision).whiten(self.kernels.total(weights))
 
     def effective(self, prior_precision: Tensor) -> Tensor:
-        """Lambda' [n_weights]: the prior precision itself where nothing is sketched (see equivalent.py)."""
+        """Lambda' [n_weights]: the prior precision itself where nothing is sketched (see precisions/equivalent.py)."""
         if not self.kernels.sketched:
             return prior_precision
         equivalent, scale = self.equivalent(prior_precision)

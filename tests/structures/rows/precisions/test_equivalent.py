@@ -14,7 +14,7 @@ from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.prior.precision import group_keys
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.lines import lines
+from laplace_lora_fast.structures.rows.precisions.lines import lines
 from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
 from laplace_lora_fast.structures.rows.sketch import random_projection
 from laplace_lora_fast.weights import weight_names
