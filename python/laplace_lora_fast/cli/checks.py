@@ -149,6 +149,28 @@ def check_score(score: str | None) -> None:
         raise ValueError(f"--score must be sum or mean, got {score!r}")
 
 
+def conformal_options(
+    calibrated: bool, coverage: float, alpha: float | None, method: str | None
+) -> tuple[float, str]:
+    """Alpha and method of conformal sets, by default where left open.
+
+    Raises:
+        ValueError: a value is wrong, or would not be looked at.
+    """
+    from laplace_lora_fast.evaluation.selective import METHODS
+
+    for name, value in (("alpha", alpha), ("method", method)):
+        if value is not None and not calibrated:
+            raise ValueError(f"--{name} is for conformal sets: pass --calibration too")
+    if not 0 < coverage <= 1:
+        raise ValueError(f"--coverage must lie in (0, 1], got {coverage:g}")
+    if alpha is not None and not 0 < alpha < 1:
+        raise ValueError(f"--alpha must lie in (0, 1), got {alpha:g}")
+    if method is not None and method not in METHODS:
+        raise ValueError(f"--method must be {_either(METHODS)}, got {method!r}")
+    return 0.1 if alpha is None else alpha, METHODS[0] if method is None else method
+
+
 def inputs_of(model: str, *places: Path) -> list[Path]:
     """The files that a command reads: those it is given, and what matters of folders."""
     files = []

@@ -1,4 +1,4 @@
-"""The command line: `laplace-lora demo | fit | evaluate | predict | doctor`."""
+"""The command line: `laplace-lora demo | fit | evaluate | predict | select | doctor`."""
 
 from __future__ import annotations
 
@@ -289,6 +289,58 @@ def predict(
     ]
     _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     console.print(f"Written: {escape(str(out))}, {len(rows)} rows.")
+
+
+@app.command()
+@_friendly
+def select(
+    model: Model,
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help='Test rows, JSON lines: {"prompt", "choices", "label"}.')],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Rows that neither trained nor tuned anything, for conformal sets of choices."),
+    ] = None,
+    coverage: Annotated[float, typer.Option(help="Share of rows to answer, the surest.")] = 0.8,
+    alpha: Annotated[
+        float | None, typer.Option(help="How often a set may miss the label; 0.1. With --calibration.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Of the sets: threshold (default) or adaptive. With --calibration.")
+    ] = None,
+    posterior: Posterior = Path("posterior"),
+    link_approx: LinkApprox = "probit",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines: each row, whether it is answered, its set.")
+    ] = None,
+    truncate: Truncate = False,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer the surest rows only, or give sets of choices that hold the label: what risk that leaves."""
+    from laplace_lora_fast.cli import selection
+    from laplace_lora_fast.data.prompts import read_rows
+
+    checks.check_link(link_approx)
+    level, chosen = checks.conformal_options(calibration is not None, coverage, alpha, method)
+    rows = read_rows(data)
+    calibration_rows = None if calibration is None else read_rows(calibration)
+    read = checks.inputs_of(model, adapter, data, posterior, *([] if calibration is None else [calibration]))
+    for option, file in (("--json", json_file), ("--out", out)):
+        if file is not None:
+            checks.check_output(option, file, read)
+    la, reader = loading.load_posterior(model, adapter, posterior, device, dtype, batch_size, truncate)
+    labelled = {"test": (data, rows)} | (
+        {} if calibration is None else {"held": (calibration, calibration_rows)}
+    )
+    found, lines = selection.select(la, reader, labelled, link_approx, coverage, level, chosen)
+    console.print(selection.table(found))
+    if json_file is not None:
+        _write(json_file, json.dumps(found, indent=2) + "\n")
+    if out is not None:
+        _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 @app.command()
