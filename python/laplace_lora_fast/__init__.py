@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from laplace_lora_fast.tasks import (
         Answers,
         Classes,
+        DirectPreference,
         MultiLabel,
         Options,
         Outputs,
@@ -34,7 +35,17 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "laplace": ("LaplaceLoRA",),
-    "tasks": ("Answers", "Classes", "MultiLabel", "Options", "Outputs", "Preference", "Regression", "Tokens"),
+    "tasks": (
+        "Answers",
+        "Classes",
+        "DirectPreference",
+        "MultiLabel",
+        "Options",
+        "Outputs",
+        "Preference",
+        "Regression",
+        "Tokens",
+    ),
     "structures": ("Diagonal", "EKFAC", "KFAC", "Rows"),
     "likelihoods": ("MonteCarlo",),
     "prior.evidence": ("Evidence",),
@@ -61,6 +72,7 @@ __all__ = [
     "Checkpoint",
     "Classes",
     "Diagonal",
+    "DirectPreference",
     "Evidence",
     "HeldOut",
     "InvalidBatchError",

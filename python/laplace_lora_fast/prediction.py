@@ -154,7 +154,8 @@ def plain_answers(
         targets: Sequence[Tensor | None] = step.targets or [None] * len(step.outputs)
         for outputs, examples, own in zip(step.outputs, step.functions.examples, targets, strict=True):
             answer = subject.likelihood.plain_answer(outputs)
-            parts.append(Answered(examples + n_examples, answer[None], own))
+            labels = None if own is None else subject.likelihood.judged_by(own)
+            parts.append(Answered(examples + n_examples, answer[None], labels))
         n_examples += step.functions.n_examples
 
     run(
@@ -176,7 +177,7 @@ class Answered:
     Attributes:
         examples: their places among all examples, [N_b].
         answer: [G, N_b, C_b].
-        targets: [N_b, ..] or None.
+        targets: what they are judged by, [N_b, ..] or None.
     """
 
     examples: Tensor
@@ -193,7 +194,8 @@ def answers(
     for block in blocks:
         generator = torch.Generator().manual_seed(seed)
         answer = likelihood.answer(block.mean, block.cov, link, n_samples, generator)
-        parts.append(Answered(block.examples, answer, block.targets))
+        labels = None if block.targets is None else likelihood.judged_by(block.targets)
+        parts.append(Answered(block.examples, answer, labels))
     return in_order(parts)
 
 

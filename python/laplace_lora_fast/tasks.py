@@ -10,11 +10,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, SampledTokens, by_name
+from laplace_lora_fast.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    PlackettLuce,
+    SampledTokens,
+    by_name,
+)
 from laplace_lora_fast.model.heads import (
     ChoiceHead,
     ClassHead,
@@ -25,6 +33,7 @@ from laplace_lora_fast.model.heads import (
     innermost,
 )
 from laplace_lora_fast.model.heads.causal import AnswerHead, OptionHead
+from laplace_lora_fast.model.heads.implicit import ImplicitRewardHead
 from laplace_lora_fast.model.tokens.heads import SampledLabelsHead
 from laplace_lora_fast.options import check_choice, positive_integer, positive_number, register
 
@@ -53,16 +62,17 @@ class Task(ABC):
 class Answers(Task):
     """The answer of a causal language model to a prompt, one of C >= 2 tokens: softmax over their logits.
 
-    The logits are those at the last real position of `input_ids`; `labels` [N] index `token_ids`.
+    The logits are those at the last real position of `input_ids`; `labels` [N] index `token_ids`. An answer that
+    several tokens spell, " yes" and "Yes" say, has the sum of their probabilities: the logsumexp of their logits.
 
     Args:
-        token_ids: of the answers, in the order of the classes.
+        token_ids: of the answers, in the order of the classes: a token each, or a list of tokens.
 
     Raises:
-        ValueError: not at least two different integers.
+        ValueError: not at least two answers, or a token stands there twice.
     """
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int | Sequence[int]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _checked_tokens(self.token_ids))
@@ -169,7 +179,16 @@ class Preference(Task):
     The reward is the one output of a sequence classifier with num_labels=1, as TRL's RewardTrainer trains it. A batch
     has "group" [S], the example of each sequence, and `labels` [N], the preferred one in its group: see
     `data.preference_batches`. A shift of all rewards of an example changes nothing: rewards are known up to that.
+
+    Args:
+        ranking: whether `labels` are whole rankings [N, most sequences], the best one first and -1 behind an example's
+            last one: Plackett and Luce's model. `predict` then gives the probability of each to be the best.
     """
+
+    ranking: bool = False
+
+    def __post_init__(self) -> None:
+        _check_flag("ranking", self.ranking)
 
     def head(self, model: nn.Module) -> Head:
         outputs = getattr(getattr(model, "config", None), "num_labels", 1)
@@ -179,7 +198,37 @@ class Preference(Task):
 
     @property
     def likelihood(self) -> Likelihood:
-        return Categorical()
+        return PlackettLuce() if self.ranking else Categorical()
+
+
+@register
+@dataclass(frozen=True)
+class DirectPreference(Task):
+    """Which of an example's completions a policy trained by direct preference optimisation prefers.
+
+    The reward is implicit, beta (log p(completion | prompt) - log p_reference(completion | prompt)), and preferences
+    are softmax over it (Rafailov et al. 2023, "Direct preference optimization"). A batch is one of
+    `data.direct_preference_batches`: as for `Options`, with "reference" [S], the log probabilities under the reference
+    model, which `data.add_reference` takes from the model without its adapter.
+
+    Args:
+        beta: of the training.
+        ranking: whether `labels` are whole rankings: see `Preference`.
+    """
+
+    beta: float = 0.1
+    ranking: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", positive_number("beta", self.beta))
+        _check_flag("ranking", self.ranking)
+
+    def head(self, model: nn.Module) -> Head:
+        return ImplicitRewardHead(model, self.beta)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return PlackettLuce() if self.ranking else Categorical()
 
 
 @register
@@ -260,15 +309,33 @@ def _refuse_problem(model: nn.Module, task: Task, others: Sequence[str]) -> None
         )
 
 
-def _checked_tokens(token_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
-    values = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+def _check_flag(argument: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument} must be True or False, got {value!r}")
+
+
+def _checked_tokens(token_ids: Any) -> tuple[int | tuple[int, ...], ...]:
+    answers = _listed(token_ids)
+    if len(answers) < 2:
+        raise ValueError(f"token_ids must be at least two integers, or lists of them, got {token_ids!r}")
+    checked: list[int | tuple[int, ...]] = []
+    for answer in answers:
+        tokens = [answer] if hasattr(answer, "__index__") else _listed(answer)
+        if not tokens or any(isinstance(t, bool) or not hasattr(t, "__index__") for t in tokens):
+            raise ValueError(f"token_ids must be at least two integers, or lists of them, got {token_ids!r}")
+        several = tuple(int(token) for token in tokens)
+        checked.append(several[0] if len(several) == 1 else several)
+    flat = [token for answer in checked for token in ((answer,) if isinstance(answer, int) else answer)]
+    if len(set(flat)) < len(flat):
+        raise ValueError(f"token_ids repeats a token: {checked}")
+    return tuple(checked)
+
+
+def _listed(values: Any) -> list[Any]:
+    """The entries of a sequence; none of what is none."""
+    if isinstance(values, Tensor):
+        return list(values.tolist()) if values.dim() else []
     try:
-        listed = list(values)
+        return list(values)
     except TypeError:
-        listed = []
-    if len(listed) < 2 or any(isinstance(t, bool) or not hasattr(t, "__index__") for t in listed):
-        raise ValueError(f"token_ids must be at least two integers, got {token_ids!r}")
-    tokens = tuple(int(token) for token in listed)
-    if len(set(tokens)) < len(tokens):
-        raise ValueError(f"token_ids repeats a token: {list(tokens)}")
-    return tokens
+        return []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from laplace_lora_fast import Answers, LaplaceLoRA, LeaveOneOut, Options, Rows
-from laplace_lora_fast.cli.rows import RowReader
 from laplace_lora_fast.data import option_batches
+from laplace_lora_fast.data.lengths import Context
 from laplace_lora_fast.data.prompts import load_causal_lm
 from tests import words
 from tests.cli.run import api, invoke, refused
@@ -93,20 +92,47 @@ def test_all_commands(ragged_files, tmp_path):
 
 
 def test_options_and_answers_give_the_same_numbers(files, tmp_path):
-    """A newline makes the rows those of `Options`; to this tokenizer it is nothing."""
+    """Choices in another order make the rows those of `Options`; the numbers are the same, in that order."""
     folder, common = files
     rows = words.rows(6, seed=5)
+    turned = [rows[0] | {"choices": rows[0]["choices"][::-1], "label": 1 - rows[0]["label"]}, *rows[1:]]
     words.write_rows(folder / "plain.jsonl", rows)
-    words.write_rows(folder / "lines.jsonl", [row | {"prompt": row["prompt"] + "\n"} for row in rows])
+    words.write_rows(folder / "turned.jsonl", turned)
     found = []
-    for name, task in (("plain", Answers), ("lines", Options)):
+    for name, task in (("plain", Answers), ("turned", Options)):
         fit(files, tmp_path / name, "--prior", "1", data=name)
         assert isinstance(LaplaceLoRA.load(tmp_path / name, api(folder)[0]).task, task)
         arguments = ["--posterior", tmp_path / name, "--data", folder / f"{name}.jsonl"]
         out = tmp_path / f"{name}.jsonl"
         assert invoke("predict", *common, *arguments, "--out", out).exit_code == 0
         found.append([json.loads(line)["probs"] for line in out.read_text().splitlines()])
+    found[1][0].reverse()
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}Sentiment:\n"]
+)
+def test_prompts_that_end_in_a_newline_are_answered_by_a_token(files, tmp_path, template):
+    """Also a chat template's: no sequence for each choice where one token says it."""
+    folder, common = files
+    rows = [row | {"prompt": row["prompt"] + "\n"} for row in words.rows(6, seed=5)]
+    config = folder / "base" / "tokenizer_config.json"
+    before = config.read_text()
+    if template is not None:
+        rows = [row | {"prompt": [{"role": "user", "content": row["prompt"].strip()}]} for row in rows]
+        config.write_text(json.dumps(json.loads(before) | {"chat_template": template}))
+    words.write_rows(folder / "lines.jsonl", rows)
+    try:
+        fit(files, tmp_path / "post", "--prior", "1", data="lines")
+        out = tmp_path / "probs.jsonl"
+        arguments = ["--posterior", tmp_path / "post", "--data", folder / "lines.jsonl", "--out", out]
+        assert invoke("predict", *common, *arguments).exit_code == 0
+    finally:
+        config.write_text(before)
+    la = LaplaceLoRA.load(tmp_path / "post", api(folder)[0])
+    assert isinstance(la.task, Answers)
+    assert len(out.read_text().splitlines()) == 6
 
 
 def test_the_posterior_decides(ragged_files, posterior, tmp_path):
@@ -200,7 +226,6 @@ def test_prompts_are_truncated_from_the_left(ragged_files, tmp_path, data):
 
 
 def test_a_token_that_begins_every_sequence_stays():
-    tokenizer = SimpleNamespace(bos_token_id=9)
     for first, left in ((9, [9, 4, 5]), (8, [3, 4, 5])):
-        reader = RowReader(tokenizer, context=5, batch_size=1, truncate=True)
-        assert reader._fitting(([first, 2, 3, 4, 5], [[6], [7, 7]], 0), "row 1")[0] == left
+        context = Context(length=5, truncate=True, begin=9)
+        assert context.fitting([first, 2, 3, 4, 5], [[6], [7, 7]], str) == left

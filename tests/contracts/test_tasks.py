@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_lora_fast import (
     Answers,
     Classes,
+    DirectPreference,
     InvalidBatchError,
     LaplaceLoRA,
     MultiLabel,
@@ -37,9 +38,12 @@ TASKS = {
     "Outputs": (tiny.tiny_llama, Outputs(lambda output, batch: output.logits[:, -1, :3])),
     "Options": (tiny.tiny_llama, Options()),
     "Preference": (lambda: tiny.tiny_llama_classifier(1), Preference()),
+    "rankings": (lambda: tiny.tiny_llama_classifier(1), Preference(ranking=True)),
+    "DirectPreference": (tiny.tiny_llama, DirectPreference(beta=0.5)),
     "BestOf": (tiny.tiny_llama, toys.BestOf()),
     "Tokens": (tiny.tiny_llama, Tokens(samples=2)),
 }
+GROUPED = (toys.BestOf, Options, Preference, DirectPreference)
 GROUP = torch.tensor([0, 0, 1, 1, 1, 2, 2])  # examples of 2, 3 and 2 sequences
 
 
@@ -47,9 +51,13 @@ def data(task: Task, seed: int = 0) -> tiny.Batch:
     batch = tiny.batch(
         7, length=6, seed=seed, padding="left" if isinstance(task, Answers | Outputs) else "right"
     )
-    if isinstance(task, toys.BestOf | Options | Preference):
+    if isinstance(task, GROUPED):
         batch |= {"group": GROUP, "labels": torch.tensor([1, 2, 0])}
-    if isinstance(task, Options):
+    if isinstance(task, Preference) and task.ranking:
+        batch["labels"] = torch.tensor([[1, 0, -1], [2, 0, 1], [0, 1, -1]])
+    if isinstance(task, DirectPreference):
+        batch["reference"] = -torch.arange(7, dtype=torch.float64)
+    if isinstance(task, Options | DirectPreference):
         real = batch["attention_mask"].sum(1, keepdim=True)
         place = torch.arange(6)
         batch["option_mask"] = (

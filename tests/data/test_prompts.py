@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
+from laplace_lora_fast.data import option_batches
 from laplace_lora_fast.data.prompts import PromptRow, answer_token_ids, load_causal_lm, make_batches
-from laplace_lora_fast.errors import InvalidBatchError
+from laplace_lora_fast.errors import InvalidBatchError, LaplaceWarning
 from tests import words
 
 
@@ -18,7 +21,10 @@ def test_answers_are_the_tokens_after_the_prompt():
 
 @pytest.mark.parametrize(
     ("choices", "message"),
-    [(("A", "good film"), "'good film' is not one token"), (("unheard", "unseen"), "share a token")],
+    [
+        (("A", "good film"), "'good film' is not one token"),
+        (("unheard", "unseen"), "'unheard' and 'unseen' have the same tokens"),
+    ],
 )
 def test_unusable_answers_are_refused(choices, message):
     with pytest.raises(InvalidBatchError, match=message):
@@ -30,15 +36,8 @@ def test_rows_that_only_options_can_take_are_refused():
     with pytest.raises(InvalidBatchError, match="row 2 has other 'choices' than the first"):
         answer_token_ids(words.tokenizer(), rows)
     chat = PromptRow(({"role": "user", "content": "a film"},), ("A", "B"), 0)
-    with pytest.raises(InvalidBatchError, match="row 2 is a chat"):
+    with pytest.raises(InvalidBatchError, match="row 2: the tokenizer's chat template"):
         answer_token_ids(words.tokenizer(), [rows[0], chat])
-
-
-@pytest.mark.parametrize("end", [" ", "\n", "\t"])
-def test_prompts_that_end_in_white_space_are_refused(end):
-    rows = [PromptRow(prompt, ("A", "B"), 0) for prompt in ("the film", "the plot" + end)]
-    with pytest.raises(InvalidBatchError, match="row 2 ends in white space"):
-        answer_token_ids(words.tokenizer(), rows)
 
 
 def test_batches_hold_every_row_once_padded_on_the_left():
@@ -85,3 +84,81 @@ def test_a_models_own_code_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="custom code"):
         load_causal_lm(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+def pieces(end: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """Takes spaces into words, splits digits, and may append an end-of-sequence token."""
+    listed = [
+        "[UNK]",
+        "</s>",
+        "\n",
+        ":",
+        "a",
+        " film",
+        " yes",
+        "yes",
+        " no",
+        "no",
+        "Yes",
+        "1",
+        "2",
+        " 1",
+        " 2",
+    ]
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({piece: index for index, piece in enumerate(listed)}, unk_token="[UNK]")
+    )
+    split = tokenizers.Regex(r" ?[a-zA-Z]+| ?\d|\s|[^\s\w]")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(split, "isolated")
+    if end:
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            "$A </s>", special_tokens=[("</s>", 1)]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="</s>")
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_a_tokenizer_that_appends_its_end(end):
+    """The last position is the prompt's own; answers are what follows it."""
+    tokenizer, rows = pieces(end), [PromptRow("a film:", ("yes", "no"), 1)]
+    assert tokenizer.convert_ids_to_tokens(answer_token_ids(tokenizer, rows)) == [" yes", " no"]
+    (batch,) = make_batches(tokenizer, rows, 1)
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["a", " film", ":"]
+
+
+def test_answers_behind_a_newline_have_no_space():
+    tokenizer = pieces()
+    rows = [PromptRow("a film:\n", ("yes", "no"), 1), PromptRow("a:\n", ("yes", "no"), 0)]
+    assert tokenizer.convert_ids_to_tokens(answer_token_ids(tokenizer, rows)) == ["yes", "no"]
+    with pytest.raises(
+        InvalidBatchError, match=r"after the prompt of row 2, and .* let all prompts end alike"
+    ):
+        answer_token_ids(tokenizer, [rows[0], PromptRow("a film:", ("yes", "no"), 1)])
+
+
+def test_numbers_of_several_digits_are_options():
+    rows = [PromptRow("a:", ("1", "12"), 1)]
+    with pytest.raises(InvalidBatchError, match="'12' is not one token after the prompt of row 1"):
+        answer_token_ids(pieces(), rows)
+    (batch,) = option_batches(pieces(), [vars(row) for row in rows], 1)
+    assert batch["option_mask"].sum(1).tolist() == [1, 2]
+    one = [PromptRow("a:", ("1", "2"), 1)]
+    assert pieces().convert_ids_to_tokens(answer_token_ids(pieces(), one)) == [" 1", " 2"]
+
+
+def test_long_prompts_are_refused_with_both_lengths_or_cut_with_a_count():
+    rows = [PromptRow("a film a film:", ("yes", "no"), 1), PromptRow("a:", ("yes", "no"), 1)]
+    tokenizer, options = pieces(), [vars(row) for row in rows]
+    for make, given, total in ((make_batches, rows, 5), (option_batches, options, 6)):
+        with pytest.raises(InvalidBatchError, match=f"row 1 has {total} tokens, the model's context is 3"):
+            make(tokenizer, given, 2, max_length=3)
+        with pytest.warns(LaplaceWarning, match="cut 1 of 2 prompts to the model's 3 tokens"):
+            (batch,) = make(tokenizer, given, 2, max_length=3, truncate=True)
+        assert batch["input_ids"].shape[1] == 3
+        assert "</s>" not in tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+        with pytest.raises(ValueError, match="truncate=True needs max_length"):
+            make(tokenizer, given, 2, truncate=True)
+    assert (
+        tokenizer.convert_ids_to_tokens(make_batches(tokenizer, rows, 2, max_length=5)[0]["input_ids"][1])[3]
+        == " film"
+    )

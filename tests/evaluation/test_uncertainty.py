@@ -13,16 +13,13 @@ from laplace_lora_fast import (
     Classes,
     InvalidBatchError,
     LaplaceLoRA,
-    Options,
-    Preference,
     Regression,
     Rows,
 )
 from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian
 from laplace_lora_fast.likelihoods.draws import gaussian_points
 from tests import tiny
-from tests.contracts import toys
-from tests.contracts.test_tasks import TASKS, data
+from tests.contracts.test_tasks import GROUPED, TASKS, data
 from tests.oracle import assert_close
 
 SEEDED = torch.Generator().manual_seed(7)
@@ -112,7 +109,7 @@ def test_every_task(name: str, structure: Rows | str) -> None:
         assert (found.total[2] - entropy(means)).abs().max() < 1e-2
         assert (found.aleatoric[2] - entropy(torch.stack([p, 1 - p], -1)).mean(0)).abs().max() < 1e-2
         return
-    grouped = isinstance(task, Options | Preference | toys.BestOf)
+    grouped = isinstance(task, GROUPED)
     if grouped:
         rewards = la.reward(batch)
         gaussians = list(zip(rewards.mean, rewards.covariance, strict=True))

@@ -269,7 +269,9 @@ def test_preferences_are_bradley_terry() -> None:
     fit = 0.0
     for row in rows:
         chosen, rejected = (
-            model(input_ids=torch.tensor([Words()(row["prompt"] + row[side])["input_ids"]])).logits[0, 0]
+            model(input_ids=torch.tensor([Words()(row["prompt"] + row[side])["input_ids"] + [2]])).logits[
+                0, 0
+            ]
             for side in ("chosen", "rejected")
         )
         J = torch.cat([g.flatten() for g in torch.autograd.grad(rejected - chosen, weights)])

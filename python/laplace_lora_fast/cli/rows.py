@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora_fast import Answers, InvalidBatchError, LaplaceWarning, Options
-from laplace_lora_fast.data.groups import Example, length_order, option_batches_from_ids, option_examples
+from laplace_lora_fast import Answers, InvalidBatchError, Options
+from laplace_lora_fast.data.groups import (
+    Example,
+    length_order,
+    option_batches_from_ids,
+    option_examples,
+    prompt_ids,
+)
+from laplace_lora_fast.data.lengths import Context, warn_of_cut
 from laplace_lora_fast.data.prompts import PromptRow, answer_token_ids, batches_from_ids
 from laplace_lora_fast.tasks import Task
 
@@ -70,22 +76,25 @@ class RowReader:
             examples = self._examples(task, rows)
         except InvalidBatchError as error:
             raise InvalidBatchError(f"{path}: {error}") from error
-        fitting = [
-            self._fitting(example, f"{path}: row {number}") for number, example in enumerate(examples, 1)
+        context = Context(
+            self.context,
+            self.truncate,
+            getattr(self.tokenizer, "bos_token_id", None),
+            "shorten it, or pass --truncate",
+        )
+        fitting: list[Example] = [
+            (context.fitting(prompt, options, lambda at=number: f"{path}: row {at}"), options, label)  # type: ignore[misc]
+            for number, (prompt, options, label) in enumerate(examples, 1)
         ]
         if isinstance(task, Answers):
             batches = batches_from_ids(
-                [(list(ids), label or 0) for ids, _, label in fitting], self.batch_size
+                [(list(ids), row.label) for (ids, _, _), row in zip(fitting, rows, strict=True)],
+                self.batch_size,
             )
         else:
             batches = option_batches_from_ids(fitting, self.batch_size)
         cut = sum(len(one[0]) < len(other[0]) for one, other in zip(fitting, examples, strict=True))
-        if cut:
-            warnings.warn(
-                f"--truncate cut {cut} of {len(rows)} prompts of {path} to the model's {self.context} tokens",
-                LaplaceWarning,
-                stacklevel=2,
-            )
+        warn_of_cut(cut, len(rows), self.context, "--truncate", f" of {path}")
         return RowBatches(batches, length_order(fitting))
 
     def _examples(self, task: Task, rows: Sequence[PromptRow]) -> list[Example]:
@@ -98,26 +107,10 @@ class RowReader:
             raise InvalidBatchError(
                 "field 'choices' names other answers, or in another order, than the training rows"
             )
-        return [(self.tokenizer(row.prompt)["input_ids"], [], row.label) for row in rows]
-
-    def _fitting(self, example: Example, where: str) -> Example:
-        """The example with no more tokens than the model has places for."""
-        prompt, options, label = example
-        longest = max(map(len, options), default=0)
-        if self.context is None or len(prompt) + longest <= self.context:
-            return example
-        if not self.truncate:
-            raise InvalidBatchError(
-                f"{where} has {len(prompt) + longest} tokens, the model's context is {self.context}: shorten it, or "
-                "pass --truncate"
-            )
-        begin = 1 if prompt[0] == getattr(self.tokenizer, "bos_token_id", None) else 0  # models need it there
-        room = self.context - longest - begin
-        if room < 1:
-            raise InvalidBatchError(
-                f"{where} has an option of {longest} tokens, the model's context is {self.context}"
-            )
-        return [*prompt[:begin], *prompt[-room:]], options, label
+        return [
+            (prompt_ids(self.tokenizer, row.prompt, number)[1], [], row.label)
+            for number, row in enumerate(rows, 1)
+        ]
 
 
 @dataclass(frozen=True)

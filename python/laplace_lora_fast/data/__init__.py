@@ -1,5 +1,18 @@
 """From rows on disk to batches."""
 
-from laplace_lora_fast.data.groups import option_batches, option_batches_from_ids, preference_batches
+from laplace_lora_fast.data.groups import option_batches, option_batches_from_ids
+from laplace_lora_fast.data.preferences import (
+    add_reference,
+    direct_preference_batches,
+    preference_batches,
+    preference_batches_from_ids,
+)
 
-__all__ = ["option_batches", "option_batches_from_ids", "preference_batches"]
+__all__ = [
+    "add_reference",
+    "direct_preference_batches",
+    "option_batches",
+    "option_batches_from_ids",
+    "preference_batches",
+    "preference_batches_from_ids",
+]

@@ -1,4 +1,4 @@
-"""Batches of examples that are groups of sequences: options behind a prompt, preferred and rejected answers."""
+"""Batches of examples that are groups of sequences: options behind a prompt."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.data.lengths import context_of, warn_of_cut
 from laplace_lora_fast.errors import InvalidBatchError
 
 Ids = Sequence[int]
 Messages = Sequence[Mapping[str, Any]]  # of a chat
 Text = str | Messages
-Example = tuple[Sequence[int], Sequence[Ids], int | None]  # prompt, options, label
+Example = tuple[Sequence[int], Sequence[Ids], int | Sequence[int] | None]  # prompt, options, label or ranking
 
 
 def option_batches(
-    tokenizer: Any, rows: Iterable[Mapping[str, Any]], batch_size: int
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    truncate: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Batches for `Options` from {"prompt", "choices", "label"}.
 
@@ -29,11 +35,20 @@ def option_batches(
         rows: examples; "prompt" is text or chat messages (the chat template adds what starts an answer), "choices" a
             list of texts, "label" the place of the right one; without labels, no batch has any.
         batch_size: examples in a batch; those of like length stand together.
+        max_length: of prompt and option, in tokens: the model's context.
+        truncate: whether longer prompts lose tokens on the left, with a warning that counts them.
 
     Raises:
-        InvalidBatchError: as `option_examples`.
+        InvalidBatchError: as `option_examples`, or a row is longer than `max_length`; names both lengths.
     """
-    return option_batches_from_ids(option_examples(tokenizer, rows), batch_size)
+    context, examples = context_of(tokenizer, max_length, truncate), option_examples(tokenizer, rows)
+    fitting: list[Example] = [
+        (context.fitting(prompt, options, lambda at=number: f"row {at}"), options, label)  # type: ignore[misc]
+        for number, (prompt, options, label) in enumerate(examples, 1)
+    ]
+    cut = sum(len(one[0]) < len(other[0]) for one, other in zip(fitting, examples, strict=True))
+    warn_of_cut(cut, len(examples), max_length)
+    return option_batches_from_ids(fitting, batch_size)
 
 
 def option_examples(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
@@ -46,9 +61,7 @@ def option_examples(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> list[E
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
         _require(row, ("prompt", "choices"), number)
-        prompt = _prompt_text(tokenizer, row["prompt"], number)
-        special = not _is_chat(row["prompt"])  # a chat template writes them itself
-        stem = _without_end(tokenizer, tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        prompt, stem, special = prompt_ids(tokenizer, row["prompt"], number)
         options = [_option_ids(tokenizer, prompt, stem, choice, special, number) for choice in row["choices"]]
         for place, option in enumerate(options):
             if option in options[:place]:
@@ -86,40 +99,16 @@ def option_batches_from_ids(examples: Iterable[Example], batch_size: int) -> lis
             raise InvalidBatchError(
                 f"example {number} needs a prompt and at least two options, none of them empty"
             )
-        if label is not None and not 0 <= int(label) < len(options):
+        if isinstance(label, int) and not 0 <= label < len(options):
             raise InvalidBatchError(f"example {number} has label {label} for {len(options)} options")
         sequences = [[*prompt, *option] for option in options]
         scored = [[False] * len(prompt) + [True] * len(option) for option in options]
         listed.append((sequences, scored, label))
-    return _batches(listed, batch_size)
+    return batched(listed, batch_size)
 
 
-def preference_batches(
-    tokenizer: Any, rows: Iterable[Mapping[str, Any]], batch_size: int
-) -> list[dict[str, Tensor]]:
-    """Batches for `Preference` from TRL's {"chosen", "rejected"}, or {"prompt", "chosen", "rejected"}.
-
-    Args:
-        tokenizer: of the model.
-        rows: pairs, texts or chat messages.
-        batch_size: pairs in a batch.
-
-    Returns:
-        Dicts of `input_ids`, `attention_mask` [S, T], padded on the right, `group` [S], and `labels` [N]: 0, as the
-        chosen one comes first.
-
-    Raises:
-        InvalidBatchError: a row lacks a field; names it.
-    """
-    listed = []
-    for number, row in enumerate(rows, 1):
-        _require(row, ("chosen", "rejected"), number)
-        sequences = [_whole(tokenizer, row.get("prompt"), row[side]) for side in ("chosen", "rejected")]
-        listed.append((sequences, None, 0))
-    return _batches(listed, batch_size)
-
-
-def _batches(listed: Sequence[tuple[Any, Any, int | None]], batch_size: int) -> list[dict[str, Tensor]]:
+def batched(listed: Sequence[tuple[Any, Any, Any]], batch_size: int) -> list[dict[str, Tensor]]:
+    """Batches of (sequences, flags of their tokens or None, label or ranking or None)."""
     if not listed:
         raise InvalidBatchError("there are no rows")
     order = sorted(range(len(listed)), key=lambda i: max(map(len, listed[i][0])))
@@ -137,9 +126,21 @@ def _batches(listed: Sequence[tuple[Any, Any, int | None]], batch_size: int) -> 
         sizes = torch.tensor([len(each) for each, _, _ in chosen])
         batch["group"] = torch.arange(len(chosen)).repeat_interleave(sizes)
         if labelled:
-            batch["labels"] = torch.tensor([int(label) for _, _, label in chosen])  # type: ignore[arg-type]
+            batch["labels"] = _labels([label for _, _, label in chosen], sizes.tolist())
         batches.append(batch)
     return batches
+
+
+def _labels(labels: Sequence[int | Sequence[int]], sizes: Sequence[int]) -> Tensor:
+    """Places [N], or rankings [N, most sequences] with -1 behind the last."""
+    for label, size in zip(labels, sizes, strict=True):
+        wrong = sorted(label) != list(range(size)) if isinstance(label, Sequence) else not 0 <= label < size
+        if wrong:
+            raise InvalidBatchError(f"an example of {size} sequences has label {label}")
+    ranked = [isinstance(label, Sequence) for label in labels]
+    if any(ranked) != all(ranked):
+        raise InvalidBatchError("some examples have a ranking and some one preferred sequence")
+    return _padded(labels, -1) if all(ranked) else torch.tensor(labels)  # type: ignore[arg-type]
 
 
 def _padded(rows: Sequence[Sequence[Any]], pad: Any) -> Tensor:
@@ -151,7 +152,7 @@ def _option_ids(tokenizer: Any, prompt: str, stem: Ids, choice: str, special: bo
     if not isinstance(choice, str) or not choice:
         raise InvalidBatchError(f"row {number}: field 'choices' must hold non-empty texts, got {choice!r}")
     spaced = choice if not prompt or prompt[-1].isspace() or choice[0].isspace() else f" {choice}"
-    whole = _without_end(tokenizer, tokenizer(prompt + spaced, add_special_tokens=special)["input_ids"])
+    whole = without_end(tokenizer, tokenizer(prompt + spaced, add_special_tokens=special)["input_ids"])
     if list(whole[: len(stem)]) == list(stem) and len(whole) > len(stem):
         return list(whole[len(stem) :])
     if special and prompt.endswith(" "):
@@ -159,44 +160,45 @@ def _option_ids(tokenizer: Any, prompt: str, stem: Ids, choice: str, special: bo
             f"row {number}: the prompt ends in a space, {prompt[-20:]!r}, that belongs to the token of {choice!r}: end "
             "prompts without, the option follows after one space"
         )
-    alone = _without_end(tokenizer, tokenizer(spaced, add_special_tokens=False)["input_ids"])
+    alone = without_end(tokenizer, tokenizer(spaced, add_special_tokens=False)["input_ids"])
     if not alone:
         raise InvalidBatchError(f"row {number}: option {choice!r} has no token")
     return list(alone)
 
 
-def _without_end(tokenizer: Any, ids: Ids) -> list[int]:
+def without_end(tokenizer: Any, ids: Ids) -> list[int]:
     """Without an end-of-sequence token that the tokenizer appends: nothing would follow it."""
     end = getattr(tokenizer, "eos_token_id", None)
     return list(ids[:-1]) if len(ids) > 1 and end is not None and ids[-1] == end else list(ids)
 
 
-def _is_chat(text: Any) -> bool:
-    return not isinstance(text, str)
+def prompt_ids(tokenizer: Any, prompt: Text, number: int) -> tuple[str, list[int], bool]:
+    """A prompt as text, its tokens, and whether the tokenizer adds special ones: a chat template writes them itself.
+
+    Raises:
+        InvalidBatchError: the template does not take the messages; names the row.
+    """
+    text, special = prompt_text(tokenizer, prompt, number), isinstance(prompt, str)
+    return text, without_end(tokenizer, tokenizer(text, add_special_tokens=special)["input_ids"]), special
 
 
-def _prompt_text(tokenizer: Any, prompt: Text, number: int) -> str:
+def prompt_text(tokenizer: Any, prompt: Text, number: int, begins_answer: bool = True) -> str:
+    """A text as it is, messages by the tokenizer's chat template; it may begin the answer.
+
+    Raises:
+        InvalidBatchError: the template does not take the messages; names the row.
+    """
     if isinstance(prompt, str):
         return prompt
     try:
         rendered: str = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
+            list(prompt), tokenize=False, add_generation_prompt=begins_answer
         )
     except Exception as error:  # a template is code, and may raise anything
         raise InvalidBatchError(
             f"row {number}: the tokenizer's chat template does not take its messages: {error}"
         ) from error
     return rendered
-
-
-def _whole(tokenizer: Any, prompt: Text | None, answer: Text) -> list[int]:
-    if isinstance(answer, str):
-        if prompt is not None and not isinstance(prompt, str):
-            raise InvalidBatchError("a prompt of messages needs answers of messages")
-        return list(tokenizer((prompt or "") + answer)["input_ids"])
-    messages = [*(prompt or []), *answer]  # type: ignore[misc]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _require(row: Mapping[str, Any], names: Sequence[str], number: int) -> None:

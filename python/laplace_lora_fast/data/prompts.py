@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.data.groups import option_examples, prompt_ids
+from laplace_lora_fast.data.lengths import context_of, warn_of_cut
 from laplace_lora_fast.errors import InvalidBatchError
 
 
@@ -56,15 +58,17 @@ def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
 
 
 def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
-    """The token of each choice where it follows the prompt and a space: what `Answers` takes.
+    """The token of each choice where it follows the prompt: what `Answers` takes.
+
+    A choice follows after a space, unless the prompt ends in white space, as that of many chat templates does.
 
     Args:
         tokenizer: Of the model.
         rows: Examples.
 
     Raises:
-        InvalidBatchError: Rows have different choices, a choice is not a single token there, two are the same token, or
-            a prompt ends in white space or is a chat: rows for `Options`.
+        InvalidBatchError: Rows have different choices, a choice is not a single token there, or not the same one
+            behind every prompt, or two are the same token: rows for `Options`.
     """
     for number, row in enumerate(rows, 1):
         if row.choices != rows[0].choices:
@@ -72,40 +76,56 @@ def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
                 f"row {number} has other 'choices' than the first, {list(row.choices)} and {list(rows[0].choices)}: "
                 "Answers needs the same in all rows, Options does not"
             )
-        if not isinstance(row.prompt, str):
-            raise InvalidBatchError(f"the prompt of row {number} is a chat, which Options takes")
-        if row.prompt != row.prompt.rstrip():  # many tokenizers hide it: the space becomes a token of its own
+    found: list[list[int]] = []
+    for number, (prompt, options, _) in enumerate(option_examples(tokenizer, [vars(row) for row in rows]), 1):
+        for choice, option in zip(rows[0].choices, options, strict=True):
+            if len(option) > 1:
+                end = tokenizer.decode(prompt)[-20:]
+                raise InvalidBatchError(
+                    f"choice {choice!r} is not one token after the prompt of row {number}, which ends in {end!r}: use "
+                    "letters, words the tokenizer knows, or Options"
+                )
+        ids = [int(option[0]) for option in options]
+        found = found or [ids]
+        if ids != found[0]:
             raise InvalidBatchError(
-                f"the prompt of row {number} ends in white space, {row.prompt[-20:]!r}: end prompts without, the "
-                "answer follows after one space"
+                f"the choices are the tokens {ids} after the prompt of row {number}, and {found[0]} after that of row "
+                "1: let all prompts end alike, or use Options"
             )
-    stem = tokenizer(rows[0].prompt)["input_ids"]
-    ids = []
-    for choice in rows[0].choices:
-        whole = tokenizer(f"{rows[0].prompt} {choice}")["input_ids"]
-        if whole[:-1] != stem:
-            raise InvalidBatchError(
-                f"choice {choice!r} is not one token after a prompt ending in {rows[0].prompt[-20:]!r} and a space: "
-                "use letters, words the tokenizer knows, or Options"
-            )
-        ids.append(int(whole[-1]))
-    if len(set(ids)) < len(ids):
-        raise InvalidBatchError(f"choices {list(rows[0].choices)} share a token: {ids}")
-    return ids
+    return found[0]
 
 
-def make_batches(tokenizer: Any, rows: Iterable[PromptRow], batch_size: int) -> list[dict[str, Tensor]]:
+def make_batches(
+    tokenizer: Any,
+    rows: Iterable[PromptRow],
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> list[dict[str, Tensor]]:
     """Batches sorted by length, so that little is padding.
 
     Args:
         tokenizer: Of the model.
         rows: Examples.
         batch_size: Examples in a batch; the last may have fewer.
+        max_length: Of a prompt, in tokens: the model's context.
+        truncate: Whether longer prompts lose tokens on the left, with a warning that counts them.
 
     Returns:
         Dicts of `input_ids` [N, T] and `attention_mask` [N, T], padded on the left, and `labels` [N], int64.
+
+    Raises:
+        InvalidBatchError: A prompt is longer than `max_length`, or messages that there is no chat template for.
     """
-    return batches_from_ids([(tokenizer(row.prompt)["input_ids"], row.label) for row in rows], batch_size)
+    context, cut, fitting = context_of(tokenizer, max_length, truncate), 0, []
+    for number, row in enumerate(rows, 1):
+        ids = prompt_ids(tokenizer, row.prompt, number)[1]
+        short = context.fitting(ids, [], lambda at=number: f"row {at}")  # type: ignore[misc]
+        cut += len(short) < len(ids)
+        fitting.append((short, row.label))
+    warn_of_cut(cut, len(fitting), max_length)
+    return batches_from_ids(fitting, batch_size)
 
 
 def batches_from_ids(prompts: Iterable[tuple[list[int], int]], batch_size: int) -> list[dict[str, Tensor]]:

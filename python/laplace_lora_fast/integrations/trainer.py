@@ -23,7 +23,7 @@ from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.tuning import Tuning
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Ability
-from laplace_lora_fast.tasks import Answers, Task
+from laplace_lora_fast.tasks import Answers, Preference, Task
 
 HELD_OUT = "held_out"
 _NOT_LABELLED = -100  # by the convention of transformers
@@ -37,7 +37,9 @@ class LaplaceCallback(TrainerCallback):
         callback.laplace.predict(batch)             # or later: LaplaceLoRA.load(args.output_dir, model)
 
     Batches come from the Trainer's own collator, in evaluation batch size, each example once. Causal models may have
-    token-level labels, as TRL's collators make them: see `answer_batch`. Several processes fit together, each on its
+    token-level labels, as TRL's collators make them: see `answer_batch`; the pairs of its RewardTrainer are taken too.
+    Tasks with batches of their own, as those of `data.option_batches`, need
+    `train_data=DataLoader(batches, batch_size=None)`. Several processes fit together, each on its
     share of the training data, unless that is a DataLoader or has fewer examples than there are processes: then each
     fits on all of it. The first one saves.
 
@@ -123,16 +125,12 @@ class LaplaceCallback(TrainerCallback):
         if self._holds_out:
             tuning = HeldOut(self._batches(self._eval_data, kwargs["eval_dataloader"], own, args))
         elif isinstance(tuning, HeldOut):
-            tuning = replace(tuning, loader=_Batches(tuning.loader, self._token_ids))
+            tuning = replace(tuning, loader=_Batches(tuning.loader, self._task))
         if tuning is None:
             return
         self.laplace.optimize_prior_precision(tuning, progress=progress)
         if saves:
             self.laplace.save(folder)
-
-    @property
-    def _token_ids(self) -> Sequence[int] | None:
-        return self._task.token_ids if isinstance(self._task, Answers) else None
 
     def _new(self, model: Any) -> LaplaceLoRA:
         return LaplaceLoRA(model, self._task, **self._options)
@@ -175,19 +173,19 @@ class LaplaceCallback(TrainerCallback):
                 sampler = range(args.process_index, len(data), args.world_size)
             size = args.per_device_eval_batch_size
             loader = DataLoader(data, batch_size=size, sampler=sampler, collate_fn=own.collate_fn)
-        return _Batches(loader, self._token_ids, group)
+        return _Batches(loader, self._task, group)
 
 
 class _Batches:
-    """A loader's batches, through `answer_batch` where there are answers; whole, or this rank's share of a group."""
+    """A loader's batches as the task has them; whole, or this rank's share of a group."""
 
     def __init__(
         self,
         loader: Iterable[Mapping[str, Any]],
-        token_ids: Sequence[int] | None,
+        task: Task,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        self._loader, self._token_ids, self.group = loader, token_ids, group
+        self._loader, self._task, self.group = loader, task, group
 
     @property
     def dataset(self) -> Any:
@@ -198,10 +196,36 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self._loader:
-            yield batch if self._token_ids is None else answer_batch(batch, self._token_ids)
+            if isinstance(self._task, Answers):
+                yield answer_batch(batch, self._task.token_ids)
+            elif isinstance(self._task, Preference):
+                yield pair_batch(batch)
+            else:
+                yield batch
 
 
-def answer_batch(batch: Mapping[str, Any], token_ids: Sequence[int]) -> Mapping[str, Any]:
+def pair_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Turns a batch of TRL's RewardTrainer, all chosen texts before all rejected ones, into one of `Preference`.
+
+    Args:
+        batch: `input_ids` [2 N, T] and `attention_mask`. One with "group" is returned as it is.
+
+    Raises:
+        InvalidBatchError: there is an odd number of sequences.
+    """
+    if "group" in batch or not isinstance(batch.get("input_ids"), Tensor):
+        return batch
+    pairs, odd = divmod(len(batch["input_ids"]), 2)
+    if odd:
+        raise InvalidBatchError(
+            "a batch of pairs has an odd number of sequences: expected chosen, then rejected"
+        )
+    group = torch.arange(pairs).repeat(2)
+    kept = {name: value for name, value in batch.items() if name != "margin"}
+    return kept | {"group": group, "labels": torch.zeros(pairs, dtype=torch.long)}
+
+
+def answer_batch(batch: Mapping[str, Any], token_ids: Sequence[int | Sequence[int]]) -> Mapping[str, Any]:
     """Turns token-level labels [N, T] of a causal model into prompts and class indices [N].
 
     The answer of an example is its first labelled token: labels are -100 before it. What follows the answer, an
@@ -209,7 +233,7 @@ def answer_batch(batch: Mapping[str, Any], token_ids: Sequence[int]) -> Mapping[
 
     Args:
         batch: `input_ids`, `labels`, and `attention_mask` if there are pads.
-        token_ids: the answers, in the order of the classes.
+        token_ids: the answers, in the order of the classes; several tokens of one that they all spell.
 
     Returns:
         The batch cut to the prompts, with `attention_mask` and `labels` [N]. A batch whose labels are not [N, T] is
@@ -232,7 +256,11 @@ def answer_batch(batch: Mapping[str, Any], token_ids: Sequence[int]) -> Mapping[
     _refuse(~labelled.any(1), "has no labelled token")
     place = labelled.int().argmax(1)
     first = labels.gather(1, place[:, None])
-    is_answer = first == torch.as_tensor(list(token_ids), device=labels.device)
+    spelled = [
+        (place, t) for place, a in enumerate(token_ids) for t in ([a] if hasattr(a, "__index__") else a)
+    ]
+    classes, tokens = torch.tensor(spelled, device=labels.device).unbind(1)
+    is_answer = first == tokens
     _refuse(
         ~is_answer.any(1),
         "has token {} as its first labelled one, which is none of the answers " + f"{list(token_ids)}: "
@@ -246,7 +274,7 @@ def answer_batch(batch: Mapping[str, Any], token_ids: Sequence[int]) -> Mapping[
         name: value[:, :cut] if isinstance(value, Tensor) and value.shape[:2] == labels.shape else value
         for name, value in batch.items()
     }
-    return kept | {"attention_mask": prompt[:, :cut].long(), "labels": is_answer.int().argmax(1)}
+    return kept | {"attention_mask": prompt[:, :cut].long(), "labels": classes[is_answer.int().argmax(1)]}
 
 
 def _refuse(bad: Tensor, message: str, found: Tensor | None = None) -> None:

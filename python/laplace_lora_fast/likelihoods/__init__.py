@@ -5,6 +5,7 @@ from laplace_lora_fast.likelihoods.bernoulli import Bernoulli
 from laplace_lora_fast.likelihoods.categorical import Categorical
 from laplace_lora_fast.likelihoods.fisher import Fisher, MonteCarlo
 from laplace_lora_fast.likelihoods.gaussian import Gaussian
+from laplace_lora_fast.likelihoods.plackett_luce import PlackettLuce
 from laplace_lora_fast.likelihoods.tokens import SampledTokens
 from laplace_lora_fast.options import kinds
 
@@ -15,6 +16,7 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "MonteCarlo",
+    "PlackettLuce",
     "SampledTokens",
     "by_name",
 ]

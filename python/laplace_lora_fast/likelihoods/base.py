@@ -103,6 +103,10 @@ class Likelihood(ABC):
             The scores, and the best noise [G] where it was left open.
         """
 
+    def judged_by(self, targets: Tensor) -> Tensor:
+        """The labels that answers are compared with: the targets themselves here."""
+        return targets
+
     def uncertainty(
         self, mean: Tensor, cov: Tensor, n_samples: int | None, generator: torch.Generator, noise: float
     ) -> tuple[Tensor, Tensor]:

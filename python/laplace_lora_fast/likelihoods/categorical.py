@@ -6,7 +6,9 @@ Everything works on contrasts of logits, so that what softmax cannot see (a shif
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ class Categorical(Likelihood):
     """Softmax over C >= 2 classes; labels are class indices [N], functions the contrasts f_c - f_0."""
 
     name = "classification"
-    links = LINKS
-    needs_samples = SAMPLING_LINKS
+    links: ClassVar[Sequence[str]] = LINKS
+    needs_samples: ClassVar[Sequence[str]] = SAMPLING_LINKS
     gives_classes = True
 
     def check(self, outputs: Tensor) -> None:

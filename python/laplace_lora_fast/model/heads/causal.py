@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,19 +113,22 @@ class AnswerHead(CausalHead):
 
     Args:
         model: the model.
-        token_ids: of the answers, in the order of the classes.
+        token_ids: of the answers, in the order of the classes; several of an answer that several tokens spell.
 
     Raises:
         ValueError: the model is no causal language model, or a token is none of its vocabulary.
     """
 
-    def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, token_ids: Sequence[int | Sequence[int]]) -> None:
         super().__init__(model)
         size = getattr(getattr(model, "config", None), "vocab_size", None)
-        if size is not None and not (min(token_ids) >= 0 and max(token_ids) < size):
+        spelled = [[answer] if isinstance(answer, int) else list(answer) for answer in token_ids]
+        flat = [token for tokens in spelled for token in tokens]
+        if size is not None and not (min(flat) >= 0 and max(flat) < size):
             raise ValueError(f"token_ids must lie in [0, {size}), got {list(token_ids)}")
+        self._sizes = [len(tokens) for tokens in spelled]
         with torch.inference_mode(False):  # the graph of the logits keeps them
-            self.features = torch.tensor(list(token_ids))
+            self.features = torch.tensor(flat)
         self.n_outputs = len(token_ids)
 
     def positions(self, inputs: Inputs) -> tuple[Tensor, None]:
@@ -137,7 +140,11 @@ class AnswerHead(CausalHead):
         logits = super().read(output, inputs)
         assert self.features is not None
         self.features = self.features.to(logits.device)  # waits once
-        return logits.flatten(0, -2).index_select(-1, self.features)
+        logits = logits.flatten(0, -2).index_select(-1, self.features)
+        if len(self._sizes) == logits.shape[1]:
+            return logits
+        parts = logits.to(lk.accumulation_dtype(logits.dtype)).split(self._sizes, 1)
+        return torch.stack([part.logsumexp(1) for part in parts], 1)
 
 
 class OptionHead(CausalHead):
@@ -151,7 +158,7 @@ class OptionHead(CausalHead):
     """
 
     grouped = True
-    own_keys = ("option_mask",)
+    own_keys: ClassVar[tuple[str, ...]] = ("option_mask",)
 
     def __init__(self, model: nn.Module, mean: bool) -> None:
         super().__init__(model)
@@ -234,7 +241,8 @@ def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool | None
 
 def _require_causal(model: nn.Module, head: str) -> None:
     """Only there does the last real position of `input_ids` predict the answer."""
-    task = {"AnswerHead": "Answers", "OptionHead": "Options"}.get(head, "Tokens")
+    names = {"AnswerHead": "Answers", "OptionHead": "Options", "ImplicitRewardHead": "DirectPreference"}
+    task = names.get(head, "Tokens")
     get, kind = getattr(model, "get_output_embeddings", None), type(innermost(model))
     if get is None or get() is None:
         raise ValueError(f"{task} needs a causal language model")

@@ -26,10 +26,10 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Curvature
-from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
-from laplace_lora_fast.structures.rows.precisions.evidence import maximise_evidence
 from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
+from laplace_lora_fast.structures.rows.precisions.evidence import maximise_evidence
 from laplace_lora_fast.structures.rows.precisions.lines import Line, lines, on_a_line
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver, shared_solvers
 from laplace_lora_fast.structures.search import noise_root

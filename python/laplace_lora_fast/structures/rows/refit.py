@@ -30,8 +30,8 @@ from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
-from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver
 from laplace_lora_fast.structures.search import maximum_on_log_axis
 

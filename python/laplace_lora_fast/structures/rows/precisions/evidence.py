@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
 from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal
+from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
 from laplace_lora_fast.structures.search import evidence_root, gamma_root
 
 _ROUNDS = 50  # of the equivalent's factor, which settles in about five
