@@ -168,7 +168,7 @@ def reward_model(seed: int) -> tuple[nn.Module, Any]:
     from peft import LoraConfig, get_peft_model
 
     causal, tokenizer = demo.load_model()
-    causal.config.num_labels, causal.config.pad_token_id = 1, 0
+    causal.config.num_labels, causal.config.pad_token_id = 1, tokenizer.pad_token_id or tokenizer.eos_token_id
     torch.manual_seed(seed)
     model = transformers.LlamaForSequenceClassification(causal.config)
     model.model = causal.model
@@ -196,13 +196,7 @@ def best_of(la: LaplaceLoRA, tokenizer: Any, arguments: Any) -> dict[str, Row]:
         groups = [texts[start : start + 8] for start in range(0, len(texts), 8)]
         by_mean, by_bound, by_chance, best = [], [], [], []
         for group in groups:
-            ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text, _ in group]
-            width = max(map(len, ids))
-            batch = {
-                "input_ids": torch.tensor([each + [0] * (width - len(each)) for each in ids]),
-                "attention_mask": torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in ids]),
-                "group": torch.zeros(8, dtype=torch.long),
-            }
+            (batch,) = preference_batches(tokenizer, [{"candidates": [text for text, _ in group]}], 1)
             scored, ratings = la.reward(batch), [rating for _, rating in group]
             by_mean.append(ratings[int(scored.best())])
             by_bound.append(ratings[int(scored.best(k=1.0))])

@@ -16,8 +16,10 @@ from laplace_lora_fast import (
     EKFAC,
     KFAC,
     Answers,
+    AnyOf,
     Classes,
     Diagonal,
+    DirectPreference,
     Evidence,
     HeldOut,
     LaplaceLoRA,
@@ -30,7 +32,7 @@ from laplace_lora_fast import (
     Regression,
     Rows,
 )
-from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, PlackettLuce
 from laplace_lora_fast.options import from_json, integer, kinds, named, positive_number, short_name, to_json
 from laplace_lora_fast.prior.tuning import Tuning
 from laplace_lora_fast.structures import Structure
@@ -45,10 +47,13 @@ def outputs(output: Any, batch: Any) -> torch.Tensor:
 # An example of every kind, no field of which has its default.
 EXAMPLES = [
     Answers([5, 11, 7]),
+    AnyOf([5, 11]),
+    DirectPreference(beta=0.3, ranking=True),
+    PlackettLuce(),
     Classes(),
     MultiLabel(),
     Options(score="mean"),
-    Preference(),
+    Preference(ranking=True),
     Regression(noise=0.5),
     Bernoulli(),
     Categorical(),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, Rows
     from laplace_lora_fast.tasks import (
         Answers,
+        AnyOf,
         Classes,
         DirectPreference,
         MultiLabel,
@@ -37,6 +38,7 @@ _MODULES = {
     "laplace": ("LaplaceLoRA",),
     "tasks": (
         "Answers",
+        "AnyOf",
         "Classes",
         "DirectPreference",
         "MultiLabel",
@@ -69,6 +71,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "Answers",
+    "AnyOf",
     "Checkpoint",
     "Classes",
     "Diagonal",

@@ -59,26 +59,51 @@ class Task(ABC):
 
 @register
 @dataclass(frozen=True)
+class AnyOf:
+    """Tokens that all spell one answer of `Answers`, " yes" and "Yes" say: their probabilities add up.
+
+    Not an answer of several tokens, one behind the other: those are for `Options`.
+
+    Args:
+        tokens: of the answer, in any order.
+
+    Raises:
+        ValueError: no tokens, or other things.
+    """
+
+    tokens: Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _integers("tokens", self.tokens, least=1))
+
+
+@register
+@dataclass(frozen=True)
 class Answers(Task):
     """The answer of a causal language model to a prompt, one of C >= 2 tokens: softmax over their logits.
 
-    The logits are those at the last real position of `input_ids`; `labels` [N] index `token_ids`. An answer that
-    several tokens spell, " yes" and "Yes" say, has the sum of their probabilities: the logsumexp of their logits.
+    The logits are those at the last real position of `input_ids`; `labels` [N] index `token_ids`. Of an answer that
+    several tokens spell it is the logsumexp of theirs.
 
     Args:
-        token_ids: of the answers, in the order of the classes: a token each, or a list of tokens.
+        token_ids: of the answers, in the order of the classes: a token each, or `AnyOf` several.
 
     Raises:
         ValueError: not at least two answers, or a token stands there twice.
     """
 
-    token_ids: Sequence[int | Sequence[int]]
+    token_ids: Sequence[int | AnyOf]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _checked_tokens(self.token_ids))
 
+    @property
+    def spellings(self) -> list[list[int]]:
+        """The tokens of each answer."""
+        return [list(answer.tokens) if isinstance(answer, AnyOf) else [answer] for answer in self.token_ids]
+
     def head(self, model: nn.Module) -> Head:
-        return AnswerHead(model, self.token_ids)
+        return AnswerHead(model, self.spellings)
 
     @property
     def likelihood(self) -> Likelihood:
@@ -314,28 +339,34 @@ def _check_flag(argument: str, value: bool) -> None:
         raise ValueError(f"{argument} must be True or False, got {value!r}")
 
 
-def _checked_tokens(token_ids: Any) -> tuple[int | tuple[int, ...], ...]:
-    answers = _listed(token_ids)
-    if len(answers) < 2:
-        raise ValueError(f"token_ids must be at least two integers, or lists of them, got {token_ids!r}")
-    checked: list[int | tuple[int, ...]] = []
-    for answer in answers:
-        tokens = [answer] if hasattr(answer, "__index__") else _listed(answer)
-        if not tokens or any(isinstance(t, bool) or not hasattr(t, "__index__") for t in tokens):
-            raise ValueError(f"token_ids must be at least two integers, or lists of them, got {token_ids!r}")
-        several = tuple(int(token) for token in tokens)
-        checked.append(several[0] if len(several) == 1 else several)
-    flat = [token for answer in checked for token in ((answer,) if isinstance(answer, int) else answer)]
+def _checked_tokens(token_ids: Any) -> tuple[int | AnyOf, ...]:
+    plain = not isinstance(token_ids, Sequence) or not any(isinstance(each, AnyOf) for each in token_ids)
+    if plain:
+        checked: tuple[int | AnyOf, ...] = _integers("token_ids", token_ids, least=2)
+    else:
+        checked = tuple(
+            answer if isinstance(answer, AnyOf) else _integers("token_ids", [answer], least=1)[0]
+            for answer in token_ids
+        )
+    flat = [
+        token for answer in checked for token in (answer.tokens if isinstance(answer, AnyOf) else [answer])
+    ]
+    if len(checked) < 2:
+        raise ValueError(f"token_ids must be at least two integers, got {token_ids!r}")
     if len(set(flat)) < len(flat):
-        raise ValueError(f"token_ids repeats a token: {checked}")
-    return tuple(checked)
+        raise ValueError(f"token_ids repeats a token: {flat}")
+    return checked
 
 
-def _listed(values: Any) -> list[Any]:
-    """The entries of a sequence; none of what is none."""
-    if isinstance(values, Tensor):
-        return list(values.tolist()) if values.dim() else []
+def _integers(argument: str, values: Any, least: int) -> tuple[int, ...]:
+    listed = values.tolist() if isinstance(values, Tensor) else values
     try:
-        return list(values)
+        listed = list(listed)
     except TypeError:
-        return []
+        listed = []
+    if len(listed) < least or any(isinstance(t, bool) or not hasattr(t, "__index__") for t in listed):
+        count = "at least two integers" if least > 1 else "integers"
+        raise ValueError(
+            f"{argument} must be {count}, got {values!r}; of an answer that several tokens spell AnyOf(tokens)"
+        )
+    return tuple(int(token) for token in listed)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laplace_lora_fast import Answers, LaplaceLoRA, Rows
+from laplace_lora_fast import Answers, AnyOf, LaplaceLoRA, Rows
 from laplace_lora_fast.integrations.trainer import answer_batch
 from laplace_lora_fast.options import from_json, to_json
 from tests import oracle, tiny
 from tests.oracle import assert_close
 
-SPELLED = ((5, 9), 11, (7, 20, 3))
+SPELLED = (AnyOf([5, 9]), 11, AnyOf((7, 20, 3)))
 FLAT = [5, 9, 11, 7, 20, 3]
 
 
@@ -60,11 +60,10 @@ def test_probabilities_add_up_over_the_ways_to_spell() -> None:
     assert_close(la.predict(batch, link_approx="map"), expected, 1e-9)
 
 
-def test_one_token_each_is_as_before() -> None:
-    assert Answers([[5], (11,), 7]) == Answers([5, 11, 7]) == Answers(torch.tensor([5, 11, 7]))
-    assert repr(Answers(SPELLED)) == "Answers(token_ids=((5, 9), 11, (7, 20, 3)))"
+def test_forms() -> None:
+    assert repr(Answers(SPELLED)) == "Answers(token_ids=(AnyOf(tokens=(5, 9)), 11, AnyOf(tokens=(7, 20, 3))))"
     assert from_json(to_json(Answers(SPELLED))) == Answers(SPELLED)
-    assert Answers(torch.tensor([[5, 9], [11, 7]])) == Answers([[5, 9], [11, 7]])
+    assert Answers(list(SPELLED)).spellings == [[5, 9], [11], [7, 20, 3]]
 
 
 def test_saving(tmp_path) -> None:
@@ -78,22 +77,28 @@ def test_saving(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("token_ids", "match"),
     [
-        ([[5, 9]], "at least two"),
-        ([[5, 9], []], "at least two integers, or lists"),
-        ([[5, 9], [9]], "repeats a token"),
-        ([[5, "a"], 3], "at least two integers, or lists"),
-        ("no", "at least two integers, or lists"),
+        ([AnyOf([5, 9])], "at least two integers"),
+        ([AnyOf([5, 9]), AnyOf([9])], "repeats a token"),
+        ([AnyOf([5, 9]), "a"], "token_ids must be integers"),
+        ([AnyOf([5, 9]), [3, 4]], "token_ids must be integers"),  # an answer of two tokens is another thing
+        ([[5, 9], [3, 4]], "at least two integers"),
+        ("no", "at least two integers"),
     ],
 )
 def test_what_is_refused(token_ids, match) -> None:
     with pytest.raises(ValueError, match=match):
         Answers(token_ids)
+
+
+def test_no_tokens_and_unknown_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        AnyOf([])
     with pytest.raises(ValueError, match="must lie in"):
-        LaplaceLoRA(tiny.tiny_llama(), Answers([[5, 99], 3]))
+        LaplaceLoRA(tiny.tiny_llama(), Answers([AnyOf([5, 99]), 3]))
 
 
 def test_labels_of_a_trainer_may_be_any_way_to_spell_them() -> None:
     labels = torch.full((3, 4), -100)
     labels[[0, 1, 2], [2, 3, 2]] = torch.tensor([9, 20, 11])
     batch = {"input_ids": torch.ones(3, 4, dtype=torch.long), "labels": labels}
-    assert answer_batch(batch, SPELLED)["labels"].tolist() == [0, 2, 1]
+    assert answer_batch(batch, Answers(SPELLED).spellings)["labels"].tolist() == [0, 2, 1]

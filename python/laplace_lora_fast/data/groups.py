@@ -107,8 +107,8 @@ def option_batches_from_ids(examples: Iterable[Example], batch_size: int) -> lis
     return batched(listed, batch_size)
 
 
-def batched(listed: Sequence[tuple[Any, Any, Any]], batch_size: int) -> list[dict[str, Tensor]]:
-    """Batches of (sequences, flags of their tokens or None, label or ranking or None)."""
+def batched(listed: Sequence[tuple[Any, Any, Any]], batch_size: int, pad: int = 0) -> list[dict[str, Tensor]]:
+    """Batches of (sequences, flags of their tokens or None, label or ranking or None), padded with token `pad`."""
     if not listed:
         raise InvalidBatchError("there are no rows")
     order = sorted(range(len(listed)), key=lambda i: max(map(len, listed[i][0])))
@@ -118,7 +118,7 @@ def batched(listed: Sequence[tuple[Any, Any, Any]], batch_size: int) -> list[dic
         chosen = [listed[i] for i in order[start : start + batch_size]]
         sequences = [ids for each, _, _ in chosen for ids in each]
         batch = {
-            "input_ids": _padded(sequences, 0),
+            "input_ids": _padded(sequences, pad),
             "attention_mask": _padded([[1] * len(s) for s in sequences], 0),
         }
         if chosen[0][1] is not None:

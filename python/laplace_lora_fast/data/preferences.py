@@ -45,8 +45,9 @@ def preference_batches(
         truncate: whether longer ones lose tokens on the left, with a warning that counts them.
 
     Returns:
-        Dicts of `input_ids`, `attention_mask` [S, T], padded on the right, `group` [S], and `labels`: [N] zeros, as the
-        best one comes first, or rankings [N, most sequences]; none where a row has candidates.
+        Dicts of `input_ids`, `attention_mask` [S, T], padded on the right with the tokenizer's pad token (the end of
+        sequence where it has none), as the model's config.pad_token_id has to be; `group` [S]; and `labels`: [N] zeros,
+        as the best one comes first, or rankings [N, most sequences]; none where a row has candidates.
 
     Raises:
         InvalidBatchError: a row lacks a field, or a sequence is too long; names the row.
@@ -59,11 +60,13 @@ def preference_batches(
         cut += sum(len(short) < len(ids) for short, ids in zip(fitting, sequences, strict=True))
         examples.append((fitting, _label(len(fitting), ranking) if ordered else None))
     warn_of_cut(cut, sum(len(each) for each, _ in examples), max_length)
-    return preference_batches_from_ids(examples, batch_size)
+    ends = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    pad = next((each for each in ends if each is not None), 0)
+    return preference_batches_from_ids(examples, batch_size, pad)
 
 
 def preference_batches_from_ids(
-    examples: Iterable[tuple[Sequence[Ids], Label | None]], batch_size: int
+    examples: Iterable[tuple[Sequence[Ids], Label | None]], batch_size: int, pad: int = 0
 ) -> list[dict[str, Tensor]]:
     """Batches for `Preference` from token ids.
 
@@ -71,6 +74,8 @@ def preference_batches_from_ids(
         examples: (sequences, label) of each; the label is the preferred one's place, or all places, the best one's
             first; None where there is none.
         batch_size: examples in a batch; those of like length stand together.
+        pad: the token behind short sequences: the model's config.pad_token_id, by which a decoder with a
+            classification head knows where a sequence ends.
 
     Raises:
         InvalidBatchError: an example has fewer than two sequences, an empty one, or a wrong label.
@@ -80,7 +85,7 @@ def preference_batches_from_ids(
         if len(sequences) < 2 or not all(len(ids) for ids in sequences):
             raise InvalidBatchError(f"example {number} needs at least two sequences, none of them empty")
         listed.append(([list(ids) for ids in sequences], None, label))
-    return batched(listed, batch_size)
+    return batched(listed, batch_size, pad)
 
 
 def direct_preference_batches(

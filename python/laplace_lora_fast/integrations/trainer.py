@@ -197,7 +197,7 @@ class _Batches:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self._loader:
             if isinstance(self._task, Answers):
-                yield answer_batch(batch, self._task.token_ids)
+                yield answer_batch(batch, self._task.spellings)
             elif isinstance(self._task, Preference):
                 yield pair_batch(batch)
             else:

@@ -113,23 +113,22 @@ class AnswerHead(CausalHead):
 
     Args:
         model: the model.
-        token_ids: of the answers, in the order of the classes; several of an answer that several tokens spell.
+        spellings: the tokens of each answer, in the order of the classes: any of them says it.
 
     Raises:
         ValueError: the model is no causal language model, or a token is none of its vocabulary.
     """
 
-    def __init__(self, model: nn.Module, token_ids: Sequence[int | Sequence[int]]) -> None:
+    def __init__(self, model: nn.Module, spellings: Sequence[Sequence[int]]) -> None:
         super().__init__(model)
         size = getattr(getattr(model, "config", None), "vocab_size", None)
-        spelled = [[answer] if isinstance(answer, int) else list(answer) for answer in token_ids]
-        flat = [token for tokens in spelled for token in tokens]
+        flat = [token for tokens in spellings for token in tokens]
         if size is not None and not (min(flat) >= 0 and max(flat) < size):
-            raise ValueError(f"token_ids must lie in [0, {size}), got {list(token_ids)}")
-        self._sizes = [len(tokens) for tokens in spelled]
+            raise ValueError(f"token_ids must lie in [0, {size}), got {flat}")
+        self._sizes = [len(tokens) for tokens in spellings]
         with torch.inference_mode(False):  # the graph of the logits keeps them
             self.features = torch.tensor(flat)
-        self.n_outputs = len(token_ids)
+        self.n_outputs = len(spellings)
 
     def positions(self, inputs: Inputs) -> tuple[Tensor, None]:
         if inputs.last is None:
