@@ -105,6 +105,7 @@ class LaplacePredictive(LaplaceState):
         Raises:
             ValueError: the task's likelihood does not say what is aleatoric, or `n_samples` would not be looked at.
         """
+        self._require_answers()
         precisions = self._resolve(prior_precision)[:, None]
         parts = []
         for block in self._distribution([without_labels(batch)], precisions):
