@@ -45,6 +45,7 @@ from laplace_kernels.dispatch import (
     register_op,
     use_backend,
 )
+from laplace_kernels.halves import halves
 from laplace_kernels.op import Op
 from laplace_kernels.ops.checks import accumulation_dtype, members
 
@@ -60,9 +61,12 @@ __all__ = [
     "gram_",
     "gram_group_",
     "gram_sketch_",
+    "halves",
+    "jacobian",
     "jacobian_stats",
     "kron_apply",
     "mirror_",
+    "project_",
     "register_backend",
     "register_kernel",
     "register_op",
@@ -153,6 +157,46 @@ def gram_group_(
     alphas = [1.0] * len(Cs) if alphas is None else members("alphas", alphas)
     if Cs or Xs or masks or alphas:
         call(ops.gram_group.OP, Cs, Xs, masks, alphas)
+
+
+def project_(Z: Tensor, X: Tensor, W: Tensor) -> Tensor:
+    r"""Write X W to Z: a stream of rows times a thin matrix, with fp32 sums and no fp32 copy of the stream.
+
+    Args:
+        Z: [T, n], fp32 (fp64 if X is fp64), contiguous rows. Overwritten.
+        X: [T, d], bf16, fp16, fp32 or fp64. T may be 0.
+        W: [d, n], any of these dtypes (fp64 if X is). Used at its own precision: beside a 16-bit X a fp32 W is
+            multiplied as two halves (see `halves`); columns given as halves in the dtype of X save making them.
+
+    Returns:
+        Z.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device or stride does not fit, or Z shares memory with an input.
+    """
+    call(ops.project.OP, Z, X, W)
+    return Z
+
+
+def jacobian(small: Tensor, large: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Jacobians of a LoRA weight: $J_n = \sum_{t:\,mask_{nt}} small_{nt} \otimes large_{nt}$.
+
+    Args:
+        small: [N, T, r]: output gradients of lora_A, or inputs of lora_B. Used at its own precision.
+        large: [N, T, d]: inputs of lora_A, or output gradients of lora_B; of 16 bits it is not copied to fp32 where the
+            library sums its products in fp32.
+        mask: [N, T] bool, True where a token counts. None keeps all.
+
+    Returns:
+        [N, r, d], fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape or device does not fit.
+    """
+    out: Tensor = call(ops.jacobian.OP, small, large, mask)
+    return out
 
 
 def jacobian_stats(

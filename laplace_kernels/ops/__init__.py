@@ -1,5 +1,23 @@
 """The ops, one a file: schema, checks, shape of the results, definition in plain PyTorch."""
 
-from laplace_kernels.ops import gram, gram_group, gram_sketch, jacobian_stats, kron_apply, mirror
+from laplace_kernels.ops import (
+    gram,
+    gram_group,
+    gram_sketch,
+    jacobian,
+    jacobian_stats,
+    kron_apply,
+    mirror,
+    project,
+)
 
-__all__ = ["gram", "gram_group", "gram_sketch", "jacobian_stats", "kron_apply", "mirror"]
+__all__ = [
+    "gram",
+    "gram_group",
+    "gram_sketch",
+    "jacobian",
+    "jacobian_stats",
+    "kron_apply",
+    "mirror",
+    "project",
+]

@@ -13,6 +13,13 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 24  # elements converted or masked at a time: 64 MiB of fp32
 
 
+def sums_in_fp32(X: Tensor) -> bool:
+    """Whether the library multiplies X with 16-bit matrices and sums in fp32: cuBLAS; the meta device stands for it."""
+    if X.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return X.device.type == "meta" or (X.is_cuda and torch.version.cuda is not None)
+
+
 def row_blocks(X: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
     """The rows of X in `dtype`, masked ones zeroed: X itself if that takes no copy, else in blocks."""
     if mask is None and X.dtype == dtype:
@@ -24,7 +31,7 @@ def row_blocks(X: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[T
         yield select(X[block], None if mask is None else mask[block, None], dtype)
 
 
-def select(X: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """X in `dtype`, zero where `keep` is False."""
-    X = X.to(dtype)
+def select(X: Tensor, keep: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """X in `dtype` (None: its own), zero where `keep` is False."""
+    X = X if dtype is None else X.to(dtype)
     return X if keep is None else torch.where(keep, X, 0)

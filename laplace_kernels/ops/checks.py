@@ -43,7 +43,7 @@ def check_companion(
 def check_accumulator(
     name: str, tensor: Tensor, shape: tuple[int, int], other_name: str, other: Tensor
 ) -> None:
-    """A matrix that sums products of `other`: shape, dtype, strides, device."""
+    """A matrix for products of `other`: shape, dtype, strides, device."""
     check_float(name, tensor, 2)
     _check_shape(name, tensor, shape, other_name, other)
     dtype = accumulation_dtype(other.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from laplace_kernels.dispatch import register_op
 from laplace_kernels.op import Op
-from laplace_kernels.ops.blocks import row_blocks
+from laplace_kernels.ops import blocks
 from laplace_kernels.ops.checks import check_accumulator, check_float, check_mask, check_number
 
 # Rows of C (at most) and of X per GEMM of `_syrk_` on CPU; measured for d in 256..4096, T in 64..2048, one and two
@@ -26,8 +26,8 @@ def check(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float, suffix: str =
 
 def reference(C: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
     """Lower triangle of C += alpha * X^T X over the unmasked rows."""
-    native = X.dtype in (torch.bfloat16, torch.float16) and X.is_cuda and torch.version.cuda is not None
-    for x in row_blocks(X, mask, X.dtype if native else C.dtype):
+    native = blocks.sums_in_fp32(X)
+    for x in blocks.row_blocks(X, mask, X.dtype if native else C.dtype):
         if native:  # tensor cores read the low-precision rows, accumulate and write fp32
             C.add_(torch.mm(x.mT, x, out_dtype=C.dtype), alpha=alpha)
         else:

@@ -14,6 +14,7 @@ from laplace_kernels.ops.checks import (
     check_float,
     check_mask,
 )
+from laplace_kernels.ops.jacobian import contract
 
 
 def check(small: Tensor, large: Tensor, basis: Tensor, mask: Tensor | None, row_grams: bool) -> None:
@@ -51,6 +52,8 @@ def reference(
     C, k = max(Cs, Cl), basis.shape[1]
     P, D = fake(small, large, basis, mask, row_grams)
     basis = basis.to(P.dtype)
+    if blocks.sums_in_fp32(large):
+        return _from_16_bits(small, large, basis, mask, row_grams)
     # multiply-adds per example of (large basis) first, against those of P from an already formed Jt
     project_first = T * k * (Cl * d + C * r) < C * r * d * (k if row_grams else k + T)
 
@@ -65,9 +68,32 @@ def reference(
         else:
             P[n] = jacobian @ basis
         if jacobian is not None and row_grams:
-            rows = jacobian.transpose(1, 2).contiguous()  # batched GEMMs want it so
-            D[n] = rows @ rows.mT
+            D[n] = _row_grams(jacobian)
     return P, D
+
+
+def _from_16_bits(
+    small: Tensor, large: Tensor, basis: Tensor, mask: Tensor | None, row_grams: bool
+) -> tuple[Tensor, Tensor]:
+    """Without a fp32 copy of `large`: the Jacobians first, whose sums are fp32."""
+    N, Cs, T, r = small.shape
+    _, Cl, _, d = large.shape
+    keep = None if mask is None else mask[:, None, :, None]
+    small, large = blocks.select(small, keep).mT, blocks.select(large, keep)
+    if Cl == 1:
+        jacobian = contract(small.reshape(N, Cs * r, T), large[:, 0]).view(N, Cs, r, d)
+    else:
+        C = max(Cs, Cl)
+        small = small.expand(N, C, r, T).flatten(0, 1)
+        jacobian = contract(small, large.flatten(0, 1)).view(N, C, r, d)
+    empty = jacobian.new_empty(0)
+    return jacobian @ basis, _row_grams(jacobian) if row_grams else empty
+
+
+def _row_grams(jacobian: Tensor) -> Tensor:
+    """[N, C, r, d] -> [N, r, C, C]."""
+    rows = jacobian.transpose(1, 2).contiguous()  # batched GEMMs want it so
+    return rows @ rows.mT
 
 
 def _contract_tokens(s: Tensor, g: Tensor) -> Tensor:

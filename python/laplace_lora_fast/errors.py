@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class DeferredChecks:
     def __init__(self) -> None:
         self._pending: dict[tuple[type[LaplaceError], str], Tensor] = {}
         self._places: dict[tuple[type[LaplaceError], str], Tensor] = {}
+        self._pending_each: dict[tuple[str, ...], Tensor] = {}
 
     def require(self, ok: Tensor, message: str, error: type[LaplaceError] = InvalidBatchError) -> None:
         """Raises `error` with `message`, now or in `settle`, unless the boolean scalar `ok` is true."""
@@ -67,12 +70,25 @@ class DeferredChecks:
         first = ok.new_full((), -1, dtype=torch.long) if first is None else first
         self._places[error, message] = first.where(ok | (first >= 0), index)
 
+    def require_each(self, ok: Tensor, messages: Sequence[str]) -> None:
+        """As `require` for each of the conditions ok [n], with its own message."""
+        if ok.device.type == "cpu":
+            for holds, message in zip(ok.tolist(), messages, strict=True):
+                if not holds:
+                    self.require(torch.tensor(False), message)
+        else:
+            earlier = self._pending_each.get(tuple(messages))
+            self._pending_each[tuple(messages)] = ok if earlier is None else earlier & ok
+
     def settle(self) -> None:
         """Reads all pending conditions.
 
         Raises:
             LaplaceError: the first that does not hold.
         """
+        each, self._pending_each = self._pending_each, {}
+        for messages, conditions in each.items():
+            self.require_each(conditions.cpu(), messages)
         pending, self._pending = self._pending, {}
         for (error, message), ok in pending.items():
             if not ok:

@@ -76,6 +76,15 @@ def _gram_group(make: _Maker, T: int, d: int) -> Sample:
     return [[make.zeros(d, d), make.zeros(d + 1, d + 1)], Xs, [None, make.mask(Xs[1])], [1.0, 0.5]]
 
 
+def _project(make: _Maker, T: int, d: int) -> Sample:
+    return [make.zeros(T, 4), make.rows(T, d), make.companion(d, 4)]
+
+
+def _jacobian(make: _Maker, T: int, d: int) -> Sample:
+    small, large = make.companion(2, T, 4), make.rows(2, T, d)
+    return [small, large, make.mask(large)]
+
+
 def _jacobian_stats(make: _Maker, T: int, d: int) -> Sample:
     small, large = make.rows(2, 3, T, 4), make.rows(2, 1, T, d)
     return [small, large, make.companion(d, d - 1), make.mask(large[:, 0]), True]
@@ -89,8 +98,10 @@ _SAMPLES: dict[str, Callable[[_Maker, int, int], Sample]] = {
     "gram_": _gram,
     "gram_sketch_": _gram_sketch,
     "gram_group_": _gram_group,
+    "jacobian": _jacobian,
     "jacobian_stats": _jacobian_stats,
     "kron_apply": _kron_apply,
+    "project_": _project,
 }
 
 

@@ -9,6 +9,7 @@ import laplace_kernels as lk
 from laplace_kernels.ops import blocks
 from tests.kernels import inputs, oracles
 from tests.kernels.inputs import keep, zeros
+from tests.kernels.native import sixteen_bit_products
 
 shared = st.sampled_from(("small", "large", "neither"))
 
@@ -88,6 +89,24 @@ def test_examples_in_blocks(monkeypatch):
     exact_P, exact_D = oracles.jacobian_stats(small, large, basis, mask)
     oracles.assert_near(P, exact_P)
     oracles.assert_near(D, exact_D)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", ["small", "large", "neither"])
+@pytest.mark.parametrize("row_grams", [True, False])
+def test_sixteen_bit_products(shared, dtype, row_grams):
+    """As on a GPU, a more precise `small` beside 16-bit `large`."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = operands(shared, 3, 2, 7, 4, 10, dtype, generator)
+    small = small + 1e-3 * torch.randn(small.shape, generator=generator)
+    basis, mask = torch.randn(10, 5, generator=generator), torch.rand(3, 7, generator=generator) < 0.6
+    large[~mask[:, None].expand(large.shape[:3])] = torch.nan
+    with sixteen_bit_products():
+        P, D = lk.jacobian_stats(small, large, basis, mask, row_grams=row_grams)
+    exact_P, exact_D = oracles.jacobian_stats(small, large, basis, mask)
+    oracles.assert_near(P, exact_P, 1e-5)
+    if row_grams:
+        oracles.assert_near(D, exact_D, 2e-5)
 
 
 def test_without_row_grams_the_fake_agrees():

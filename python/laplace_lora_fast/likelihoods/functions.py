@@ -91,7 +91,7 @@ class OneSequence(Functions):
         return self._directions.to(u).expand(len(u), -1, -1)
 
     def combine(self, passes: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.stack(list(passes), 1)]
+        return [passes[0][:, None] if len(passes) == 1 else torch.stack(list(passes), 1)]
 
     def by_example(self, rows: Tensor) -> Tensor:
         return rows

@@ -39,6 +39,7 @@ class Inputs:
         positions: [S, T] number of real tokens before each one, where the model may have to be told them.
         group: [S] the example that each sequence belongs to, on the CPU; None where each is an example.
         own: what the head asked for and the model is not given.
+        pads: where the mask, flat, is False, if that could be read without waiting; None with the mask.
     """
 
     model: dict[str, Any]
@@ -50,6 +51,7 @@ class Inputs:
     positions: Tensor | None = None
     group: Tensor | None = None
     own: dict[str, Tensor] = field(default_factory=dict)
+    pads: Tensor | None = None
 
     @property
     def n_examples(self) -> int:
@@ -110,7 +112,13 @@ def read_batch(
         positions=None if positions is None or mask is None else (positions - 1).clamp(min=0),
         group=_checked_group(batch.get("group"), n, grouped),
         own={key: _required(batch, key) for key in own},
+        pads=None if mask is None or mask.device.type != "cpu" else to_device(_places(~mask), device),
     )
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where a mask, flat, is True."""
+    return mask.flatten().nonzero().flatten()
 
 
 def _required(batch: Batch, key: str) -> Tensor:

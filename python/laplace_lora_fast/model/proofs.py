@@ -13,7 +13,7 @@ In every batch the gradients at pads are zero, or their inputs are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
+from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import Tapped
 
+_WAITING_BYTES = 2**24  # of tokens at pads
 _LEAVE_OUT = "or leave them out: LaplaceLoRA(.., layers=lambda name: ..)"
 
 
@@ -167,8 +169,51 @@ def _listed(names: Sequence[str]) -> str:
     return f"layer {shown}" if len(names) == 1 else f"layers {shown} ({len(names)} of them)"
 
 
+class PadTokens:
+    """At which pads streams are not zero. Only the tokens there are read, and reduced many streams at a time.
+
+    Args:
+        pads: [P] their places in a stream [S T, d].
+    """
+
+    def __init__(self, pads: Tensor) -> None:
+        self._pads = pads
+        self._waiting: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, list[Hashable]]] = {}
+        self._nonzero: dict[Hashable, Tensor] = {}
+
+    def add(self, key: Hashable, stream: Tensor) -> None:
+        """A stream [S, T, d]; it is read now and not kept."""
+        width, device = stream.shape[-1], stream.device
+        kind = width, stream.dtype, device
+        if kind not in self._waiting:
+            room = _WAITING_BYTES // (len(self._pads) * width * stream.itemsize)
+            self._waiting[kind] = stream.new_empty(min(max(room, 1), 64), len(self._pads), width), []
+        tokens, keys = self._waiting[kind]
+        pads = self._pads if device == self._pads.device else self._pads.to(device, non_blocking=True)
+        torch.index_select(stream.reshape(-1, width), 0, pads, out=tokens[len(keys)])
+        keys.append(key)
+        if len(keys) == len(tokens):
+            self._reduce(tokens, keys)
+
+    def nonzero(self, keys: Sequence[Hashable]) -> Tensor:
+        """[streams, P], on one device."""
+        for tokens, waiting in self._waiting.values():
+            self._reduce(tokens, waiting)
+        flags = [self._nonzero[key] for key in keys]
+        return torch.stack([each.to(flags[0].device, non_blocking=True) for each in flags])
+
+    def _reduce(self, tokens: Tensor, keys: list[Hashable]) -> None:
+        if keys:
+            self._nonzero.update(zip(keys, _nonzero(tokens[: len(keys)]).unbind(), strict=True))
+            keys.clear()
+
+
 class Leaks:
     """Conditions on the streams of a tap; nothing here waits for the device.
+
+    No weight gradient comes from pads, where the input or the output gradient has to be zero. BERT, say, pools the
+    first position, a pad if padding is on the left. Mamba's gradients do reach left pads, but their inputs are zero
+    there.
 
     Args:
         checks: takes the conditions.
@@ -176,33 +221,47 @@ class Leaks:
 
     def __init__(self, checks: DeferredChecks) -> None:
         self._checks = checks
-        self._pads: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # of a group: which tokens are pads, and see `_nonzero_at`
+        self._mask: Tensor | None = None
+        self._pads: PadTokens | None = None
+        self._padded: set[int] = set()  # groups with the batch's own mask
+        self._nonzero: dict[int, Tensor] = {}  # of other groups: at which pads their input is not zero
+        self._reached: list[tuple[int, str]] = []  # by this pass: group and layer
 
-    def start_batch(self) -> None:
+    def start_batch(self, inputs: Inputs) -> None:
         """Forgets the last batch."""
-        self._pads.clear()
+        self._mask = inputs.mask
+        self._pads = None if inputs.pads is None else PadTokens(inputs.pads)
+        for held in (self._padded, self._nonzero, self._reached):
+            held.clear()
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        """Input x [S, T, d] of the layers in `group`: keeps at which pads it is not zero."""
-        if mask is not None:
-            pads = ~mask
-            self._pads[group] = pads, _nonzero_at(x, pads)
+        """Input x [S, T, d] of the layers in `group`."""
+        if mask is not None and mask is self._mask and self._pads is not None:
+            self._pads.add(("x", group), x)
+            self._padded.add(group)
+        elif (
+            mask is not None
+        ):  # on the device, or of a layer that runs several times: the host does not know the pads
+            self._nonzero[group] = ~mask & _nonzero(x)
 
-    def require_off_pads(self, group: int, g: Tensor, layer: str) -> None:
-        """No weight gradient comes from pads, where the input or the output gradient g [S, T, d] has to be zero.
+    def observe_gradient(self, group: int, g: Tensor, layer: str) -> None:
+        """Gradient g [S, T, d] of a layer in `group`."""
+        if group in self._padded:
+            assert self._pads is not None
+            self._pads.add(("g", layer), g)
+            self._reached.append((group, layer))
+        elif group in self._nonzero:
+            self._checks.require(~(_nonzero(g) & self._nonzero[group]).any(), _pads_are_read(layer))
 
-        BERT, say, pools the first position, a pad if padding is on the left. Mamba's gradients do reach left pads,
-        but their inputs are zero there.
-        """
-        if group in self._pads:
-            pads, inputs = self._pads[group]
-            self._checks.require(
-                ~(_nonzero_at(g, pads) & inputs).any(),
-                f"the logits depend on padded positions of layer {layer!r}: pad on the other side, or use batches "
-                "without padding",
-            )
+    def finish_pass(self) -> None:
+        """After a backward pass: one condition for all of its layers."""
+        if self._reached:
+            assert self._pads is not None
+            gradients = self._pads.nonzero([("g", layer) for _, layer in self._reached])
+            inputs = self._pads.nonzero([("x", group) for group, _ in self._reached])
+            messages = [_pads_are_read(layer) for _, layer in self._reached]
+            self._checks.require_each(~(gradients & inputs).any(1), messages)
+            self._reached.clear()
 
     def require_own_row(self, g: Tensor, mask: Tensor | None, layer: str) -> None:
         """The gradient g [S, T, d] of the first sequence's outputs is zero in all rows but the first.
@@ -227,9 +286,11 @@ def first_sequence(u: Tensor) -> Tensor:
     return cotangent
 
 
-def _nonzero_at(x: Tensor, pads: Tensor) -> Tensor:
-    """Which pads of x [S, T, d] are not zero: one flag a pad, or [S, T] on a GPU, where counting pads would wait."""
-    return _nonzero(x[pads]) if x.device.type == "cpu" else _nonzero(x) & pads
+def _pads_are_read(layer: str) -> str:
+    return (
+        f"the logits depend on padded positions of layer {layer!r}: pad on the other side, or use batches "
+        "without padding"
+    )
 
 
 def _nonzero(x: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Tap:
             inputs = self.head.placed(self.model, inputs)
         self._inputs = inputs
         self._sharing.start()
-        self._leaks.start_batch()
+        self._leaks.start_batch(inputs)
         self._streams.clear()
         self._outputs.clear()
         self._reached.clear()
@@ -218,6 +218,7 @@ class Tap:
             self._backward_phase = False
         for index in sorted(self._gradients):  # uses that nothing depends on
             self._deliver_gradient(index)
+        self._leaks.finish_pass()
         if last:
             require_gradients(self.layers, self._reached)
         return found[: len(self._parameters)]
@@ -328,7 +329,7 @@ class Tap:
         g, mask = _joined([uses[use] for use in sorted(uses)])
         assert self.shared_inputs is not None
         assert self.observer is not None
-        self._leaks.require_off_pads(self.shared_inputs[index], g, layer.name)
+        self._leaks.observe_gradient(self.shared_inputs[index], g, layer.name)
         if layer.normalised:
             self.observer.observe_alignment(index, _aligned(g, _joined(self._outputs[index])[0], mask))
         if layer.features is not None:

@@ -8,16 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+import laplace_kernels as lk
 from laplace_lora_fast.errors import InvalidBatchError, NumericalError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.base import Accumulator, State, Step, require_finite
-from laplace_lora_fast.structures.jacobians import JacobianListener
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.listener import RowListener
 from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
-from laplace_lora_fast.structures.rows.sketch import random_projection, sketched
+from laplace_lora_fast.structures.rows.sketch import random_projection
 from laplace_lora_fast.structures.rows.store import RowStore
 from laplace_lora_fast.weights import LoraWeights, matrices, weight_names
 
@@ -61,7 +62,7 @@ class Pieces:
             self._of_size[size] = [ranks.gather(torch.cat(mine) if mine else None)]
 
 
-class RowAccumulator(JacobianListener, Accumulator):
+class RowAccumulator(RowListener, Accumulator):
     """Listener that keeps the sketched Jacobian rows of every weight, example by example.
 
     With the exact Fisher they are the rows of the examples' functions, which vanish nowhere and serve any root of the
@@ -88,11 +89,11 @@ class RowAccumulator(JacobianListener, Accumulator):
         seed: int,
     ) -> None:
         self._names, self._means = weight_names(layer.name for layer in layers), matrices(layers)
-        super().__init__(layers, [None] * len(self._names))
-        self._projections = [
+        projections = [
             random_projection(mean.shape[1], columns, seed + index, mean)
             for index, mean in enumerate(self._means)
         ]
+        super().__init__(layers, projections)
         self._likelihood, self._fisher = likelihood, fisher
         self._store = RowStore(len(self._names), budget)
         self._batch: list[list[Tensor]] = [[] for _ in self._names]  # [S, r m] a pass
@@ -115,15 +116,17 @@ class RowAccumulator(JacobianListener, Accumulator):
         self._of_batch["roots"].append(passes, unit.expand(step.functions.n_examples, -1, -1))
         return cotangents
 
-    def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
-        self._batch[weight].append(sketched(small, large, self._projections[weight]))
+    def observe_rows(self, weight: int, rows: Tensor) -> None:
+        self._batch[weight].append(rows)
 
     def finish_pass(self) -> None:
         """Weights that the backward pass did not reach have zero rows."""
+        super().finish_pass()
         passes = max(len(rows) for rows in self._batch)
         for rows, mean, projection in zip(self._batch, self._means, self._projections, strict=True):
             if len(rows) < passes:
-                rows.append(projection.new_zeros(self._n_sequences, mean.shape[0] * projection.shape[1]))
+                shape = self._n_sequences, mean.shape[0] * projection.shape[1]
+                rows.append(projection.new_zeros(shape, dtype=lk.accumulation_dtype(mean.dtype)))
 
     def finish(self) -> None:
         """A batch is over: its rows are complete, example by example. Only now it is taken in."""

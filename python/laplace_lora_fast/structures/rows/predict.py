@@ -10,8 +10,7 @@ from torch import Tensor
 
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.structures.base import Predictor, Step
-from laplace_lora_fast.structures.jacobians import JacobianListener
-from laplace_lora_fast.structures.rows.sketch import sketched
+from laplace_lora_fast.structures.rows.listener import RowListener
 from laplace_lora_fast.structures.rows.solver import Solver
 from laplace_lora_fast.weights import LoraWeights
 
@@ -31,7 +30,7 @@ class Products:
     cross: Tensor
 
 
-class RowPredictor(JacobianListener, Predictor[Products]):
+class RowPredictor(RowListener, Predictor[Products]):
     """Covariances J* Lambda^-1 J*^T - K*R (I + K)^-1 KR* under G priors.
 
     Rows of weights in one part, which share their prior precision under each of the priors, are summed on the way; rows
@@ -55,8 +54,8 @@ class RowPredictor(JacobianListener, Predictor[Products]):
         solvers: Iterable[Solver],
         refitted: bool,
     ) -> None:
-        super().__init__(layers, [None] * len(rows))
-        self._rows, self._projections, self._parts, self._solvers = rows, projections, parts, solvers
+        super().__init__(layers, projections)
+        self._rows, self._parts, self._solvers = rows, parts, solvers
         self._refitted, self._passes = refitted, 1
         self._features: dict[int, list[Tensor]] = {}
         self._functions: Functions | None = None
@@ -103,15 +102,15 @@ class RowPredictor(JacobianListener, Predictor[Products]):
             for block, shift, cov in zip(joined, shifts, covs, strict=True)
         ]
 
-    def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
+    def observe_rows(self, weight: int, rows: Tensor) -> None:
         waiting = self._features.setdefault(weight, [])
-        waiting.append(sketched(small, large, self._projections[weight]))
+        waiting.append(rows)
         if len(waiting) < self._passes:
             return
         assert self._functions is not None
         part = self._parts[weight]
-        rows = self._functions.combine(self._features.pop(weight))  # [N, K, r m] each
-        for block, features in zip(self._blocks, rows, strict=True):
+        combined = self._functions.combine(self._features.pop(weight))  # [N, K, r m] each
+        for block, features in zip(self._blocks, combined, strict=True):
             features = features.double()
             block.own[part] += (features @ features.mT).to(block.own.device)
             block.cross[part] += (features @ self._rows[weight].to(features).mT).to(block.cross.device)

@@ -9,13 +9,18 @@ import laplace_kernels as lk
 
 
 def random_projection(dim: int, columns: int, seed: int, like: Tensor) -> Tensor:
-    """Omega [d, min(m, d)] with orthogonal columns of length sqrt(d / m); the identity for m >= d."""
+    """Omega [d, min(m, d)] with orthogonal columns of length sqrt(d / m); the identity for m >= d.
+
+    In bf16 unless the model is in fp64: any Omega will do, and so it is multiplied with 16-bit streams exactly, and takes
+    half of the memory.
+    """
     dtype = lk.accumulation_dtype(like.dtype)
+    kept = dtype if dtype == torch.float64 else torch.bfloat16
     if columns >= dim:
-        return torch.eye(dim, dtype=dtype, device=like.device)
+        return torch.eye(dim, dtype=kept, device=like.device)
     noise = torch.randn(dim, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     basis: Tensor = torch.linalg.qr(noise).Q.contiguous()
-    omega: Tensor = (basis * (dim / columns) ** 0.5).to(like.device, dtype)
+    omega: Tensor = (basis * (dim / columns) ** 0.5).to(like.device, kept)
     return omega
 
 

@@ -1,0 +1,44 @@
+"""`project_`: a stream of rows times a thin matrix, summed in fp32 without a fp32 copy of the stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laplace_kernels.dispatch import register_op
+from laplace_kernels.halves import halves
+from laplace_kernels.op import Op
+from laplace_kernels.ops import blocks
+from laplace_kernels.ops.checks import check_accumulator, check_companion, check_float
+
+
+def check(Z: Tensor, X: Tensor, W: Tensor) -> None:
+    """X, W, Z."""
+    check_float("X", X, 2)
+    check_float("W", W, 2)
+    (T, d), n = X.shape, W.shape[1]
+    check_companion("W", W, (d, n), "X", X)
+    check_accumulator("Z", Z, (T, n), "X", X)
+
+
+def reference(Z: Tensor, X: Tensor, W: Tensor) -> None:
+    """Z = X W, W at its own precision."""
+    if blocks.sums_in_fp32(X):
+        if W.dtype == X.dtype:
+            torch.mm(X, W, out_dtype=Z.dtype, out=Z)
+            return
+        high, low, scale = halves(W.to(Z.dtype), X.dtype)
+        torch.mm(X, high, out_dtype=Z.dtype, out=Z)
+        Z += torch.mm(X, low, out_dtype=Z.dtype)
+        if scale is not None:
+            Z /= scale
+        return
+    W, done = W.to(Z.dtype), 0
+    for x in blocks.row_blocks(X, None, Z.dtype):
+        torch.mm(x, W, out=Z[done : done + len(x)])
+        done += len(x)
+
+
+OP = register_op(
+    Op("project_(Tensor(a!) Z, Tensor X, Tensor W) -> ()", probe="X", check=check, reference=reference)
+)

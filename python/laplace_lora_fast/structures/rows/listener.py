@@ -1,0 +1,77 @@
+"""Streams to sketched Jacobian rows, the way that suits the device."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from laplace_lora_fast.structures.base import Step
+from laplace_lora_fast.structures.jacobians import JacobianListener
+from laplace_lora_fast.structures.rows import products
+from laplace_lora_fast.structures.rows.sketch import sketched
+from laplace_lora_fast.weights import LoraWeights
+
+
+class RowListener(JacobianListener):
+    """Listener that hands on the sketched Jacobian of every weight, one backward pass at a time.
+
+    16-bit streams of a GPU are projected as they pass by, those of like layers together at the end of a pass (see
+    `products`); of all others the Jacobian comes first, as soon as its gradient is there.
+
+    Args:
+        layers: the tapped layers.
+        projections: Omega of every weight.
+    """
+
+    def __init__(self, layers: Sequence[LoraWeights], projections: Sequence[Tensor]) -> None:
+        super().__init__(layers, [None] * len(projections))
+        self._layers, self._projections = layers, list(projections)
+        self._streams: products.ProjectedStreams | None = None
+        self._first_inputs: list[tuple[int, Tensor, Tensor | None]] = []
+
+    def start(self, step: Step) -> Tensor:
+        cotangents = super().start(step)
+        if self._first_inputs:  # only now it is known which layers share them
+            self._streams = products.ProjectedStreams(self._layers, self._projections)
+            for group, x, _ in self._first_inputs:
+                members = [layer for layer, leader in enumerate(step.shared_inputs) if leader == group]
+                self._streams.enter(group, members, x)
+            for first in self._first_inputs:
+                self._streams.take_input(*first)
+            self._first_inputs.clear()
+        return cotangents
+
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        if not products.are_taken_of(x):
+            super().observe_input(group, x, mask)
+        elif self._streams is None:
+            self._first_inputs.append((group, x, mask))
+        else:
+            self._streams.take_input(group, x, mask)
+
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+        group = self._shared_inputs[layer]
+        if self._streams is not None and self._streams.takes(group):
+            self._streams.take_gradient(group, layer, g)
+        else:
+            super().observe_gradient(layer, g, mask)
+
+    def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
+        self.observe_rows(weight, sketched(small, large, self._projections[weight]))
+
+    @abstractmethod
+    def observe_rows(self, weight: int, rows: Tensor) -> None:
+        """J Omega [S, r m] of every sequence in this backward pass."""
+
+    def finish_pass(self) -> None:
+        if self._streams is not None:
+            for weight, rows in self._streams.rows():
+                self.observe_rows(weight, rows)
+
+    def forget(self) -> None:
+        super().forget()
+        self._first_inputs.clear()
+        if self._streams is not None:
+            self._streams.forget()

@@ -1,0 +1,219 @@
+"""Sketched Jacobians without a second look at a stream: both its products are taken while it passes by.
+
+    lora_A    J Omega = sum over tokens of (s B^T g) (x) (Omega^T x)
+    lora_B    J Omega = sum over tokens of (s A x) (x) (Omega^T g)
+
+So one product with the columns [A^T of every layer fed by x | Omega of each lora_A] is all that is needed of x, one
+with [B | Omega of lora_B] all of g: both are read once, in the dtype they have, and neither is kept. What is left are
+products of thin fp32 matrices, [T, r] and [T, m], of all layers of one shape together.
+
+That is how 16-bit streams go on a GPU, where it costs about a read of x and g. It takes T d m multiplications, where
+the Jacobian first takes T d r: more than a CPU, or a GPU in fp32, has to spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import laplace_kernels as lk
+from laplace_lora_fast.weights import LoraWeights, by_layer, positions
+
+
+def are_taken_of(stream: Tensor) -> bool:
+    """Whether a stream goes this way."""
+    return stream.dtype in (torch.bfloat16, torch.float16) and stream.device.type != "cpu"
+
+
+class Columns:
+    """What a stream is multiplied with: parts [d, n], one beside the other.
+
+    A part that is more precise than a 16-bit stream becomes two halves: first the high ones of all such parts, then the
+    low ones, then the parts that are exact.
+
+    Args:
+        parts: [d, n] each.
+        stream: gives the dtype.
+
+    Attributes:
+        matrix: [d, columns], in the stream's dtype.
+        split: columns of all high halves.
+        scales: [split] by which fp16 halves are too large, or None.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], stream: Tensor) -> None:
+        dtype, wide = stream.dtype, lk.accumulation_dtype(stream.dtype)
+        parts = [part.to(wide) if dtype == wide else part for part in parts]
+        exact = [part.dtype == dtype for part in parts]
+        pairs = [lk.halves(part, dtype) for part, is_exact in zip(parts, exact, strict=True) if not is_exact]
+        whole = [part for part, is_exact in zip(parts, exact, strict=True) if is_exact]
+        rows = [*(high for high, _, _ in pairs), *(low for _, low, _ in pairs), *whole]
+        self.matrix = torch.cat([part.mT for part in rows]).contiguous().mT  # products want its columns so
+        self.split = sum(high.shape[1] for high, _, _ in pairs)
+        scales = [scale.expand(high.shape[1]) for high, _, scale in pairs if scale is not None]
+        self.scales = torch.cat(scales).to(wide) if scales else None
+        self._places, starts = [], {False: 0, True: 2 * self.split}
+        for part, is_exact in zip(parts, exact, strict=True):
+            start = starts[is_exact]
+            starts[is_exact] += part.shape[1]
+            self._places.append(slice(start, starts[is_exact]))
+
+    def part(self, products: Tensor, index: int) -> Tensor:
+        """The product with a part, [.., n], once the halves are added up."""
+        return products[..., self._places[index]]
+
+
+@dataclass(eq=False)
+class Kind:
+    """Groups of layers that are alike in all shapes: each group is an input x and the layers fed by it.
+
+    Attributes:
+        layers: of each group.
+        inputs: columns for x of each group: A^T of every layer, then Omega_A of each.
+        gradients: columns for g of each layer: B, then Omega_B.
+    """
+
+    layers: dict[int, list[int]] = field(default_factory=dict)
+    inputs: dict[int, Columns] = field(default_factory=dict)
+    gradients: dict[int, Columns] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Products:
+    """Of one batch's streams of one kind, all of one shape.
+
+    Attributes:
+        kind: what they are products with.
+        groups: those that have a place here, in this order.
+        mask: [S, T] or None.
+        x: [groups, S, T, n].
+        g: for each layer's place in its group [groups, S, T, n].
+        reached: layers that saw a gradient in this pass: their place in the group, and the group's here.
+        ready: whether the halves in `x` are added up and its pads are zero.
+    """
+
+    kind: Kind
+    groups: list[int]
+    mask: Tensor | None
+    x: Tensor
+    g: dict[int, Tensor] = field(default_factory=dict)
+    reached: dict[int, dict[int, int]] = field(default_factory=dict)
+    ready: bool = False
+
+    def fit(self, group: int, x: Tensor, mask: Tensor | None) -> bool:
+        """Whether a stream has a place here."""
+        return group in self.groups and self.x.shape[1:3] == x.shape[:2] and self.mask is mask
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Of the weights that were reached in this pass; the next one may begin."""
+        of_x = [self.kind.inputs[group] for group in self.groups]
+        if not self.ready:
+            _finish_(self.x, of_x, self.mask)
+            self.ready = True
+        for member, reached in self.reached.items():
+            layers = [self.kind.layers[group][member] for group in self.groups]
+            of_g = [self.kind.gradients.get(layer) for layer in layers]
+            g, columns = self.g[member], next(each for each in of_g if each is not None)
+            _finish_(g, of_g, self.mask)
+            z, x = (
+                of_x[0].part(self.x, index)
+                for index in (member, len(self.kind.layers[self.groups[0]]) + member)
+            )
+            rows_a, rows_b = _rows(columns.part(g, 0), x), _rows(z, columns.part(g, 1))
+            for layer, place in reached.items():
+                weight_a, weight_b = positions(layer)
+                yield weight_a, rows_a[place]
+                yield weight_b, rows_b[place]
+        self.reached.clear()
+
+
+class ProjectedStreams:
+    """Takes the streams of a model's layers and gives the rows of their sketched Jacobians.
+
+    Args:
+        layers: the tapped layers.
+        projections: Omega of every weight.
+    """
+
+    def __init__(self, layers: Sequence[LoraWeights], projections: Sequence[Tensor]) -> None:
+        self._layers, self._projections = layers, by_layer(projections)
+        self._kinds: dict[object, Kind] = {}
+        self._kind_of: dict[int, Kind] = {}
+        self._open: dict[int, Products] = {}  # of this batch, by group
+        self._common: dict[Kind, Products] = {}  # those that have room for all groups of a kind
+
+    def enter(self, group: int, members: Sequence[int], x: Tensor) -> None:
+        """Before any stream is taken: the layers `members` are fed by inputs like x."""
+        layers = [self._layers[index] for index in members]
+        omegas = [self._projections[index] for index in members]
+        shapes = [(layer.rank, layer.d_out, *(omega.shape[1] for omega in pair), pair[0].dtype, pair[1].dtype)
+                  for layer, pair in zip(layers, omegas, strict=True)]  # fmt: skip
+        kind = self._kinds.setdefault((x.shape[-1], x.dtype, x.device, *shapes), Kind())
+        self._kind_of[group], kind.layers[group] = kind, list(members)
+        parts = [layer.small_maps[1].mT for layer in layers] + [omega for omega, _ in omegas]
+        kind.inputs[group] = Columns([part.to(x.device) for part in parts], x)
+
+    def take_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+        """Input x [S, T, d] of a group; it is read now and not kept."""
+        kind = self._kind_of[group]
+        products = self._common.get(kind)
+        if products is None or not products.fit(group, x, mask):
+            # The first of its kind makes room for all. One that differs, in its length say, has its own.
+            groups = list(kind.layers) if products is None else [group]
+            size = (len(groups), *x.shape[:2], kind.inputs[group].matrix.shape[1])
+            products = Products(kind, groups, mask, x.new_empty(size, dtype=lk.accumulation_dtype(x.dtype)))
+            self._common.setdefault(kind, products)
+        self._open[group] = products
+        place = products.x[products.groups.index(group)]
+        lk.project_(place.flatten(0, 1), x.flatten(0, 1), kind.inputs[group].matrix)
+
+    def take_gradient(self, group: int, layer: int, g: Tensor) -> None:
+        """Gradient g [S, T, d] at the output of a layer whose group's input was taken."""
+        products = self._open[group]
+        kind = products.kind
+        if layer not in kind.gradients:
+            parts = self._layers[layer].small_maps[0].mT, self._projections[layer][1]
+            kind.gradients[layer] = Columns([part.to(g.device) for part in parts], g)
+        columns, member = kind.gradients[layer].matrix, kind.layers[group].index(layer)
+        place = products.groups.index(group)
+        if member not in products.g:
+            products.g[member] = products.x.new_empty(*products.x.shape[:3], columns.shape[1])
+        products.reached.setdefault(member, {})[layer] = place
+        lk.project_(products.g[member][place].flatten(0, 1), g.flatten(0, 1), columns)
+
+    def takes(self, group: int) -> bool:
+        """Whether the input of a group was taken in this batch."""
+        return group in self._open
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        """After a backward pass: each weight that was reached, with its rows [S, r m]."""
+        for products in dict.fromkeys(self._open.values()):
+            yield from products.rows()
+
+    def forget(self) -> None:
+        """All of this batch."""
+        self._open.clear()
+        self._common.clear()
+
+
+def _finish_(products: Tensor, columns: Sequence[Columns | None], mask: Tensor | None) -> None:
+    """Adds up halves, and puts zeros at pads, whatever stood there. Products [groups, S, T, n] are changed."""
+    known = next(each for each in columns if each is not None)
+    if known.split:
+        total = products[..., : known.split]
+        total += products[..., known.split : 2 * known.split]
+        if known.scales is not None:
+            unit = torch.ones_like(known.scales)
+            scales = [unit if each is None or each.scales is None else each.scales for each in columns]
+            total /= torch.stack(scales)[:, None, None]
+    if mask is not None:
+        products.masked_fill_(~mask[None, ..., None], 0)
+
+
+def _rows(small: Tensor, large: Tensor) -> Tensor:
+    """[groups, S, T, r] and [groups, S, T, m] -> [groups, S, r m]."""
+    rows = lk.jacobian(small.flatten(0, 1), large.flatten(0, 1))
+    return rows.view(*small.shape[:2], -1)
