@@ -1,7 +1,7 @@
 """Bytes and launches that a fit adds to a model's passes, counted without a GPU: `python -m bench.traffic`.
 
 Llama-shaped models on torch's meta device, which runs no kernel but says which ones would run, with which operands. One
-batch of a fit, its second, is counted, and so is one whose listener does nothing: the difference is what the fit costs.
+batch of a fit, its fourth, is counted, and so is one whose listener does nothing: the difference is what the fit costs.
 The floor is one read of every distinct input and of every output gradient of a tapped layer.
 
 Counted are the operands and results of each operation, once each, as memory that has to be moved at least; caches are
@@ -52,6 +52,7 @@ STRUCTURES: dict[str, Structure] = {"rows": Rows(), "KFAC reduce": KFAC(factors=
 TEXTS = {"long": (4, 512), "short": (16, 64)}  # sequences, tokens
 RANK = 8
 _FEW = (4, 8)  # decoder layers
+_BATCHES = 4  # memory for rows that wait has grown as far then as this many need
 # Operations that move nothing.
 _VIEWS = {
     *(
@@ -140,7 +141,7 @@ def count_with(case: Case, layers: int) -> Count:
         head.plain_layers |= {layer.name for layer in tapped}
         subject = Subject(model, head, tapped, Answers(list(range(5, 5 + case.classes))).likelihood)
         problem = Problem([layer.weights for layer in tapped], subject.likelihood, 1 << 60, 0, Ranks(None))
-        batches = [batch(case, 0), batch(case, 1)]
+        batches = [batch(case, seed) for seed in range(_BATCHES)]
         with mock.patch.object(rows_fit, "random_projection", _no_values):
             listener = STRUCTURES[case.structure].stages(problem)[-1].accumulator(None)
         whole = counted(subject, listener, batches)
@@ -154,16 +155,16 @@ def count_with(case: Case, layers: int) -> Count:
 def counted(
     subject: Subject, listener: Listener, batches: Sequence[dict[str, Tensor]]
 ) -> tuple[int, Counter[str]]:
-    """Bytes and launches of the second batch."""
+    """Bytes and launches of the last batch."""
     meter = Meter()
 
     class End(Exception):
         pass
 
     def watched() -> Iterator[dict[str, Tensor]]:
-        yield batches[0]
+        yield from batches[:-1]
         with meter:
-            yield batches[1]
+            yield batches[-1]
         raise End
 
     try:

@@ -70,6 +70,7 @@ __all__ = [
     "register_backend",
     "register_kernel",
     "register_op",
+    "sums_in_fp32",
     "use_backend",
 ]
 
@@ -261,6 +262,14 @@ def kron_apply(W: Tensor, U: Tensor, V: Tensor, core: Tensor, tail: Tensor) -> T
     """
     out: Tensor = call(ops.kron_apply.OP, W, U, V, core, tail)
     return out
+
+
+def sums_in_fp32(X: Tensor) -> bool:
+    """Whether the library multiplies X, of 16 bits, with 16-bit matrices and sums in fp32, without a fp32 copy of X.
+
+    So cuBLAS does. What is to be multiplied with such an X at a higher precision had better be given as `halves`.
+    """
+    return ops.blocks.sums_in_fp32(X)
 
 
 def mirror_(C: Tensor) -> Tensor:

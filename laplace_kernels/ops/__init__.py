@@ -1,6 +1,7 @@
 """The ops, one a file: schema, checks, shape of the results, definition in plain PyTorch."""
 
 from laplace_kernels.ops import (
+    blocks,
     gram,
     gram_group,
     gram_sketch,
@@ -12,6 +13,7 @@ from laplace_kernels.ops import (
 )
 
 __all__ = [
+    "blocks",
     "gram",
     "gram_group",
     "gram_sketch",

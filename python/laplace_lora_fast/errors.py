@@ -86,13 +86,13 @@ class DeferredChecks:
         Raises:
             LaplaceError: the first that does not hold.
         """
-        each, self._pending_each = self._pending_each, {}
-        for messages, conditions in each.items():
-            self.require_each(conditions.cpu(), messages)
         pending, self._pending = self._pending, {}
         for (error, message), ok in pending.items():
             if not ok:
                 raise error(message)
+        each, self._pending_each = self._pending_each, {}
+        for messages, conditions in each.items():
+            self.require_each(conditions.cpu(), messages)
         places, self._places = self._places, {}
         for (error, message), first in places.items():
             if first >= 0:

@@ -11,16 +11,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Listener, Step
+from laplace_lora_fast.structures.columns import Columns, add_halves_
 from laplace_lora_fast.weights import LoraWeights, by_layer, layer_of, positions
 
 
 def jacobian(small: Tensor, large: Tensor) -> Tensor:
     """Sum over tokens of small (x) large: [S, Ks, T, r], [S, Kl, T, d] -> [S, K, r, d]."""
-    return small.mT @ large.to(small.dtype)
+    n, _, tokens, r = small.shape
+    if large.shape[1] == 1:  # one read of it for all K
+        stacked = small.mT.reshape(n, -1, tokens)
+        return lk.jacobian(stacked.mT, large[:, 0]).view(n, -1, r, large.shape[3])
+    k = large.shape[1]
+    rows = lk.jacobian(small.expand(n, k, tokens, r).flatten(0, 1), large.flatten(0, 1))
+    return rows.view(n, k, r, large.shape[3])
 
 
 class JacobianListener(Listener):
@@ -40,6 +46,7 @@ class JacobianListener(Listener):
         self._norms = [layer.norm for layer in layers]
         self._rotations = by_layer(rotations)
         self._aligned: dict[int, Tensor] = {}
+        self._columns: dict[tuple[object, ...], Columns] = {}  # for 16-bit streams
         self._inputs: dict[int, Tensor] = {}
         self._small_of_inputs: dict[int, Tensor] = {}
         self._shared_inputs: Sequence[int] = []
@@ -52,20 +59,19 @@ class JacobianListener(Listener):
         self._inputs[group] = _real_tokens(x, mask)
 
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
-        dtype = lk.accumulation_dtype(g.dtype)
-        x, g = self._inputs[self._shared_inputs[layer]], _real_tokens(g, mask)
-        of_gradient, of_input = self._maps[layer]
-        if of_gradient.dtype != dtype:  # once
-            of_gradient, of_input = self._maps[layer] = of_gradient.to(dtype), of_input.to(dtype)
+        group = self._shared_inputs[layer]
+        x, g = self._inputs[group], _real_tokens(g, mask)
         if layer not in self._small_of_inputs:  # the same in every backward pass
-            self._small_of_inputs[layer] = linear(x.to(dtype), of_input)[:, None]
+            layers = [layer]
+            if lk.sums_in_fp32(x):  # bound by reading x: once for all
+                layers = [other for other, leader in enumerate(self._shared_inputs) if leader == group]
+            shorts = self._short_sides(x, [(other, 1) for other in layers])
+            self._small_of_inputs.update(zip(layers, shorts, strict=True))
         norm = self._norms[layer]
         if norm is not None:
             g = g * norm.gain.to(g.dtype)
-        pairs = [
-            (linear(g.to(dtype), of_gradient)[:, None], x[:, None]),
-            (self._small_of_inputs[layer], g[:, None]),
-        ]
+        (of_gradient,) = self._short_sides(g, [(layer, 0)])
+        pairs = [(of_gradient, x[:, None]), (self._small_of_inputs[layer], g[:, None])]
         if norm is not None:
             added = norm.jacobians(self._aligned.pop(layer))
             pairs = [
@@ -81,6 +87,23 @@ class JacobianListener(Listener):
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         self._aligned[layer] = aligned
+
+    def _short_sides(self, stream: Tensor, maps: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """A stream [S, T, d] times maps (of which layer; 0 of its gradient, 1 of its input), in one product.
+
+        Returns:
+            [S, 1, T, r] each, in the accumulation dtype.
+        """
+        key = (stream.dtype, *maps)
+        if key not in self._columns:
+            parts = [self._maps[layer][side].mT.to(stream.device) for layer, side in maps]
+            self._columns[key] = Columns(parts, stream)
+        columns = self._columns[key]
+        size = (1, *stream.shape[:2], columns.matrix.shape[1])
+        products = stream.new_empty(size, dtype=lk.accumulation_dtype(stream.dtype))
+        lk.project_(products.flatten(0, 2), stream.flatten(0, 1), columns.matrix)
+        add_halves_(products, [columns])
+        return [columns.part(products[0], index)[:, None] for index in range(len(maps))]
 
     @abstractmethod
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:

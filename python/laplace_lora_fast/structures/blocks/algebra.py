@@ -185,7 +185,7 @@ class CarefulKronBlock(KronBlock):
         basis = self.large.vectors.to(small.dtype)
         size = max(1, _MOST_ELEMENTS // (max(small.shape[1], large.shape[1]) * self.mean.numel()))
         parts = [
-            _split(_jacobians(s, x), basis) for s, x in zip(small.split(size), large.split(size), strict=True)
+            _split(jacobian(s, x), basis) for s, x in zip(small.split(size), large.split(size), strict=True)
         ]
         projected, residual_grams = zip(*parts, strict=True)
         return torch.cat(projected), torch.cat(residual_grams)
@@ -196,14 +196,6 @@ class CarefulKronBlock(KronBlock):
         tail = 1 / (self.tail[:, None] + prior_precisions)  # [r, G]
         cov = _weighted_products(projected.flatten(2), weights.to(projected))
         return cov + torch.einsum("nrcd,rg->gncd", residual_grams, tail.to(residual_grams))
-
-
-def _jacobians(small: Tensor, large: Tensor) -> Tensor:
-    """`jacobian`, where large is often one for all K: one product then, not K."""
-    if large.shape[1] > 1:
-        return jacobian(small, large)
-    n, k, tokens, r = small.shape
-    return (small.mT.reshape(n, k * r, tokens) @ large[:, 0].to(small.dtype)).view(n, k, r, -1)
 
 
 def _split(jacobians: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +229,7 @@ class DiagBlock(Block):
         return values, torch.ones_like(values)
 
     def variances(self, small: Tensor, large: Tensor, prior_precisions: Tensor) -> Tensor:
-        flat = _jacobians(small, large).flatten(2)
+        flat = jacobian(small, large).flatten(2)
         values = self.values.flatten().to(flat)  # the fit may have been in another precision
         covs = [(flat / (values + lam)) @ flat.mT for lam in prior_precisions.to(flat)]
         return torch.stack(covs)

@@ -68,6 +68,14 @@ class Factor(ABC):
         else:
             self._accumulate(rows, None)
 
+    def place(self, n: int, dtype: torch.dtype) -> Tensor | None:
+        """Where to write n rows [n, d] of this dtype, which then belong to the factor; None if there are too many."""
+        if n > self._waiting.capacity:
+            return None
+        if n > self._waiting.room:
+            self._flush()
+        return self._waiting.extend(n, dtype, self.device)
+
     def merge(self, other: Factor) -> None:
         """Adds a factor of the same kind over other data."""
         if type(other) is not type(self) or other.dim != self.dim:

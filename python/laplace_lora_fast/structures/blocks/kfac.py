@@ -16,7 +16,8 @@ z and g_A are linear images of x and g, so two of the four factors are free: Z =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,6 +39,7 @@ from laplace_lora_fast.structures.blocks.factors import (
     join,
 )
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum
+from laplace_lora_fast.structures.blocks.waiting import zero
 from laplace_lora_fast.weights import LoraWeights, in_order, weight_names
 
 
@@ -254,11 +256,12 @@ class OmegaAccumulator(KfacAccumulator):
 def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | None) -> Tensor | int:
     """Adds inputs x [S, T, d] with mask [S, T] to a factor. Returns by how much its divisor grows."""
     if tokens is TokenSharing.REDUCE:
-        mean = _token_sum(x, mask)
-        mean /= (
-            x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
-        )  # a head may see no token
-        factor.add_rows(mean)
+        with written_rows(factor, x) as rows:
+            if mask is None:
+                torch.mean(x, 1, dtype=rows.dtype, out=rows)
+            else:
+                _token_sum(x, mask, rows)
+                rows /= mask.sum(1, keepdim=True).clamp_min(1)  # a head may see no token
         return x.shape[0]
     if tokens is TokenSharing.PAPER:
         factor.add_tokens(x, None)
@@ -270,13 +273,30 @@ def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | No
 def add_gradient(factor: Factor, tokens: TokenSharing, g: Tensor, mask: Tensor | None) -> None:
     """Adds output gradients g [S, T, d] with mask [S, T] to a factor."""
     if tokens is TokenSharing.REDUCE:
-        factor.add_rows(_token_sum(g, mask))
+        with written_rows(factor, g) as rows:
+            _token_sum(g, mask, rows)
     else:
         factor.add_tokens(g, None if tokens is TokenSharing.PAPER else mask)
 
 
-def _token_sum(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over real tokens, [S, T, d] -> [S, d], in the accumulation dtype. Masked tokens are selected away."""
+@contextmanager
+def written_rows(factor: Factor, x: Tensor) -> Iterator[Tensor]:
+    """New rows [S, d] of a factor, one a sequence of x [S, T, d], in the accumulation dtype: to be written inside."""
+    dtype = lk.accumulation_dtype(x.dtype)
+    place = factor.place(len(x), dtype)
+    if place is not None and place.dtype == dtype:
+        yield place
+        return
+    rows = x.new_empty((x.shape[0], x.shape[2]), dtype=dtype)
+    yield rows
+    if place is None:
+        factor.add_rows(rows)
+    else:
+        place.copy_(rows)
+
+
+def _token_sum(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    """Sum over real tokens, [S, T, d] -> [S, d]. Masked tokens are selected away."""
     if mask is not None:
-        x = x.where(mask[..., None], 0)
-    return x.sum(1, dtype=lk.accumulation_dtype(x.dtype))
+        x = torch.where(mask[..., None], x, zero(x))
+    torch.sum(x, 1, dtype=out.dtype, out=out)

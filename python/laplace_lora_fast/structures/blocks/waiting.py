@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+
+def zero(like: Tensor) -> Tensor:
+    """A 0 to select beside a tensor; one made anew each time would be a launch each time."""
+    return _zero(like.dtype, like.device)
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 class WaitingRows:
@@ -43,14 +55,18 @@ class WaitingRows:
 
     def append(self, x: Tensor, mask: Tensor | None) -> None:
         """Copies x [..., d] of at most `room` rows, zeros where the mask [...] is False."""
-        stop = self.n + x.shape[:-1].numel()
-        memory = self._reserve(stop, x)
-        place = memory[self.n : stop].view(x.shape)
+        place = self.extend(x.shape[:-1].numel(), x.dtype, x.device).view(x.shape)
         if mask is None:
             place.copy_(x)
         else:
-            torch.where(mask[..., None], x.to(memory.dtype), memory.new_zeros(()), out=place)
-        self._last, self.n = stop - self.n, stop
+            torch.where(mask[..., None], x.to(place.dtype), zero(place), out=place)
+
+    def extend(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """At most `room` new rows [n, d] to be written at once, in a dtype that loses nothing of this one."""
+        stop = self.n + n
+        place = self._reserve(stop, torch.empty(0, dtype=dtype, device=device))[self.n : stop]
+        self._last, self.n = n, stop
+        return place
 
     def clear(self) -> None:
         """Forgets the rows; keeps their memory."""

@@ -16,54 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.structures.columns import Columns, add_halves_
 from laplace_lora_fast.weights import LoraWeights, by_layer, positions
 
 
 def are_taken_of(stream: Tensor) -> bool:
     """Whether a stream goes this way."""
-    return stream.dtype in (torch.bfloat16, torch.float16) and stream.device.type != "cpu"
-
-
-class Columns:
-    """What a stream is multiplied with: parts [d, n], one beside the other.
-
-    A part that is more precise than a 16-bit stream becomes two halves: first the high ones of all such parts, then the
-    low ones, then the parts that are exact.
-
-    Args:
-        parts: [d, n] each.
-        stream: gives the dtype.
-
-    Attributes:
-        matrix: [d, columns], in the stream's dtype.
-        split: columns of all high halves.
-        scales: [split] by which fp16 halves are too large, or None.
-    """
-
-    def __init__(self, parts: Sequence[Tensor], stream: Tensor) -> None:
-        dtype, wide = stream.dtype, lk.accumulation_dtype(stream.dtype)
-        parts = [part.to(wide) if dtype == wide else part for part in parts]
-        exact = [part.dtype == dtype for part in parts]
-        pairs = [lk.halves(part, dtype) for part, is_exact in zip(parts, exact, strict=True) if not is_exact]
-        whole = [part for part, is_exact in zip(parts, exact, strict=True) if is_exact]
-        rows = [*(high for high, _, _ in pairs), *(low for _, low, _ in pairs), *whole]
-        self.matrix = torch.cat([part.mT for part in rows]).contiguous().mT  # products want its columns so
-        self.split = sum(high.shape[1] for high, _, _ in pairs)
-        scales = [scale.expand(high.shape[1]) for high, _, scale in pairs if scale is not None]
-        self.scales = torch.cat(scales).to(wide) if scales else None
-        self._places, starts = [], {False: 0, True: 2 * self.split}
-        for part, is_exact in zip(parts, exact, strict=True):
-            start = starts[is_exact]
-            starts[is_exact] += part.shape[1]
-            self._places.append(slice(start, starts[is_exact]))
-
-    def part(self, products: Tensor, index: int) -> Tensor:
-        """The product with a part, [.., n], once the halves are added up."""
-        return products[..., self._places[index]]
+    return lk.sums_in_fp32(stream)
 
 
 @dataclass(eq=False)
@@ -201,14 +163,7 @@ class ProjectedStreams:
 
 def _finish_(products: Tensor, columns: Sequence[Columns | None], mask: Tensor | None) -> None:
     """Adds up halves, and puts zeros at pads, whatever stood there. Products [groups, S, T, n] are changed."""
-    known = next(each for each in columns if each is not None)
-    if known.split:
-        total = products[..., : known.split]
-        total += products[..., known.split : 2 * known.split]
-        if known.scales is not None:
-            unit = torch.ones_like(known.scales)
-            scales = [unit if each is None or each.scales is None else each.scales for each in columns]
-            total /= torch.stack(scales)[:, None, None]
+    add_halves_(products, columns)
     if mask is not None:
         products.masked_fill_(~mask[None, ..., None], 0)
 
