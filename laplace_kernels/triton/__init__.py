@@ -108,7 +108,6 @@ BACKEND = Backend(
             ops.gram.OP,
             ops.gram_sketch.OP,
             ops.gram_group.OP,
-            ops.jacobian_stats.OP,
             ops.kron_apply.OP,
         )
     },

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from laplace_kernels.triton import gram, gram_group, gram_sketch, jacobian_stats, kron_apply, triangle
+from laplace_kernels.triton import gram, gram_group, gram_sketch, kron_apply, triangle
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
@@ -29,7 +29,6 @@ def launches(arch: str) -> Iterator[Launch]:
     yield from _gram(arch)
     yield from _gram_group(arch)
     yield from _gram_sketch(arch)
-    yield from _jacobian_stats(arch)
     yield from _kron_apply(arch)
 
 
@@ -105,29 +104,6 @@ def _gram_sketch(arch: str) -> Iterator[Launch]:
     yield case(BF16, FP32, True, d=4096, m=128)  # whose columns are split, too
     yield case(BF16, FP32, False, d=4096, m=64)
     yield case(FP32, FP32, False, d=4096, m=64)
-
-
-def _jacobian_stats(arch: str) -> Iterator[Launch]:
-    def case(
-        dtypes: tuple[torch.dtype, torch.dtype], Cs: int, Cl: int, r: int, k: int, grams: bool
-    ) -> Launch:
-        def run() -> None:
-            small = torch.empty(2, Cs, 512, r, dtype=dtypes[0])
-            large = torch.empty(2, Cl, 512, 512, dtype=dtypes[1])
-            jacobian_stats.jacobian_stats(small, large, torch.empty(512, k), _keep(2, 512), grams)
-
-        label = f"jacobian_stats {_name(dtypes[0])} x {_name(dtypes[1])}, C {Cs} x {Cl}, r {r}, k {k}"
-        # eight columns are few: which tensor core instruction takes them depends on Triton and the architecture
-        promised = (TENSOR_CORE[arch],) if Cs * Cl * r > 8 or arch == "sm_90" else ()
-        return Launch(f"{label}{'' if grams else ', no row Grams'}", run, promised)
-
-    for dtype in (BF16, FP32):
-        yield case((dtype, dtype), 4, 1, 8, 64, True)
-        yield case((dtype, dtype), 1, 5, 64, 128, True)
-    yield case((FP32, BF16), 4, 1, 8, 64, True)
-    yield case((FP32, BF16), 1, 1, 8, 64, True)  # as a prediction asks for it
-    yield case((FP32, BF16), 1, 1, 64, 128, False)
-    yield case((FP16, FP16), 1, 1, 8, 128, False)
 
 
 def _kron_apply(arch: str) -> Iterator[Launch]:

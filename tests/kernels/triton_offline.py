@@ -8,6 +8,7 @@ be inspected.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from laplace_kernels.triton import launch
+from tests.kernels import sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +38,20 @@ INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "MFMA", "UTMALDG", "UTMAREDG", "LDGS
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel: resources, and how often each instruction of interest occurs."""
+    """One compiled kernel.
+
+    Attributes:
+        kernel: its name.
+        arch: what it is for.
+        registers: of a thread.
+        spills: bytes or instructions.
+        shared: bytes of shared memory of a program.
+        instructions: how often each one of interest occurs.
+        serialized: what ptxas says if it puts a wait behind every product.
+        hazards: see `sass`.
+        narrow: loads of a few bytes.
+        wide: copies of 16 bytes or tiles.
+    """
 
     kernel: str
     arch: str
@@ -44,6 +59,10 @@ class Compiled:
     spills: int
     shared: int
     instructions: dict[str, int]
+    serialized: str = ""
+    hazards: tuple[str, ...] = ()
+    narrow: tuple[str, ...] = ()
+    wide: int = 0
 
 
 @contextmanager
@@ -103,19 +122,34 @@ class _OfflineDriver:
 
 
 def _inspect(name: str, arch: str, files: dict[str, Path]) -> Compiled:
-    shared = json.loads(files[".json"].read_text())["shared"]
+    metadata = json.loads(files[".json"].read_text())
+    shared, found = metadata["shared"], {}
     if ".cubin" in files:
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", files[".cubin"])
         assembly = _run(triton.knobs.nvidia.nvdisasm.path, "-c", files[".cubin"])
         registers, stack = (_number(rf"{what}:(\d+)", usage) for what in ("REG", "STACK"))
         spills = max(stack, len(re.findall(r"\b(?:LDL|STL)\b", assembly)))
+        code = sass.instructions(assembly)
+        hazards = *sass.overwritten_operands(code), *sass.unguarded_writes(code, metadata["num_warps"])
+        found = {"hazards": hazards, "narrow": tuple(sass.narrow_loads(code)), "wide": sass.wide_copies(code)}
+        if "HGMMA" in assembly:
+            found["serialized"] = _serialized(files[".ptx"])
     else:
         assembly = files[".amdgcn"].read_text()
         registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
         # spilled scalar registers go into vector registers, not to memory
         spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     counts = {word: len(re.findall(rf"\b(?:V_)?{word}", assembly.upper())) for word in INSTRUCTIONS}
-    return Compiled(name, arch, registers, spills, shared, counts)
+    return Compiled(name, arch, registers, spills, shared, counts, **found)
+
+
+def _serialized(ptx: Path) -> str:
+    """Ptxas's own words, which Triton does not pass on."""
+    from triton.backends.nvidia.compiler import get_ptxas  # which of two comes with the versions of Triton
+
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", ptx, "-o", os.devnull]
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    return "\n".join(line for line in run.stderr.splitlines() if "serialized" in line)
 
 
 def _number(pattern: str, text: str) -> int:

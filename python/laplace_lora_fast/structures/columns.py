@@ -33,8 +33,9 @@ class Columns:
         exact = [part.dtype == dtype for part in parts]
         pairs = [lk.halves(part, dtype) for part, is_exact in zip(parts, exact, strict=True) if not is_exact]
         whole = [part for part, is_exact in zip(parts, exact, strict=True) if is_exact]
-        rows = [*(high for high, _, _ in pairs), *(low for _, low, _ in pairs), *whole]
-        self.matrix = torch.cat([part.mT for part in rows]).contiguous().mT  # products want its columns so
+        sides = [*(high for high, _, _ in pairs), *(low for _, low, _ in pairs), *whole]
+        # Columns of many are contiguous, as products want them; one is left as it is.
+        self.matrix = sides[0] if len(sides) == 1 else torch.cat([side.mT for side in sides]).mT
         self.split = sum(high.shape[1] for high, _, _ in pairs)
         scales = [scale.expand(high.shape[1]) for high, _, scale in pairs if scale is not None]
         self.scales = torch.cat(scales).to(wide) if scales else None
