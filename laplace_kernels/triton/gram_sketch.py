@@ -132,12 +132,12 @@ def _launch_projection(
     token_blocks = triton.cdiv(T, tokens)
     processors = launch.multiprocessors(X.device)
     splits = max(1, min(processors // (token_blocks * column_blocks), d // _COLUMNS_PER_PROGRAM))
-    width_per_split = triton.cdiv(triton.cdiv(d, splits), width) * width
-    splits = triton.cdiv(d, width_per_split)
+    steps_per_split = triton.cdiv(triton.cdiv(d, splits), width)
+    splits = triton.cdiv(d, steps_per_split * width)
     found = Z if splits == 1 else X.new_empty((splits, T, m), dtype=torch.float32)
     _project[(token_blocks * splits, column_blocks)](
         X, Omega, found, mask, T, d, m, X.stride(0), *Omega.stride(), found.stride(0), token_blocks,
-        width_per_split, **options, SPLIT=splits > 1, TOKENS=tokens, WIDTH=width,
+        steps_per_split, **options, SPLIT=splits > 1, TOKENS=tokens, WIDTH=width,
     )  # fmt: skip
     if splits > 1:
         _add_up[(triton.cdiv(T * m, _ELEMENTS),)](
@@ -145,7 +145,7 @@ def _launch_projection(
         )
 
 
-@triton.jit(do_not_specialize=["T", "token_blocks", "width_per_split"])
+@triton.jit(do_not_specialize=["T", "token_blocks", "steps_per_split"])
 def _project(
     x,
     omega,
@@ -159,7 +159,7 @@ def _project(
     omega_column_stride,
     z_part_stride,
     token_blocks,
-    width_per_split,
+    steps_per_split,
     HAS_MASK: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -169,7 +169,7 @@ def _project(
     WIDTH: tl.constexpr,
 ):
     split = tl.program_id(0) // token_blocks
-    stop = tl.minimum((split + 1) * width_per_split, d)
+    stop = tl.minimum((split + 1) * steps_per_split, tl.cdiv(d, WIDTH))
     t = tl.program_id(0) % token_blocks * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     keep = t < T
@@ -178,8 +178,9 @@ def _project(
     x_t = x + t[:, None].to(tl.int64) * x_stride
     omega_column = omega + column[None, :].to(tl.int64) * omega_column_stride
     total = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for first in tl.range(split * width_per_split, stop, WIDTH):
-        i = first + tl.arange(0, WIDTH)
+    # By steps: of an offset that is not a multiple of WIDTH for sure, 16-bit numbers are read one by one.
+    for step in tl.range(split * steps_per_split, stop):
+        i = step * WIDTH + tl.arange(0, WIDTH)
         rows = tl.load(x_t + i[None, :], mask=keep[:, None] & (i < d)[None, :], other=0.0)
         inside = (i < d)[:, None] & (column < m)[None, :]
         w = tl.load(omega_column + i[:, None].to(tl.int64) * omega_row_stride, mask=inside, other=0.0)
