@@ -44,7 +44,7 @@ BF16_TILES = {
     ),
     "sm_90": (
         Tiles(64, project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
-        Tiles(128, project=(128, 64), accumulate=(64, 128), stages=3, warps=8),
+        Tiles(128, project=(64, 64), accumulate=(64, 64), stages=4, warps=4),
     ),
     "sm_100": (
         Tiles(64, project=(64, 64), accumulate=(64, 128), stages=4, warps=4),
@@ -108,7 +108,7 @@ def _launch_block(Y: Tensor, X: Tensor, Omega: Tensor, mask: Tensor | None, alph
     splits = 1
     if not torch.are_deterministic_algorithms_enabled():
         processors = launch.multiprocessors(X.device)
-        splits = max(1, min(processors // (row_blocks * column_blocks), T // _TOKENS_PER_PROGRAM))
+        splits = max(1, min(triton.cdiv(processors, row_blocks * column_blocks), T // _TOKENS_PER_PROGRAM))
     tokens_per_split = triton.cdiv(triton.cdiv(T, splits), tokens) * tokens
     _accumulate[(row_blocks * splits, column_blocks)](
         X, Y, Z, mask, T, d, m, X.stride(0), Y.stride(0), Z.stride(0), alpha, row_blocks, tokens_per_split,
@@ -131,7 +131,7 @@ def _launch_projection(
     tokens, width = tile
     token_blocks = triton.cdiv(T, tokens)
     processors = launch.multiprocessors(X.device)
-    splits = max(1, min(processors // (token_blocks * column_blocks), d // _COLUMNS_PER_PROGRAM))
+    splits = max(1, min(triton.cdiv(processors, token_blocks * column_blocks), d // _COLUMNS_PER_PROGRAM))
     steps_per_split = triton.cdiv(triton.cdiv(d, splits), width)
     splits = triton.cdiv(d, steps_per_split * width)
     found = Z if splits == 1 else X.new_empty((splits, T, m), dtype=torch.float32)

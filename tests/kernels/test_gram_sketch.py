@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import laplace_kernels as lk
-from laplace_kernels.ops import blocks
+from laplace_kernels.ops import blocks, gram_sketch
 from tests.kernels import inputs, oracles
 from tests.kernels.inputs import keep, zeros
+from tests.kernels.native import sixteen_bit_products
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,6 +52,22 @@ def test_blocks_of_rows_add_up(monkeypatch, masked):
     mask = torch.arange(99) % 3 > 0 if masked else None
     Y = lk.gram_sketch_(torch.zeros(7, 2), X, Omega, mask)
     oracles.assert_near(Y, oracles.gram_sketch(X, Omega, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precise", [True, False])
+def test_sixteen_bit_products(dtype, precise, monkeypatch):
+    """As on a GPU: as precise as Omega is, in blocks of rows, and nothing of what is masked."""
+    monkeypatch.setattr(gram_sketch, "_CACHED_BYTES", 400)
+    X, Omega = torch.randn(99, 7).to(dtype), torch.randn(7, 3)
+    Omega = Omega if precise else Omega.to(dtype)
+    mask = torch.arange(99) % 3 > 0
+    X[~mask] = torch.nan
+    with sixteen_bit_products():
+        Y = lk.gram_sketch_(torch.ones(7, 3), X, Omega, mask, alpha=0.5)
+    exact = 1 + 0.5 * oracles.gram_sketch(X, Omega, mask)
+    eps = torch.finfo(dtype).eps
+    oracles.assert_near(Y, exact, 2e-5 if precise else eps)
 
 
 REFUSED = {

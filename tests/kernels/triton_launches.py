@@ -23,6 +23,11 @@ class Launch:
     run: Callable[[], Any]
     promised: tuple[str, ...]
 
+    @property
+    def reads_wide(self) -> bool:
+        """Whether its large operand is of 16 bits, aligned, and so to be read 16 bytes at a time."""
+        return "fp32" not in self.label.split(",")[0] and "odd d" not in self.label
+
 
 def launches(arch: str) -> Iterator[Launch]:
     """All launches for an architecture; operands are uninitialised, nothing is computed."""

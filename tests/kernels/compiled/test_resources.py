@@ -7,8 +7,8 @@ import pytest
 from tests.kernels.triton_launches import TENSOR_CORE, launches
 from tests.kernels.triton_offline import SHARED_MEMORY, TARGETS, compiling_for
 
-# Triton 3.7's ptxas gives one kernel 128 registers, for two blocks a multiprocessor, at the price of 8 spilled ones.
-SPILLS = 32
+# Ptxas gives one kernel for sm_80 128 registers, for two blocks a multiprocessor, at the price of 8 spilled ones.
+SPILLS = {"sm_80": 8}
 CASES = [(arch, launch) for arch in TARGETS for launch in launches(arch)]
 
 
@@ -18,7 +18,9 @@ def test_resources(arch, launch):
         launch.run()
     assert compiled, "nothing was compiled"
     for kernel in compiled:
-        assert kernel.spills <= SPILLS, kernel
+        assert kernel.spills <= SPILLS.get(arch, 0), kernel
+        assert not kernel.serialized, kernel
+        assert not kernel.hazards, kernel
         assert kernel.shared <= SHARED_MEMORY[arch], kernel
         if kernel.kernel == "_add_up":
             continue  # it multiplies nothing
@@ -27,6 +29,9 @@ def test_resources(arch, launch):
             assert kernel.instructions[instruction] > 0, (instruction, kernel)
         if "UTMALDG" in launch.promised:
             assert kernel.instructions["LDGSTS"] == 0, kernel
+        if launch.reads_wide and arch == "sm_90":
+            assert not kernel.narrow, kernel
+            assert kernel.wide > 0, kernel
 
 
 def test_spills_and_shared_memory_are_seen():
@@ -43,6 +48,6 @@ def test_spills_and_shared_memory_are_seen():
         return compiled
 
     (crowded,) = compile_tile(triangle.Tile(128, 128, 64, 4, 2))
-    assert crowded.spills > SPILLS
+    assert crowded.spills > 0
     with pytest.raises(OutOfResources, match="shared memory"):
         compile_tile(triangle.Tile(256, 128, 128, 4, 8))
