@@ -88,6 +88,41 @@ def test_jacobian_stats(backend, shared, C, T, r, d, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize(("T", "d", "n"), [(1, 8, 4), (100, 33, 3), (2048, 4096, 144)])
+def test_project(T, d, n, precise, dtype):
+    X, W = torch.randn(T, d).to(dtype), torch.randn(d, n) / d**0.5
+    W = W if precise else W.to(dtype)
+    Z = torch.full((T, n), torch.nan, device="cuda")
+    near(lk.project_(Z, *on_gpu(X, W)), X.double() @ W.double(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize(("N", "T", "r", "d"), [(1, 1, 1, 1), (3, 77, 4, 33), (4, 512, 16, 4096)])
+def test_jacobian(N, T, r, d, precise, dtype):
+    small, large = torch.randn(N, T, r), torch.randn(N, T, d).to(dtype)
+    small = small if precise else small.to(dtype)
+    mask = torch.rand(N, T) < 0.6
+    large[~mask] = torch.nan
+    found = lk.jacobian(*on_gpu(small, large, mask))
+    near(found, oracles.jacobians(small[:, None], large[:, None], mask)[:, 0], torch.float32)
+
+
+def test_columns_of_a_wider_tensor_are_written_in_place():
+    """As rows of a fit are: slices of one tensor, and thin strided operands."""
+    X, W = torch.randn(2, 64, 256).bfloat16(), torch.randn(256, 24).bfloat16()
+    Z = torch.full((2, 2, 64, 24), torch.nan, device="cuda")
+    for slot in range(2):
+        lk.project_(Z[slot].flatten(0, 1), *on_gpu(X.flatten(0, 1), W))
+    exact = X.double() @ W.double()
+    for slot in range(2):
+        near(Z[slot], exact, torch.float32)
+    rows = lk.jacobian(Z.flatten(0, 1)[..., :8], Z.flatten(0, 1)[..., 8:])
+    near(rows[:2], exact[..., :8].mT @ exact[..., 8:], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("r", "d", "k"), [(1, 1, 1), (4, 33, 5), (8, 520, 64), (64, 40, 7), (16, 24, 24)])
 def test_kron_apply(backend, r, d, k, dtype):
     generator = torch.Generator().manual_seed(r + d)

@@ -17,7 +17,7 @@ from laplace_kernels import dispatch, triton
 from tests.kernels import oracles
 
 
-@pytest.mark.parametrize("op", lk.OPS)
+@pytest.mark.parametrize("op", triton.BACKEND.kernels)
 def test_it_is_not_the_default_and_says_so(op):
     assert "not yet run on hardware" in triton.BACKEND.reservation
     assert lk.explain(op, "cpu").others["triton"] == "it needs a GPU"
