@@ -29,7 +29,8 @@ class Columns:
     def __init__(self, parts: Sequence[Tensor], stream: Tensor) -> None:
         wide = lk.accumulation_dtype(stream.dtype)
         dtype = stream.dtype if lk.sums_in_fp32(stream) else wide
-        parts = [part.to(wide) if dtype == wide else part for part in parts]
+        # Omega is kept in bf16, whose numbers fp16 has too but for those too small to matter.
+        parts = [part.to(dtype) if dtype == wide or part.itemsize == 2 else part for part in parts]
         exact = [part.dtype == dtype for part in parts]
         pairs = [lk.halves(part, dtype) for part, is_exact in zip(parts, exact, strict=True) if not is_exact]
         whole = [part for part, is_exact in zip(parts, exact, strict=True) if is_exact]

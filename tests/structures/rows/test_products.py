@@ -123,7 +123,7 @@ def test_sixteen_bit_streams_lose_nothing_but_their_own_digits(
             rows.finish()
             rows.forget()
     curvature = rows.result()
-    assert {omega.dtype for omega in curvature.projections} == {dtype}
+    assert {omega.dtype for omega in curvature.projections} == {torch.bfloat16}
     for layer, group in enumerate((0, 0, 2)):
         real = mask[..., None]
         x, g = (stream.double().where(real, 0) for stream in (xs[group], gs[layer]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from laplace_lora_fast.structures.base import Step
@@ -27,51 +28,58 @@ class RowListener(JacobianListener):
 
     def __init__(self, layers: Sequence[LoraWeights], projections: Sequence[Tensor]) -> None:
         super().__init__(layers, [None] * len(projections))
-        self._layers, self._projections = layers, list(projections)
-        self._streams: products.ProjectedStreams | None = None
+        self._projections = list(projections)
+        self._streams = products.ProjectedStreams(layers, self._projections)
+        self._wide: dict[tuple[int, torch.dtype], Tensor] = {}  # Omega as it is multiplied with fp32 or fp64
+        self._kept: set[int] = set()  # groups of the other way
         self._first_inputs: list[tuple[int, Tensor, Tensor | None]] = []
 
     def start(self, step: Step) -> Tensor:
         cotangents = super().start(step)
         if self._first_inputs:  # only now it is known which layers share them
-            self._streams = products.ProjectedStreams(self._layers, self._projections)
             for group, x, _ in self._first_inputs:
                 members = [layer for layer, leader in enumerate(step.shared_inputs) if leader == group]
-                self._streams.enter(group, members, x)
-            for first in self._first_inputs:
-                self._streams.take_input(*first)
-            self._first_inputs.clear()
+                if all(
+                    self._norms[layer] is None for layer in members
+                ):  # DoRA adds what no such product gives
+                    self._streams.enter(group, members, x)
+                else:
+                    self._kept.add(group)
+            first_inputs, self._first_inputs = self._first_inputs, []
+            for first in first_inputs:
+                self.observe_input(*first)
         return cotangents
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        if not products.are_taken_of(x):
+        if group in self._kept or not products.are_taken_of(x):
             super().observe_input(group, x, mask)
-        elif self._streams is None:
-            self._first_inputs.append((group, x, mask))
-        else:
+        elif self._streams.knows(group):
             self._streams.take_input(group, x, mask)
+        else:
+            self._first_inputs.append((group, x, mask))
 
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
         group = self._shared_inputs[layer]
-        if self._streams is not None and self._streams.takes(group):
+        if self._streams.takes(group):
             self._streams.take_gradient(group, layer, g)
         else:
             super().observe_gradient(layer, g, mask)
 
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
-        self.observe_rows(weight, sketched(small, large, self._projections[weight]))
+        key = weight, small.dtype
+        if key not in self._wide:
+            self._wide[key] = self._projections[weight].to(small.device, small.dtype)
+        self.observe_rows(weight, sketched(small, large, self._wide[key]))
 
     @abstractmethod
     def observe_rows(self, weight: int, rows: Tensor) -> None:
         """J Omega [S, r m] of every sequence in this backward pass."""
 
     def finish_pass(self) -> None:
-        if self._streams is not None:
-            for weight, rows in self._streams.rows():
-                self.observe_rows(weight, rows)
+        for weight, rows in self._streams.rows():
+            self.observe_rows(weight, rows)
 
     def forget(self) -> None:
         super().forget()
         self._first_inputs.clear()
-        if self._streams is not None:
-            self._streams.forget()
+        self._streams.forget()

@@ -146,6 +146,10 @@ class ProjectedStreams:
         products.reached.setdefault(member, {})[layer] = place
         lk.project_(products.g[member][place].flatten(0, 1), g.flatten(0, 1), columns)
 
+    def knows(self, group: int) -> bool:
+        """Whether a group has entered."""
+        return group in self._kind_of
+
     def takes(self, group: int) -> bool:
         """Whether the input of a group was taken in this batch."""
         return group in self._open

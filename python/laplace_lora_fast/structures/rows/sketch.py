@@ -11,8 +11,8 @@ import laplace_kernels as lk
 def random_projection(dim: int, columns: int, seed: int, like: Tensor) -> Tensor:
     """Omega [d, min(m, d)] with orthogonal columns of length sqrt(d / m); the identity for m >= d.
 
-    In bf16 unless the model is in fp64: any Omega will do, and so it is multiplied with 16-bit streams exactly, and takes
-    half of the memory.
+    In bf16 unless the model is in fp64: any Omega will do, and this one is multiplied with 16-bit streams as it is. It
+    takes half of the memory, too.
     """
     dtype = lk.accumulation_dtype(like.dtype)
     kept = dtype if dtype == torch.float64 else torch.bfloat16
