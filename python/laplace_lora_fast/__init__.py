@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from laplace_lora_fast.prior.evidence import Evidence
     from laplace_lora_fast.prior.held_out import HeldOut
     from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
-    from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, Rows
+    from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, LowRank, Rows
     from laplace_lora_fast.tasks import (
         Answers,
         AnyOf,
@@ -48,7 +48,7 @@ _MODULES = {
         "Regression",
         "Tokens",
     ),
-    "structures": ("Diagonal", "EKFAC", "KFAC", "Rows"),
+    "structures": ("Diagonal", "EKFAC", "KFAC", "LowRank", "Rows"),
     "likelihoods": ("MonteCarlo",),
     "prior.evidence": ("Evidence",),
     "prior.held_out": ("HeldOut",),
@@ -83,6 +83,7 @@ __all__ = [
     "LaplaceLoRA",
     "LaplaceWarning",
     "LeaveOneOut",
+    "LowRank",
     "MonteCarlo",
     "MultiLabel",
     "NotFittedError",

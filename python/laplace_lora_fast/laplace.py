@@ -55,8 +55,9 @@ class LaplaceLoRA(LaplaceText):
         model: a PEFT model with one active LoRA adapter. Never changed.
         task: what the model answers: `Answers(token_ids)`, `Options()`, `Classes()`, `MultiLabel()`, `Regression()`,
             `Preference()`, `Tokens()`, `Outputs(fn)`.
-        structure: of the curvature: `Rows(..)`, `KFAC(..)`, `EKFAC(..)`, `Diagonal(..)`, or their short names. "auto":
-            exact rows where they are fewer than the weights and than 4,096 and fit the budget, else KFAC.
+        structure: of the curvature: `Rows(..)`, `LowRank(..)`, `KFAC(..)`, `EKFAC(..)`, `Diagonal(..)`, or their short
+            names. "auto": exact rows where they are fewer than the weights and than 4,096 and fit the budget, else
+            their leading directions where the budget holds 256, else KFAC.
         prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.
         prior_mean: None for zero, or the adapter the training started from: a PEFT folder or state dict.
         layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from laplace_lora_fast import KFAC, Classes, InvalidBatchError, LaplaceLoRA, Rows
+from laplace_lora_fast import KFAC, Classes, InvalidBatchError, LaplaceLoRA, LowRank, Rows
 from tests import tiny
 from tests.structures.dense import TRAIN, fitted, model_of
 
@@ -19,7 +19,7 @@ def test_auto_chooses_rows_for_small_data_and_says_why() -> None:
     assert "rows" in small.summary()
     assert fitted(model, "auto", budget=1000).snapshot()[0].structure == KFAC()
     endless = LaplaceLoRA(model, Classes()).fit(iter([TRAIN]), progress=False)
-    assert endless.snapshot()[0].structure == KFAC()
+    assert endless.snapshot()[0].structure == LowRank()
     assert endless.snapshot()[0].n_examples == 7  # the batch looked at is not lost
     assert "no length" in endless.summary()
 

@@ -2,6 +2,7 @@
 
 from laplace_lora_fast.structures.base import Structure
 from laplace_lora_fast.structures.blocks.structures import EKFAC, KFAC, Diagonal
+from laplace_lora_fast.structures.low_rank.structures import LowRank
 from laplace_lora_fast.structures.rows.structures import Rows
 
-__all__ = ["EKFAC", "KFAC", "Diagonal", "Rows", "Structure"]
+__all__ = ["EKFAC", "KFAC", "Diagonal", "LowRank", "Rows", "Structure"]

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.options import positive_integer
+
+
+def checked_columns(value: object) -> int:
+    """The option `columns`. Raises ValueError unless it is an integer of at least 2."""
+    columns = positive_integer("columns", value)
+    if columns < 2:
+        raise ValueError("columns must be at least 2: the two halves of a sketch tell its error, got 1")
+    return columns
 
 
 def random_projection(dim: int, columns: int, seed: int, like: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
-from laplace_lora_fast.options import positive_integer, register
+from laplace_lora_fast.options import register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.sketch import checked_columns
 from laplace_lora_fast.weights import LoraWeights, WeightName
 
 _MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
@@ -44,9 +45,7 @@ class Rows(Structure):
     preference = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", positive_integer("columns", self.columns))
-        if self.columns < 2:
-            raise ValueError("columns must be at least 2: the two halves of a sketch tell its error, got 1")
+        object.__setattr__(self, "columns", checked_columns(self.columns))
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit must be True or False, got {self.refit!r}")
         object.__setattr__(self, "fisher", checked_fisher(self.fisher))

@@ -1,0 +1,1 @@
+"""The GGN by its leading directions: any number of examples."""

@@ -1,0 +1,96 @@
+"""Streams the Nystrom sketch of the GGN: one pass, of the same size whatever the number of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+import laplace_kernels as lk
+from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.likelihoods import Fisher, Likelihood
+from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.base import State
+from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature, as_curvature, nystrom, test_matrix
+from laplace_lora_fast.structures.rows.fit import Pieces, RowAccumulator
+from laplace_lora_fast.structures.rows.layout import BlockDiagonal
+from laplace_lora_fast.structures.rows.store import RowStore
+from laplace_lora_fast.weights import LoraWeights
+
+_NO_LIMIT = 2**62  # bytes of one batch's rows, which stay on the device
+
+
+class LowRankAccumulator(RowAccumulator):
+    """Listener that adds every batch's weighted rows to Y = H Omega', and drops them.
+
+    Args:
+        layers: the tapped layers.
+        likelihood: of the outputs.
+        fisher: exact, sampled or empirical.
+        columns: m.
+        rank: k.
+        seed: of both sketches.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LoraWeights],
+        likelihood: Likelihood,
+        fisher: Fisher,
+        columns: int,
+        rank: int,
+        seed: int,
+    ) -> None:
+        super().__init__(layers, likelihood, fisher, columns, _NO_LIMIT, seed)
+        like = self._means[0]
+        features = sum(
+            mean.shape[0] * omega.shape[1] for mean, omega in zip(self._means, self._projections, strict=True)
+        )
+        self._omega = test_matrix(features, min(rank, features), seed + len(self._means), like)
+        self._sketch = torch.zeros_like(self._omega)
+        self._totals = torch.zeros(2, dtype=torch.float64, device=like.device)  # trace of H, number of rows
+
+    def finish(self) -> None:
+        super().finish()
+        layout = self._layout()
+        roots = BlockDiagonal(layout, self._pieces["roots"].joined(layout.block_sizes))
+        home, dtype = self._sketch.device, self._sketch.dtype
+        rows = torch.cat([each.to(home, dtype) for each in self._store.matrices()], 1)
+        blocks = [block.to(home, dtype) for block in roots.blocks]
+        weighted = BlockDiagonal(layout, blocks).transposed_times(rows)
+        lk.gram_sketch_(self._sketch, weighted, self._omega)
+        self._totals[0] += weighted.double().square().sum()
+        self._totals[1] += len(weighted)
+        self._store, self._sizes = RowStore(len(self._names), _NO_LIMIT), []
+        self._pieces = {"roots": Pieces()}
+
+    def state(self) -> State:
+        return State(tensors={"sketch": self._sketch, "totals": self._totals})
+
+    def restore(self, state: State) -> None:
+        self._sketch.copy_(state.tensors["sketch"])
+        self._totals.copy_(state.tensors["totals"])
+
+    def join(self, ranks: Ranks) -> None:
+        """The sum over the ranks."""
+        ranks.sum_([self._sketch, self._totals])
+
+    def result(self) -> LowRankCurvature:
+        """The curvature of the leading directions.
+
+        Raises:
+            NumericalError: something is not finite; names the layer.
+        """
+        widths = [
+            mean.shape[0] * omega.shape[1] for mean, omega in zip(self._means, self._projections, strict=True)
+        ]
+        for name, part in zip(self._names, self._sketch.split(widths), strict=True):
+            if not part.isfinite().all():
+                raise NumericalError(
+                    f"the Jacobian of layer {name.layer!r} is not finite: the model overflows or a batch holds NaN. "
+                    "Load the model in bfloat16 or float32, or pad on the other side"
+                )
+        trace, count = self._totals.tolist()
+        means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
+        rows = nystrom(self._sketch, self._omega)
+        return as_curvature(self._names, means, self._projections, rows, trace, round(count))

@@ -1,0 +1,116 @@
+"""Low rank as a plug: options, passes and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_lora_fast.likelihoods import Fisher, Likelihood
+from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
+from laplace_lora_fast.options import positive_integer, register
+from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
+from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature
+from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
+from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.predict import RowPredictor
+from laplace_lora_fast.structures.rows.sketch import checked_columns
+from laplace_lora_fast.weights import LoraWeights, WeightName
+
+_LARGEST = 1024  # rank, where the budget allows for more
+_SMALLEST = 256  # that "auto" takes, unless there are fewer rows
+_BYTES = 12  # of a feature and a rank: the sketch, its test matrix, and the rows made of them, in fp32
+
+
+@register
+@dataclass(frozen=True)
+class LowRank(Structure):
+    """The leading directions of the exact GGN, for any number of examples: one pass, predictions independent of it.
+
+    A Nystrom approximation in the features of sketched rows. It leaves curvature out, so that variances are at least
+    those of the GGN, and are close to them from a rank of about the effective number of parameters on.
+
+    Args:
+        rank: k; None for as many as half of the memory budget holds, at most 1,024.
+        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on.
+        fisher: "exact" (GGN), "empirical", or "mc" or `MonteCarlo(samples)`.
+
+    Raises:
+        ValueError: a value is not one of its choices.
+    """
+
+    rank: int | None = None
+    columns: int = 128
+    fisher: Fisher = "exact"
+
+    preference = 20
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            object.__setattr__(self, "rank", positive_integer("rank", self.rank))
+        object.__setattr__(self, "columns", checked_columns(self.columns))
+        object.__setattr__(self, "fisher", checked_fisher(self.fisher))
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        return frozenset({Ability.SAMPLES})
+
+    @property
+    def uses_budget(self) -> bool:
+        return self.rank is None
+
+    def suits(self, problem: Problem) -> Verdict:
+        """Where the budget holds a rank of 256, or of all rows."""
+        features, rank = self._features(problem), self._rank(problem)
+        rows = problem.n_functions if self.fisher == "exact" else None
+        if rows is None and problem.n_examples is not None:
+            rows = problem.n_examples * fisher_passes(self.fisher, 1)
+        needed = min(_SMALLEST, features, features if rows is None else rows)
+        size = f"rank {rank} of {features} features, {_BYTES * features * rank / 2**20:.0f} MiB"
+        if self._affordable(problem) < needed:
+            return Verdict(False, f"the budget holds less than rank {needed} of {features} features")
+        return Verdict(True, f"{size}, suits low rank")
+
+    def stages(self, problem: Problem) -> list[Stage]:
+        """Raises ValueError where the budget holds no rank at all."""
+        rank = self._rank(problem)
+        if self._affordable(problem) < 1 and self.rank is None:
+            least = 2 * _BYTES * self._features(problem)
+            raise ValueError(
+                f"a budget of {problem.budget} bytes holds no direction of the curvature: pass at least {least}"
+            )
+
+        def accumulator(_: object) -> LowRankAccumulator:
+            return LowRankAccumulator(
+                problem.layers, problem.likelihood, self.fisher, self.columns, rank, problem.seed
+            )
+
+        return [Stage("fit", accumulator)]
+
+    def _features(self, problem: Problem) -> int:
+        widths = [(layer.rank, width) for layer in problem.layers for width in (layer.d_in, layer.d_out)]
+        return sum(rank * min(width, self.columns) for rank, width in widths)
+
+    def _affordable(self, problem: Problem) -> int:
+        return problem.budget // (2 * _BYTES * self._features(problem))
+
+    def _rank(self, problem: Problem) -> int:
+        rank = min(_LARGEST, self._affordable(problem)) if self.rank is None else self.rank
+        return min(rank, self._features(problem))
+
+    def predictor(
+        self, curvature: RowCurvature, layers: Sequence[LoraWeights], prior_precisions: Tensor
+    ) -> RowPredictor:
+        parts, solvers = curvature.solvers_of(prior_precisions)
+        return RowPredictor(layers, curvature.rows, curvature.projections, parts, solvers, refitted=False)
+
+    def rebuild(
+        self,
+        names: list[WeightName],
+        tensors: dict[str, Tensor],
+        devices: Sequence[torch.device],
+        likelihood: Likelihood,
+    ) -> LowRankCurvature:
+        return LowRankCurvature.low_rank_from(RowCurvature.from_tensors(names, tensors, devices), tensors)
