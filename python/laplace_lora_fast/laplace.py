@@ -115,7 +115,8 @@ class LaplaceLoRA(LaplaceText):
             RankError: another rank of `group` failed, or holds another model.
             StateError: the checkpoint is damaged, of another version, of another fit, or of one on other data.
             UnsupportedAdapterError: the active adapter is one this does not cover, or not the one of `prior_mean`.
-            ValueError: `prior_precision` names other layers than the active adapter has.
+            ValueError: `prior_precision` names other layers than the active adapter has, or the budget is too small for
+                the structure in its smallest form.
         """
         ranks = Ranks(group)
         with ranks.together():
@@ -132,10 +133,8 @@ class LaplaceLoRA(LaplaceText):
             seed=self.seed,
             ranks=ranks,
         )
-        if isinstance(self.structure, Structure):
-            structure, reason = self.structure, ""
-        else:
-            structure, reason, train_loader = choose(subject, problem, train_loader)
+        wanted = self.structure if isinstance(self.structure, Structure) else None
+        structure, reason, train_loader = choose(subject, wanted, problem, train_loader, progress)
         facts |= {"the chosen structure": repr(structure), "non_finite": non_finite}
         with recording(checkpoint, facts, ranks) as recorder:
             fitted = fit(

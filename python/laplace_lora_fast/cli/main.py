@@ -1,4 +1,4 @@
-"""The command line: `laplace-lora demo | fit | evaluate | predict | select | doctor`."""
+"""The command line: `laplace-lora demo | fit | evaluate | predict | select | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -341,6 +341,29 @@ def select(
         _write(json_file, json.dumps(found, indent=2) + "\n")
     if out is not None:
         _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+@app.command()
+@_friendly
+def plan(
+    config: Annotated[Path, typer.Option(help="config.json of a causal language model, or its folder.")],
+    targets: Annotated[str, typer.Option(help="all-linear, or names such as q_proj,v_proj.")] = "all-linear",
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    examples: Annotated[int, typer.Option(min=1, help="Training examples.")] = 1000,
+    classes: Annotated[int, typer.Option(min=2, help="Answers to choose from.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an example.")] = 256,
+    budget: Annotated[float, typer.Option(min=0.001, help="GiB for the posterior on the device.")] = 4.0,
+    tflops: Annotated[
+        float, typer.Option(min=0.001, help="Sustained in the model's passes, 1e12 a second.")
+    ] = 300.0,
+    tflops_fp64: Annotated[
+        float, typer.Option(min=0.001, help="Sustained in fp64 linear algebra, 1e12 a second.")
+    ] = 10.0,
+) -> None:
+    """Price the structures for a model from its configuration alone: bytes, seconds, and what to choose."""
+    from laplace_lora_fast.cli.plan import show
+
+    show(console, config, targets, rank, examples, classes, tokens, int(budget * 2**30), tflops, tflops_fp64)
 
 
 @app.command()

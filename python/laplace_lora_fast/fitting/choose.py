@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, Subject, run
+from laplace_lora_fast.fitting.planner import price, require_budget
 from laplace_lora_fast.model.batches import Batch
 from laplace_lora_fast.options import kinds
-from laplace_lora_fast.progress import length
+from laplace_lora_fast.progress import length, say
 from laplace_lora_fast.structures.base import Problem, Structure
 
 
@@ -43,23 +46,68 @@ def first_batch(loader: Loader) -> tuple[Batch | None, Loader]:
     return first, Resumed(loader, batches if first is None else chain([first], batches))
 
 
-def choose(subject: Subject, problem: Problem, loader: Loader) -> tuple[Structure, str, Loader]:
-    """The first of the structures that can be chosen, in the order of their preference, that suits the problem.
+def choose(
+    subject: Subject, structure: Structure | None, problem: Problem, loader: Loader, progress: bool
+) -> tuple[Structure, str, Loader]:
+    """The structure of a fit, priced: one line to whoever waits says what it takes.
+
+    Args:
+        subject: what is differentiated.
+        structure: the caller's, or None for the first of all, in the order of their preference, that suits the problem.
+        problem: without its size.
+        loader: batches.
+        progress: say what it takes.
 
     Returns:
         It, why, and the loader, of which a first batch may have been looked at.
+
+    Raises:
+        ValueError: the budget is too small for it in its smallest form.
     """
-    problem, loader = _sized(subject, problem, loader)
+    reason = ""
+    if structure is None:
+        problem, loader = _sized(subject, problem, loader)
+        structure, reason = _first_that_suits(problem)
+    else:
+        problem = _declared(subject, problem, loader)
+    plan = price(structure, problem)
+    require_budget(plan)
+    say(plan.line(), progress and problem.ranks.rank == 0)
+    return structure, reason, loader
+
+
+def _first_that_suits(problem: Problem) -> tuple[Structure, str]:
     ranked = [(kind.preference, kind) for kind in kinds(Structure) if kind.preference is not None]
     reasons = []
     for _, kind in sorted(ranked, key=lambda pair: pair[0]):
-        structure = kind().adapted_to(problem)
+        structure = kind()
         verdict = structure.suits(problem)
         reasons.append(verdict.reason)
         if verdict.suits:
             break
     # The last one suits everything: what speaks is why those before it do not.
-    return structure, reasons[-1] if len(reasons) == 1 else "; ".join(reasons[:-1]), loader
+    return structure, reasons[-1] if len(reasons) == 1 else "; ".join(reasons[:-1])
+
+
+def _declared(subject: Subject, problem: Problem, loader: Loader) -> Problem:
+    """The problem with its size, where the loader tells without giving a batch, and the head without a pass."""
+    head, data = subject.head, getattr(loader, "dataset", None)
+    if data is not None:
+        examples = length(data)
+    else:
+        examples = sum(map(_sequences, loader)) if type(loader) in (list, tuple) else None
+    known = head.n_outputs is not None and not head.grouped and examples is not None
+    total = float(problem.ranks.gather_numbers([float(examples or 0) if known else math.nan]).sum())
+    if math.isnan(total) or not total or head.n_outputs is None:
+        return problem
+    functions = subject.likelihood.functions(head.n_outputs).shape[1]
+    return replace(problem, n_examples=int(total), n_functions=int(total) * functions)
+
+
+def _sequences(batch: Any) -> int:
+    """Of a batch that may be anything yet."""
+    values = batch.values() if isinstance(batch, Mapping) else ()
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 0)
 
 
 def _sized(subject: Subject, problem: Problem, loader: Loader) -> tuple[Problem, Loader]:

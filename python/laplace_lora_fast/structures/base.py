@@ -23,6 +23,7 @@ from laplace_lora_fast.errors import NumericalError, StateError, UnsupportedAdap
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.search import evidence_noise
 from laplace_lora_fast.weights import LoraWeights, WeightName
 
@@ -286,6 +287,8 @@ class Problem:
         ranks: over which the data are spread.
         n_examples: N over all ranks; None where a loader does not tell.
         n_functions: sum over examples of K; None likewise.
+        shared_inputs: for each layer the first layer that is fed by the same tensor, where that is known: it is found
+            out in the first pass.
     """
 
     layers: Sequence[LoraWeights]
@@ -295,6 +298,7 @@ class Problem:
     ranks: Ranks
     n_examples: int | None = None
     n_functions: int | None = None
+    shared_inputs: Sequence[int] | None = None
 
     @property
     def n_parameters(self) -> int:
@@ -356,6 +360,10 @@ class Structure(ABC):
     def adapted_to(self, problem: Problem) -> Structure:
         """The options with which "auto" takes it: its defaults, unless the problem asks for others."""
         return self
+
+    def cost(self, problem: Problem) -> Cost | None:
+        """What it takes of a machine; None where that cannot be said of this problem, or not at all."""
+        return None
 
     @abstractmethod
     def stages(self, problem: Problem) -> list[Stage]:

@@ -76,6 +76,11 @@ class FactorPlan:
     sketch_size: int = 128
     seed: int = 0
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the memory budget decides."""
+        return self.kind is FactorKind.AUTO
+
     def choose(self, dims: Sequence[int], itemsize: int) -> list[bool]:
         """For each dimension whether its factor is dense."""
         if self.kind is not FactorKind.AUTO:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
-from laplace_lora_fast.likelihoods.fisher import checked_fisher
+from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import check_choice, positive_integer, register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
+from laplace_lora_fast.structures.blocks.cost import kfac_cost
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.blocks.kfac import (
     FactorKind,
@@ -24,6 +25,7 @@ from laplace_lora_fast.structures.blocks.kfac import (
 )
 from laplace_lora_fast.structures.blocks.moments import DiagonalAccumulator, EkfacAccumulator
 from laplace_lora_fast.structures.blocks.predict import BlockPredictor
+from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.weights import LoraWeights, WeightName
 
 _SKETCH_COLUMNS = 128
@@ -110,6 +112,9 @@ class KFAC(BlockStructure):
             stages.insert(0, probe)
         return stages
 
+    def cost(self, problem: Problem) -> Cost | None:
+        return kfac_cost(problem, self.plan(problem), TokenSharing(self.tokens), self.rank, self.fisher)
+
     def plan(self, problem: Problem) -> FactorPlan:
         """Dense or sketched factors."""
         columns = _SKETCH_COLUMNS if self.columns is None else self.columns
@@ -141,6 +146,11 @@ class EKFAC(KFAC):
     def suits(self, problem: Problem) -> Verdict:
         return Verdict(False, "it takes a second pass over the data")
 
+    def cost(self, problem: Problem) -> Cost | None:
+        kfac = super().cost(problem)
+        # the second pass begins when the factors are gone; its sums are as large as the eigenvalues they replace
+        return None if kfac is None else replace(kfac, backward=2 * kfac.backward, forward=2)
+
     def stages(self, problem: Problem) -> list[Stage]:
         second = Stage("ekfac", lambda kfac: EkfacAccumulator(problem.layers, self.fisher, kfac))
         return [*super().stages(problem), second]
@@ -166,6 +176,16 @@ class Diagonal(BlockStructure):
 
     def suits(self, problem: Problem) -> Verdict:
         return Verdict(False, "it is a baseline")
+
+    def cost(self, problem: Problem) -> Cost | None:
+        if problem.n_functions is None or problem.n_examples is None:
+            return None
+        item = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
+        sums = [layer.rank * (layer.d_in + layer.d_out) * item for layer in problem.layers]
+        kept = [2 * each for each in sums]  # with the means
+        passes = fisher_passes(self.fisher, 1) * problem.n_examples
+        rows = problem.n_functions if self.fisher == "exact" else passes
+        return Cost(kept, sum(kept), 2 * sum(kept), 0, rows / problem.n_examples, 1, 0.0)
 
     def stages(self, problem: Problem) -> list[Stage]:
         return [Stage("fit", lambda _: DiagonalAccumulator(problem.layers, self.fisher))]

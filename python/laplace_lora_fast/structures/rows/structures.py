@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import laplace_kernels as lk
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
+from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
 from laplace_lora_fast.structures.rows.predict import RowPredictor
@@ -79,6 +81,37 @@ class Rows(Structure):
         )
         few = rows < min(problem.n_parameters, _MOST_ROWS) and row_bytes + kernel_bytes <= problem.budget
         return Verdict(few, f"{facts} suit exact rows" if few else f"{facts} do not suit exact rows")
+
+    def cost(self, problem: Problem) -> Cost | None:
+        rows, examples = self._rows(problem), problem.n_examples
+        if rows is None or examples is None:
+            return None
+        item = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
+        kept, largest, features = [], 0, 0
+        for layer in problem.layers:
+            bytes_of_layer = 0
+            for width in (layer.d_in, layer.d_out):
+                columns = min(width, self.columns)
+                block = rows * layer.rank * columns * item
+                largest, features = max(largest, block), features + layer.rank * columns
+                bytes_of_layer += block + (width * columns + layer.rank * width) * item
+            kept.append(bytes_of_layer)
+        roots, kernel = rows * rows // examples * item, 8 * rows**2
+        in_fp64 = largest * 8 // item
+        return Cost(
+            layers=kept,
+            fitting=sum(kept) + roots + largest,  # chunks become one matrix, weight by weight
+            solving=sum(kept) + roots + max(4 * kernel, 2 * kernel + in_fp64),
+            least=0,
+            backward=rows / examples,
+            forward=1 + self.refit,
+            operations=2.0 * rows**2 * features + 10.0 * rows**3,
+        )
+
+    def _rows(self, problem: Problem) -> int | None:
+        if self.fisher == "exact" or problem.n_examples is None:
+            return problem.n_functions
+        return problem.n_examples * fisher_passes(self.fisher, 1)
 
     def stages(self, problem: Problem) -> list[Stage]:
         def accumulator(_: object) -> RowAccumulator:
