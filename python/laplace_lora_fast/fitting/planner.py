@@ -65,8 +65,9 @@ class Priced:
         """In one line, for whoever waits for a fit."""
         if self.cost is None:
             return f"{self.structure!r}: how much memory that takes shows in the first pass only"
+        each = f"{_span(self.cost.layers)} a layer, {len(self.cost.layers)} layers"
         return (
-            f"{self.structure!r}: keeps {size(self.cost.kept)} ({_span(self.cost.layers)} a layer, {len(self.cost.layers)} layers), "
+            f"{self.structure!r}: keeps {size(self.cost.kept)} ({each}), "
             f"{size(self.cost.fitting)} while fitting, {size(self.cost.solving)} while tuning; "
             f"budget {size(self.problem.budget)}"
         )
