@@ -14,7 +14,8 @@ from torch import Tensor
 from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.model.batches import Batch
-from laplace_lora_fast.structures.base import Accumulator, State
+from laplace_lora_fast.structures.base import Accumulator
+from laplace_lora_fast.structures.state import State
 
 _OF_ACCUMULATOR = "accumulator."
 

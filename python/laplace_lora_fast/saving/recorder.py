@@ -26,7 +26,7 @@ from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fitting.checkpoint import Checkpoint
 from laplace_lora_fast.ranks import Ranks, first_difference, short
 from laplace_lora_fast.saving import atomic, checked
-from laplace_lora_fast.structures.base import State
+from laplace_lora_fast.structures.state import State
 
 FORMAT = "laplace-lora-fast-checkpoint/1"
 _OF_THE_PRIOR = ("prior_precision", "noise")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.search import evidence_noise
+from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LoraWeights, WeightName
 
 Seen = TypeVar("Seen")
@@ -97,21 +98,6 @@ class Listener(ABC):
 
     def forget(self) -> None:
         """Drops what is held of the current batch, which has failed or is over."""
-
-
-@dataclass
-class State:
-    """What an accumulator holds between two batches: from it another process goes on bit for bit.
-
-    Attributes:
-        values: JSON-serialisable.
-        tensors: those that batches change.
-        grown: lists of tensors that batches only add to, and that are joined along their first axis in the end.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    grown: dict[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 class Accumulator(Listener):
@@ -384,11 +370,6 @@ class Structure(ABC):
         likelihood: Likelihood,
     ) -> Curvature:
         """The curvature of `Curvature.tensors`, every weight on its device. Raises KeyError for a missing tensor."""
-
-
-def numbered(**parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Lists of tensors in one dict: "name.0", "name.1", .."""
-    return {f"{name}.{i}": tensor for name, each in parts.items() for i, tensor in enumerate(each)}
 
 
 def require_finite(names: Sequence[WeightName], tensors: Sequence[Tensor], what: str) -> None:

@@ -17,9 +17,9 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import State
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum, spectrum_of_rows, truncated
 from laplace_lora_fast.structures.blocks.waiting import WaitingRows
+from laplace_lora_fast.structures.state import State
 
 
 def tokens_worth_an_update(device: torch.device) -> int:

@@ -28,7 +28,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import Accumulator, State, Step
+from laplace_lora_fast.structures.base import Accumulator, Step
 from laplace_lora_fast.structures.blocks.algebra import KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.blocks.factors import (
@@ -40,6 +40,7 @@ from laplace_lora_fast.structures.blocks.factors import (
 )
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.structures.blocks.waiting import zero
+from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LoraWeights, in_order, weight_names
 
 

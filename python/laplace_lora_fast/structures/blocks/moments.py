@@ -12,10 +12,11 @@ import laplace_kernels as lk
 from laplace_lora_fast.likelihoods import Fisher
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import Accumulator, State, Step, numbered, require_finite
+from laplace_lora_fast.structures.base import Accumulator, Step, require_finite
 from laplace_lora_fast.structures.blocks.algebra import DiagBlock, KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.jacobians import JacobianListener, jacobian
+from laplace_lora_fast.structures.state import State, numbered
 from laplace_lora_fast.weights import LoraWeights, matrices, weight_names
 
 

@@ -13,13 +13,14 @@ from laplace_lora_fast.errors import InvalidBatchError, NumericalError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import Accumulator, State, Step, require_finite
+from laplace_lora_fast.structures.base import Accumulator, Step, require_finite
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.listener import RowListener
 from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
 from laplace_lora_fast.structures.rows.sketch import random_projection
 from laplace_lora_fast.structures.rows.store import RowStore
+from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LoraWeights, matrices, weight_names
 
 
