@@ -21,6 +21,7 @@ from laplace_lora_fast import (
     Checkpoint,
     Diagonal,
     LaplaceLoRA,
+    LowRank,
     MonteCarlo,
     Options,
     Regression,
@@ -42,6 +43,7 @@ STRUCTURES = {
     "kfac, sampled labels": KFAC(fisher="mc", factors="dense"),
     "ekfac": EKFAC(factors="dense"),
     "diagonal": Diagonal(),
+    "low rank": LowRank(rank=10, columns=6),
     "auto": "auto",
 }
 TEST = tiny.batch(3, 6, seed=77)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from laplace_lora_fast import EKFAC, KFAC, Answers, Diagonal, LaplaceLoRA, Rows
+from laplace_lora_fast import EKFAC, KFAC, Answers, Diagonal, LaplaceLoRA, LowRank, Rows
 from laplace_lora_fast.cli.main import app
 from laplace_lora_fast.cli.plan import plan
 from laplace_lora_fast.fitting import planner
@@ -50,6 +50,7 @@ def wide():
 MEASURED = {
     "rows": (Rows(columns=64), 160),
     "rows, whole": (Rows(columns=400), 100),
+    "low rank": (LowRank(rank=40, columns=64), 60),
     "kfac, dense": (KFAC(factors="dense"), 240),
     "kfac, sketch": (KFAC(factors="sketch", columns=48), 120),
     "kfac, tokens": (KFAC(tokens="expand", factors="dense"), 60),

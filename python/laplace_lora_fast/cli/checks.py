@@ -240,3 +240,12 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _either(names: Sequence[str]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def shown(prior_precision: Any) -> str:
+    """A prior precision as a person would read it."""
+    if isinstance(prior_precision, float):
+        return f"{prior_precision:.4g}"
+    if len(prior_precision) > 2:
+        return f"{min(prior_precision.values()):.4g} to {max(prior_precision.values()):.4g} by layer"
+    return ", ".join(f"{key}: {value:.4g}" for key, value in prior_precision.items())

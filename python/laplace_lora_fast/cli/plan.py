@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from laplace_lora_fast.fitting import planner
 from laplace_lora_fast.likelihoods import Categorical
+from laplace_lora_fast.options import positive_number
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.base import Problem
 from laplace_lora_fast.weights import LoraWeights
@@ -103,7 +104,9 @@ def show(
     tflops: float,
     tflops_fp64: float,
 ) -> None:
-    """Prints the plan."""
+    """Prints the plan. Raises ValueError for a rate that is not positive."""
+    positive_number("--tflops", tflops)
+    positive_number("--tflops-fp64", tflops_fp64)
     rates = planner.Rates(tflops * 1e12, tflops_fp64 * 1e12)
     found = plan(config, targets, rank, examples, classes, tokens, budget, rates)
     shown = Table(*found.rows[0])

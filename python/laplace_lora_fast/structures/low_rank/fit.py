@@ -10,11 +10,11 @@ import laplace_kernels as lk
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.base import State
 from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature, as_curvature, nystrom, test_matrix
 from laplace_lora_fast.structures.rows.fit import Pieces, RowAccumulator
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal
 from laplace_lora_fast.structures.rows.store import RowStore
+from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LoraWeights
 
 _NO_LIMIT = 2**62  # bytes of one batch's rows, which stay on the device

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import laplace_kernels as lk
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import positive_integer, register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
+from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature
 from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
@@ -72,6 +74,32 @@ class LowRank(Structure):
         if self._affordable(problem) < needed:
             return Verdict(False, f"the budget holds less than rank {needed} of {features} features")
         return Verdict(True, f"{size}, suits low rank")
+
+    def cost(self, problem: Problem) -> Cost | None:
+        rows, examples = problem.n_functions, problem.n_examples
+        if rows is None or examples is None:
+            return None
+        rows = rows if self.fisher == "exact" else examples * fisher_passes(self.fisher, 1)
+        item = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
+        features, rank = self._features(problem), max(1, self._rank(problem))
+        directions, kept, projections = min(rank, rows), [], 0
+        for layer in problem.layers:
+            widths = [(width, min(width, self.columns)) for width in (layer.d_in, layer.d_out)]
+            own = sum(width * columns for width, columns in widths) * item
+            rows_of_layer = directions * layer.rank * sum(columns for _, columns in widths) * item
+            kept.append(own + rows_of_layer + layer.rank * (layer.d_in + layer.d_out) * item)
+            projections += own
+        square = 8 * rank**2
+        return Cost(
+            layers=kept,
+            # the sketch, its test matrix, and what becomes of them twice
+            fitting=projections + item * features * (2 * rank + 2 * directions) + 3 * square,
+            solving=sum(kept) + 4 * square,
+            least=2 * _BYTES * features if self.rank is None else 0,
+            backward=rows / examples,
+            forward=1,
+            operations=6.0 * features * rank**2 + 20.0 * rank**3,
+        )
 
     def stages(self, problem: Problem) -> list[Stage]:
         """Raises ValueError where the budget holds no rank at all."""
