@@ -361,6 +361,14 @@ class Structure(ABC):
     ) -> Predictor[Any]:
         """A listener for Gaussians under G priors, `prior_precisions` fp64 [n_weights, G]."""
 
+    def left_out(self, curvature: Any) -> Callable[[float], list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """Predictions of examples without them: prior precision -> examples, mean, covariance, targets of every block.
+
+        Raises:
+            ValueError: this structure has no `Ability.LEAVE_ONE_OUT`.
+        """
+        raise ValueError(f"{self!r} cannot leave training examples out")
+
     @abstractmethod
     def rebuild(
         self,

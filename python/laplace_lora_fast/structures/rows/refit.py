@@ -35,6 +35,8 @@ from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver
 from laplace_lora_fast.structures.search import maximum_on_log_axis
 
+LeftOut = tuple[Tensor, Tensor, Tensor, Tensor]  # examples, mean, covariance, targets
+
 _STEPS = 100  # of Newton's method, which takes about five
 _ROUNDS = 30  # of x and the mode, which take about five
 
@@ -107,7 +109,11 @@ class Observations:
 
 
 def newton(
-    kernel: Tensor, observed: Observations, start: Tensor | None = None, dimension: bool = False
+    kernel: Tensor,
+    observed: Observations,
+    start: Tensor | None = None,
+    dimension: bool = False,
+    tolerance: float = 1e-9,
 ) -> Mode:
     """The mode of p(f | y) for f ~ N(m, kernel) (Rasmussen and Williams 2006, algorithm 3.3, with step halving).
 
@@ -116,6 +122,7 @@ def newton(
         observed: prior functions and targets.
         start: alpha [R] to begin from, that of a similar kernel; None for zero.
         dimension: whether the mode's dimension is asked for, an inverse more.
+        tolerance: of the last step, relative; what is left after it is about its square.
 
     Raises:
         NumericalError: no convergence.
@@ -147,7 +154,7 @@ def newton(
         moved = float((tried[0] - f).abs().max() / (1 + f.abs().max()))
         alpha, (f, value) = alpha + step * (target - alpha), tried
         # Near the optimum each step is about the square of the last: small means there, as large as the last rounding.
-        there, rounding = moved <= 1e-9, last < 1e-5 and moved > last / 2
+        there, rounding = moved <= tolerance, last < 1e-5 and moved > last / 2
         last = moved if step == 1 else math.inf
         if there or rounding:
             log_det = 2 * chol.diagonal().log().sum()
@@ -161,7 +168,11 @@ def newton(
 
 
 def equivalent_mode(
-    kernel: Tensor, observed: Observations, equivalent: Equivalent, start: Tensor | None = None
+    kernel: Tensor,
+    observed: Observations,
+    equivalent: Equivalent,
+    start: Tensor | None = None,
+    tolerance: float = 1e-9,
 ) -> Mode:
     """The mode where the kernel is a sketch's: that of kernel / (1 - x), x what the sketch's dimension there asks for.
 
@@ -170,14 +181,16 @@ def equivalent_mode(
         observed: prior functions and targets.
         equivalent: of the sketch.
         start: as for `newton`.
+        tolerance: as for `newton`.
     """
     x = 0.0
-    mode = newton(kernel, observed, start, dimension=True)
+    mode = newton(kernel, observed, start, dimension=True, tolerance=tolerance)
     for _ in range(_ROUNDS):
         wanted = equivalent.shrinkage_at(mode.dimension)
-        if abs(wanted - x) < 1e-7:
+        if abs(wanted - x) < max(1e-7, tolerance):
             break
-        mode = newton(kernel / (1 - wanted), observed, mode.alpha * (1 - wanted) / (1 - x), dimension=True)
+        start = mode.alpha * (1 - wanted) / (1 - x)
+        mode = newton(kernel / (1 - wanted), observed, start, dimension=True, tolerance=tolerance)
         x = wanted
     correction = log_det_of_shrinkage(mode.dimension, x)
     return replace(mode, shrinkage=x, log_evidence=mode.log_evidence - 0.5 * correction)
@@ -306,7 +319,7 @@ class RefittedCurvature(RowCurvature):
         noise = at(mu)[1]
         return {keys[0]: mu / noise**2}, noise
 
-    def leave_one_out(self, prior_precision: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def leave_one_out(self, prior_precision: Tensor) -> list[LeftOut]:
         """For every block its examples, their mean [N_b, K] and covariance [N_b, K, K] without each, and targets."""
         kernel = self.kernels.total((1 / self.effective(prior_precision)).tolist())
         blocks = leave_one_out(kernel, self.observed, self.mode(prior_precision))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure
 from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
+from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.predict import RowPredictor
-from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.refit import LeftOut, RefittedCurvature
 from laplace_lora_fast.structures.rows.sketch import checked_columns
 from laplace_lora_fast.weights import LoraWeights, WeightName
 
@@ -127,6 +128,11 @@ class Rows(Structure):
     ) -> RowPredictor:
         parts, solvers = curvature.solvers_of(prior_precisions)
         return RowPredictor(layers, curvature.rows, curvature.projections, parts, solvers, curvature.refitted)
+
+    def left_out(self, curvature: RowCurvature) -> Callable[[float], list[LeftOut]]:
+        if not isinstance(curvature, RefittedCurvature):
+            return super().left_out(curvature)
+        return LeaveOneOutPath(curvature).at
 
     def rebuild(
         self,

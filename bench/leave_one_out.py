@@ -1,0 +1,99 @@
+"""Leave-one-out tuning of a refit: seconds, by 101 refits from scratch and coarse to fine with warm starts.
+
+    python -m bench.leave_one_out --rows 1000 2000 --out bench/results
+
+Random features with labels that follow them: a kernel [R, R] and R two-class examples, as `Rows(refit=True)` has them. The
+old way is timed at every `--every`-th value of the grid and scaled to all of it; both in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laplace_lora_fast.evaluation.provenance import provenance
+from laplace_lora_fast.likelihoods import Categorical
+from laplace_lora_fast.prediction import Block
+from laplace_lora_fast.prior.grid import DEFAULT_GRID, lowest, scores
+from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
+from laplace_lora_fast.structures.rows.refit import LeftOut, Observations, RefittedCurvature
+from laplace_lora_fast.weights import weight_names
+
+FEATURES = 2048
+
+
+def problem(rows: int) -> RefittedCurvature:
+    """Two-class examples whose labels are noisy signs of a linear function of their features, not sketched."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -2, FEATURES)
+    sides = [torch.randn(rows, FEATURES, generator=generator) * scales for _ in range(2)]
+    truth = sides[0] @ torch.randn(FEATURES, generator=generator)
+    labels = (truth + truth.std() * torch.randn(rows, generator=generator) > 0).long()
+    layout = Layout(torch.ones(rows))
+    roots = BlockDiagonal(layout, [torch.full((rows, 1, 1), 0.5)])
+    means, identity = [torch.ones(1, FEATURES)] * 2, [torch.eye(FEATURES)] * 2
+    whole = RowCurvature(weight_names(["layer"]), means, sides, identity, roots)
+    observed = Observations(layout, Categorical(), [torch.zeros(rows, 1, dtype=torch.float64)], [labels])
+    return RefittedCurvature(whole, observed)
+
+
+def nll(found: list[LeftOut]) -> float:
+    """Of the left-out examples."""
+    blocks = [Block(examples, mean, cov[None], targets) for examples, mean, cov, targets in found]
+    return float(scores(Categorical(), blocks, "probit", 1, 0, None)[0])
+
+
+def measure(rows: int, every: int) -> dict[str, Any]:
+    """Seconds of both ways, and what each found."""
+    curvature = problem(rows)
+    ones = torch.ones(2, dtype=torch.float64)
+    curvature.kernels.total([1.0, 1.0])  # both need it
+    tried = range(0, len(DEFAULT_GRID), every)
+    start = time.perf_counter()
+    old = {place: nll(curvature.leave_one_out(DEFAULT_GRID[place] * ones)) for place in tried}
+    middle = time.perf_counter()
+    path, new = LeaveOneOutPath(curvature), {}
+
+    def value_at(place: int) -> float:
+        new[place] = nll(path.at(DEFAULT_GRID[place]))
+        return new[place]
+
+    best = lowest(value_at, len(DEFAULT_GRID))
+    end = time.perf_counter()
+    seconds = (middle - start) * len(DEFAULT_GRID) / len(tried)
+    both = sorted(set(old) & set(new))
+    return {
+        "rows": rows,
+        "from_scratch_seconds": seconds,
+        "coarse_to_fine_seconds": end - middle,
+        "ratio": seconds / (end - middle),
+        "values_looked_at": len(new),
+        "best": DEFAULT_GRID[best],
+        "best_from_scratch_among_tried": DEFAULT_GRID[min(old, key=old.__getitem__)],
+        "largest_nll_difference": max(abs(old[place] - new[place]) for place in both),
+    }
+
+
+def main() -> None:
+    """Writes leave_one_out.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 2000])
+    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"environment": provenance(("torch",)), "every": arguments.every, "runs": []}
+    for rows in arguments.rows:
+        results["runs"].append(measure(rows, arguments.every))
+        print(json.dumps(results["runs"][-1]), flush=True)
+        (arguments.out / "leave_one_out.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
