@@ -32,8 +32,16 @@ from laplace_lora_fast import (
     Preference,
     Regression,
     Rows,
+    Tokens,
 )
-from laplace_lora_fast.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, PlackettLuce
+from laplace_lora_fast.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    PlackettLuce,
+    SampledTokens,
+)
 from laplace_lora_fast.options import from_json, integer, kinds, named, positive_number, short_name, to_json
 from laplace_lora_fast.prior.tuning import Tuning
 from laplace_lora_fast.structures import Structure
@@ -56,9 +64,11 @@ EXAMPLES = [
     Options(score="mean"),
     Preference(ranking=True),
     Regression(noise=0.5),
+    Tokens(samples=3, likelihood_weight=0.5),
     Bernoulli(),
     Categorical(),
     Gaussian(noise=0.25),
+    SampledTokens(weight=0.5),
     MonteCarlo(samples=3),
     Rows(columns=7, refit=True),
     Rows(fisher=MonteCarlo(2)),

@@ -86,7 +86,9 @@ def test_no_more_logits_than_a_chunk_are_there(monkeypatch: pytest.MonkeyPatch) 
     assert (4, 2) in fitted_with
     seen.clear()
     la.token_uncertainty(batch(), n_samples=2)
-    assert set(map(tuple, seen)) <= {(4, 1), (1, 7)}
+    assert all(rows * length <= 8 for rows, length in seen), (
+        "two samples of four texts, or of two for the proof"
+    )
 
 
 @pytest.mark.parametrize("chunk", [2**25, 4 * tiny.VOCAB * 2], ids=["whole", "chunks"])

@@ -1,4 +1,4 @@
-"""The command line: `laplace-lora demo | fit | evaluate | predict | select | plan | doctor`."""
+"""The command line: `laplace-lora demo | fit | evaluate | predict | select | generate | plan | doctor`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+
+    from laplace_lora_fast.cli.arguments import Adapter, BatchSize, Device, Dtype, Model, Posterior
+    from laplace_lora_fast.cli.generate import generate
 except ImportError as error:
     raise SystemExit(f"{error}: {INSTALL.format('cli,evaluate')}") from error
 
@@ -33,12 +36,6 @@ errors = Console(stderr=True, highlight=False)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-Model = Annotated[str, typer.Option(help="Base model: a folder, a hub name or a .gguf file.")]
-Adapter = Annotated[Path, typer.Option(help="PEFT adapter folder.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
-Device = Annotated[str, typer.Option(help="Such as cpu or cuda; auto takes a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16 or float16.")]
-Posterior = Annotated[Path, typer.Option(help="Folder written by `fit`.")]
 Truncate = Annotated[
     bool,
     typer.Option("--truncate", help="Cut prompts that are too long for the model, from the left."),
@@ -341,6 +338,9 @@ def select(
         _write(json_file, json.dumps(found, indent=2) + "\n")
     if out is not None:
         _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+app.command()(_friendly(generate))
 
 
 @app.command()

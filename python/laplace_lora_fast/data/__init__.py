@@ -7,6 +7,7 @@ from laplace_lora_fast.data.preferences import (
     preference_batches,
     preference_batches_from_ids,
 )
+from laplace_lora_fast.data.texts import text_batches, text_batches_from_ids
 
 __all__ = [
     "add_reference",
@@ -15,4 +16,6 @@ __all__ = [
     "option_batches_from_ids",
     "preference_batches",
     "preference_batches_from_ids",
+    "text_batches",
+    "text_batches_from_ids",
 ]

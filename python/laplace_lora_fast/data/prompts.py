@@ -41,20 +41,25 @@ def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
     Raises:
         InvalidBatchError: The file is missing, empty, or a line is wrong; names the line and the field.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidBatchError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidBatchError(f"{path}: cannot be read: not UTF-8") from error
-    rows = [
-        _parse(line, f"{path}, line {number}", labelled)
-        for number, line in enumerate(text.split("\n"), 1)  # other line breaks may stand inside JSON strings
-        if line.strip()
-    ]
-    if not rows:
-        raise InvalidBatchError(f"{path}: holds no rows")
-    return rows
+    return [_parse(line, where, labelled) for line, where in _lines(path)]
+
+
+def read_prompts(path: str | Path) -> list[Any]:
+    """Reads a JSON-lines file of `{"prompt": str or messages}`; other fields are not looked at.
+
+    Raises:
+        InvalidBatchError: The file is missing, empty, or a line is wrong; names the line.
+    """
+    prompts = []
+    for line, where in _lines(path):
+        fields = _json_of(line, where)
+        prompt = fields.get("prompt") if isinstance(fields, dict) else None
+        if not (prompt.strip() if isinstance(prompt, str) else _are_messages(prompt)):
+            raise InvalidBatchError(
+                f"{where}: field 'prompt' must be a non-empty string, or messages with a 'role' and a 'content' each"
+            )
+        prompts.append(prompt)
+    return prompts
 
 
 def answer_token_ids(tokenizer: Any, rows: Sequence[PromptRow]) -> list[int]:
@@ -177,6 +182,24 @@ def _require_source(source: str) -> None:
         is_path = True
     if is_path:
         raise FileNotFoundError(f"{source} does not exist")
+
+
+def _lines(path: str | Path) -> list[tuple[str, str]]:
+    """The lines of a file that are not empty, and where each stands. Raises InvalidBatchError if there is none."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidBatchError(f"{path}: cannot be read: not UTF-8") from error
+    lines = [
+        (line, f"{path}, line {number}")
+        for number, line in enumerate(text.split("\n"), 1)  # other line breaks may stand inside JSON strings
+        if line.strip()
+    ]
+    if not lines:
+        raise InvalidBatchError(f"{path}: holds no rows")
+    return lines
 
 
 def _pad(encoded: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:

@@ -72,7 +72,9 @@ class TokenUncertainty:
             normalised: per token: divided by the number of tokens scored.
         """
         counts = self.mask.sum(1)
-        scale = 1 / counts.clamp_min(1) if normalised else torch.ones_like(counts, dtype=self.total.dtype)
+        scale = torch.ones_like(self.total[:, 0])
+        if normalised:
+            scale /= counts.clamp_min(1)
 
         def over_tokens(values: Tensor) -> Tensor:
             return values.where(self.mask, 0).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -53,13 +54,14 @@ class PosteriorSamples:
         assert isinstance(squares, Tensor)
         return squares.sqrt()
 
-    def apply(self, function: Callable[[], Any], *, linearised: bool = True) -> Any:
+    def apply(self, function: Callable[[], Any], *, linearised: bool = True, at_a_time: int = 8) -> Any:
         """What a function of the model gives under every sample.
 
         Args:
             function: of nothing; runs the model, without random numbers, and returns a tensor, or a tuple or dict of
                 tensors: `lambda: model(**batch).logits`. It is called several times.
             linearised: f + J delta, by forward-mode derivatives; False: the model with each sample's weights.
+            at_a_time: samples whose derivatives are computed together, in so many times the memory of a forward pass.
 
         Returns:
             The same with a leading axis n.
@@ -70,15 +72,16 @@ class PosteriorSamples:
         with self._unchanged(), self._hooks().installed() as hooks:
             if not linearised:
                 return hooks.as_weights(self.deltas, function)
-            value, change = hooks.linearised(self.deltas, function)
+            value, change = hooks.linearised(self.deltas, function, at_a_time=at_a_time)
             return tree_map(lambda f, step: f + step, value, change)
 
-    def outputs(self, batch: Batch, *, linearised: bool = True) -> Tensor:
+    def outputs(self, batch: Batch, *, linearised: bool = True, at_a_time: int = 8) -> Tensor:
         """What the task reads off the model for every sequence, [n, S, U]: logits of answers, scores of options.
 
         Args:
             batch: as for `predict`.
             linearised: as for `apply`.
+            at_a_time: as for `apply`.
         """
         head, model, checks = self._subject.head, self._subject.model, DeferredChecks()
         inputs = head.inputs(batch, device_of(model), checks)
@@ -88,7 +91,8 @@ class PosteriorSamples:
             if not linearised:
                 stacked: Tensor = hooks.as_weights(self.deltas, lambda: head.u(model, inputs))
                 return stacked
-            value, change = hooks.linearised(self.deltas, lambda: head.u(model, inputs))
+            read = partial(head.u, model, inputs)
+            value, change = hooks.linearised(self.deltas, read, at_a_time=at_a_time)
             linear: Tensor = value + change
             return linear
 

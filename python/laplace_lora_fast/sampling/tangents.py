@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+import laplace_kernels as lk
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
@@ -174,7 +175,7 @@ class StepHooks:
 def forward_mode() -> Iterator[None]:
     """What forward-mode derivatives need; says of a model that has none what it is that has not."""
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        with _PlainAttention():  # the fused kernels have no forward mode
             yield
     except (NotImplementedError, RuntimeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -185,6 +186,41 @@ def forward_mode() -> Iterator[None]:
             "with attn_implementation='sdpa' or 'eager' and without custom kernels or quantised layers; samples as "
             "weights need none: linearised=False"
         ) from error
+
+
+class _PlainAttention(TorchFunctionMode):
+    """Attention by matrix products. Of this thread alone, which `torch.nn.attention.sdpa_kernel` is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes without dropout; finite also where a query may see nothing."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    least = torch.finfo(scores.dtype).min
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, least)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, least)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.clamp_min(least / 2)
+    return scores.softmax(-1, dtype=lk.accumulation_dtype(scores.dtype)).to(value.dtype) @ value
 
 
 _MISSING = ("forward AD", "forward-mode", "forward mode", "jvp", "vmap", "functorch")

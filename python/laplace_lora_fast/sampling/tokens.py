@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import laplace_kernels as lk
 from laplace_lora_fast.errors import InvalidBatchError
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, run
+from laplace_lora_fast.likelihoods import SampledTokens
 from laplace_lora_fast.model.batches import Batch, Inputs
 from laplace_lora_fast.model.lora import LoraLayer
 from laplace_lora_fast.model.tokens.heads import IGNORED, TokenHead
@@ -157,4 +158,5 @@ def _layers(linearised: LinearisedModel) -> list[LoraLayer]:
 
 
 def _run(linearised: LinearisedModel, head: TokenHead, loader: Loader, take: Any) -> None:
-    run(replace(linearised.subject, head=head), loader, None, take, generator=torch.Generator())
+    subject = replace(linearised.subject, head=head, likelihood=SampledTokens())
+    run(subject, loader, None, take, generator=torch.Generator())

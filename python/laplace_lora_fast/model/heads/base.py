@@ -38,6 +38,7 @@ class Head:
         is_deterministic: whether a tap has found that two forward passes agree.
         plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
         seed: of what the head draws.
+        forward_mode_is_exact: whether forward-mode derivatives have been found to be those of a backward pass.
     """
 
     grouped = False
@@ -49,7 +50,7 @@ class Head:
         self.features: Tensor | None = None
         self.rows_checked = self.is_deterministic = False
         self.plain_layers: set[str] = set()
-        self.seed = 0
+        self.seed, self.forward_mode_is_exact = 0, False
         parameters = inspect.signature(innermost(model).forward).parameters
         self._accepts = set(parameters)
         self._accepts_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())

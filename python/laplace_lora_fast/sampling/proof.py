@@ -1,0 +1,98 @@
+"""Whether a model's forward-mode derivatives are those of its backward pass: some kernels drop them without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora_fast.devices import device_of
+from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
+from laplace_lora_fast.fitting.passes import run
+from laplace_lora_fast.likelihoods import SampledTokens
+from laplace_lora_fast.model.batches import Batch
+from laplace_lora_fast.model.contexts import unwrapped
+from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.tokens.heads import LabelScoreHead
+from laplace_lora_fast.prediction import LinearisedModel
+from laplace_lora_fast.sampling.tangents import StepHooks
+from laplace_lora_fast.structures.base import Step
+from laplace_lora_fast.structures.jacobians import JacobianListener
+from laplace_lora_fast.weights import LoraWeights
+
+_SEQUENCES = 2  # that are compared
+_LEAST = 1e-3, 0.25  # relative errors that are no rounding, in fp32 and in 16 bits
+
+
+class _Along(JacobianListener):
+    """J delta [S] of one output a sequence, by a backward pass."""
+
+    def __init__(self, layers: Sequence[LoraWeights], delta: Sequence[Tensor]) -> None:
+        super().__init__(layers, [None] * len(delta))
+        self._delta = delta
+        self.total: Tensor | float = 0.0
+
+    def start(self, step: Step) -> Tensor:
+        return super().start(step)[:, :, :1]
+
+    def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
+        step = self._delta[weight].to(small)
+        self.total = self.total + ((small @ step) * large.to(small)).sum((1, 2, 3)).double().cpu()
+
+
+def require_forward_mode(linearised: LinearisedModel, deltas: Sequence[Tensor], batch: Batch) -> None:
+    """Compares the log probability's derivative along one sample, of a few sequences; once a model.
+
+    Args:
+        linearised: the model.
+        deltas: steps of every weight, [n, r, d].
+        batch: with labels.
+
+    Raises:
+        UnsupportedAdapterError: forward and backward mode disagree.
+    """
+    proved = linearised.subject.head
+    if proved.forward_mode_is_exact:
+        return
+    few = {
+        key: value[:_SEQUENCES] if isinstance(value, Tensor) and value.dim() else value
+        for key, value in batch.items()
+    }
+    head = LabelScoreHead(unwrapped(linearised.subject.model), mean=False)
+    layers = [layer for layer in linearised.subject.layers if isinstance(layer, LoraLayer)]
+    one = [delta[:1] for delta in deltas]
+    along = _Along([layer.weights for layer in layers], [delta[0] for delta in one])
+    subject = replace(linearised.subject, head=head, likelihood=SampledTokens())
+    run(
+        subject,
+        [few],
+        along,
+        lambda _: None,
+        generator=torch.Generator(),
+        shared_inputs=list(linearised.shared_inputs),
+    )
+    backward = torch.as_tensor(along.total)
+    if not backward.any():  # no labelled token, or a step that changes nothing: nothing to compare
+        return
+    checks = DeferredChecks()
+    inputs = head.inputs(few, device_of(subject.model), checks)
+    checks.settle()
+    with StepHooks(subject.model, layers, head).installed() as hooks:
+        inputs = head.placed(subject.model, inputs)
+        _, change = hooks.linearised(one, lambda: head.u(subject.model, inputs))
+    error = float((change[0, :, 0].double().cpu() - backward).norm() / backward.norm())
+    if not error <= _LEAST[_is_narrow(subject.model)]:
+        raise UnsupportedAdapterError(
+            f"the model's forward-mode derivatives differ from those of its backward pass by {error:.0%}: something "
+            "in it (a custom kernel) drops them, and linearised samples would be wrong. Load it with "
+            "attn_implementation='sdpa' or 'eager' and without custom kernels"
+        )
+    proved.forward_mode_is_exact = True
+
+
+def _is_narrow(model: nn.Module) -> bool:
+    """Whether something is computed in 16 bits."""
+    stored = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+    return stored or torch.is_autocast_enabled(device_of(model).type)
