@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,15 @@ def test_fisher_by_name() -> None:
 
 def test_options_that_would_not_be_looked_at() -> None:
     """An option lives on the object it belongs to; what is left is refused by name."""
-    for kind in (Rows, Diagonal):
-        for option in ({"tokens": "expand"}, {"rank": 3}, {"factors": "sketch"}):
-            with pytest.raises(TypeError, match=next(iter(option))):
-                kind(**option)
+    refused = {
+        Rows: ["tokens", "factors"],
+        LowRank: ["refit", "tokens"],
+        Diagonal: ["tokens", "rank", "factors"],
+    }
+    for kind, options in refused.items():
+        for option in options:
+            with pytest.raises(TypeError, match=option):
+                kind(**{option: 3})
     for kind in (KFAC, EKFAC):
         with pytest.raises(ValueError, match="leave them out with factors='dense'"):
             kind(factors="dense", columns=8)
@@ -242,3 +247,12 @@ def test_positive_numbers() -> None:
         with pytest.raises(ValueError, match="x must be a number"):
             positive_number("x", value)
     assert integer("x", -3) == -3
+
+
+def test_rows_with_a_rank_are_low_rank() -> None:
+    assert Rows(rank=7, columns=9, fisher="empirical") == LowRank(7, 9, "empirical")
+    assert Rows(rank=None) == Rows() == replace(Rows(), columns=128)
+    with pytest.raises(ValueError, match="refit"):
+        Rows(rank=7, refit=True)
+    with pytest.raises(ValueError, match="rank"):
+        Rows(rank=0)

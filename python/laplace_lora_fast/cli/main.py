@@ -203,7 +203,8 @@ def fit(
     la.save(out)
     fitted, _ = la.snapshot()
     for line in (
-        f"Fitted {fitted.structure} on {len(rows)} rows, {task}; prior precision {checks.shown(la.prior_precision)}{by}.",
+        f"Fitted {fitted.structure} on {len(rows)} rows, {task}; "
+        f"prior precision {checks.shown(la.prior_precision)}{by}.",
         f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. Written: {out}",
     ):
         console.print(escape(line), soft_wrap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
 from laplace_lora_fast.structures.cost import Cost
+from laplace_lora_fast.structures.low_rank.structures import LowRank
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
 from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
@@ -36,18 +38,30 @@ class Rows(Structure):
             model without its adapter (Immer, Korzepa and Bauer 2021), rather than on the trained model. It needs
             labels, costs one more forward pass a batch, and can choose its prior precision by `LeaveOneOut`.
         fisher: "exact" (GGN), "empirical", or "mc" or `MonteCarlo(samples)`.
+        rank: keeps the leading directions of the GGN instead of all rows: `Rows(rank=k)` makes a `LowRank(k)`.
 
     Raises:
-        ValueError: a value is not one of its choices, or `refit` goes with another Fisher than the exact one.
+        ValueError: a value is not one of its choices, or `refit` goes with a rank, or with another Fisher than
+            the exact one.
     """
 
     columns: int = 128
     refit: bool = False
     fisher: Fisher = "exact"
+    rank: InitVar[int | None] = None
 
     preference = 10
 
-    def __post_init__(self) -> None:
+    def __new__(
+        cls, columns: int = 128, refit: bool = False, fisher: Fisher = "exact", rank: int | None = None
+    ) -> Any:
+        if rank is None:
+            return super().__new__(cls)
+        if refit:
+            raise ValueError("refit=True needs all rows: leave out rank, or refit")
+        return LowRank(rank, columns, fisher)
+
+    def __post_init__(self, rank: int | None) -> None:
         object.__setattr__(self, "columns", checked_columns(self.columns))
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit must be True or False, got {self.refit!r}")
