@@ -21,7 +21,7 @@ from laplace_lora_fast.options import (
     named,
     positive_integer,
 )
-from laplace_lora_fast.posterior import LayerFactors, Summary, layer_factors, summarise
+from laplace_lora_fast.posterior import HeadFactors, LayerFactors, Summary, layer_factors, summarise
 from laplace_lora_fast.prior.evidence import Evidence
 from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.precision import PriorPrecision
@@ -39,12 +39,12 @@ from laplace_lora_fast.text.predictive import LaplaceText
 
 
 class LaplaceLoRA(LaplaceText):
-    """Laplace posterior over the LoRA weights of a PEFT model (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
+    """Laplace posterior over what a PEFT model was trained in (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
 
-    The posterior is Gaussian around the trained adapter; its precision is the Fisher information, exact or
-    Kronecker-factored (see `structure`), plus the prior's. Predictions come from the model linearised in the LoRA
-    weights. Trained parameters other than LoRA weights (`modules_to_save`, biases) keep their values: see
-    `parameters_left_alone`.
+    The posterior is Gaussian around the trained adapter, over its LoRA weights and the linear layers trained beside
+    them (`modules_to_save`: a classifier's head); its precision is the Fisher information, exact or Kronecker-factored
+    (see `structure`), plus the prior's. Predictions come from the model linearised in these weights. Other trained
+    parameters (biases, norms, embeddings) keep their values: see `parameters_left_alone`.
 
         la = LaplaceLoRA(model, Answers(token_ids))
         la.fit(train_loader)
@@ -58,17 +58,20 @@ class LaplaceLoRA(LaplaceText):
         structure: of the curvature: `Rows(..)`, `LowRank(..)`, `KFAC(..)`, `EKFAC(..)`, `Diagonal(..)`, or their short
             names. "auto": exact rows where they are fewer than the weights and than 4,096 and fit the budget, else
             their leading directions where the budget holds 256, else KFAC.
-        prior_precision: a number, {"A": .., "B": ..}, or {layer name: ..}.
-        prior_mean: None for zero, or the adapter the training started from: a PEFT folder or state dict.
-        layers: which LoRA layers get a posterior; the others keep their MAP value. None for all, "last" (the adapted
-            output head, or else the last decoder or encoder layer), a list of names, or a predicate on names.
+        prior_precision: a number, {"A": .., "B": .., "head": ..}, {"lora": .., "head": ..}, or {layer name: ..}.
+        prior_mean: None for zero, or the adapter the training started from: a PEFT folder or state dict. A trained head
+            that is not in it is centred on what PEFT has kept of it from before training, as it always is for
+            `Rows(refit=True)`, which starts from there.
+        layers: which LoRA layers and trained heads get a posterior; the others keep their MAP value. None for all,
+            "last" (the trained or adapted output head, or else the last decoder or encoder layer), a list of names, or
+            a predicate on names: `lambda name: "modules_to_save" not in name` leaves trained heads out.
         budget: bytes that the structure may keep on the device; None for 4 GiB.
         seed: of sampled labels, sketches, Monte-Carlo predictions and posterior samples.
 
     Attributes:
         task: as passed.
         structure: as passed; "auto" until a fit has chosen.
-        layers: the LoRA layers, in the order of `model.named_modules()`.
+        layers: the LoRA layers and trained heads, in the order of `model.named_modules()`.
 
     Raises:
         UnsupportedAdapterError: no LoRA layer, or one this does not cover; names the layer.
@@ -121,9 +124,9 @@ class LaplaceLoRA(LaplaceText):
         ranks = Ranks(group)
         with ranks.together():
             check_choice("non_finite", non_finite, NON_FINITE)
-            layers = self._current_layers()
+            layers, prior_mean = self._started(self._current_layers())
             fitted_on = FittedOn(self._peft_model, layers)
-            facts = agreement.facts(self._described(layers), layers, fitted_on.surroundings, self._prior_mean)
+            facts = agreement.facts(self._described(layers), layers, fitted_on.surroundings, prior_mean)
         ranks.agree(facts)
         subject = Subject(self.model, self._head, layers, self.likelihood)
         problem = Problem(
@@ -149,19 +152,19 @@ class LaplaceLoRA(LaplaceText):
             )
             with ranks.together():
                 fitted_on.fitted()
-        self._fit, self._fitted_on, self.layers = fitted, fitted_on, layers
+        self._fit, self._fitted_on, self.layers, self._prior_mean = fitted, fitted_on, layers, prior_mean
         if self.likelihood.has_noise and self._noise is None and self._fit.log_likelihood is not None:
             self._noise = self._marginal_likelihood().best_noise(self._resolve(None))
         return self
 
     @property
-    def factors(self) -> dict[str, LayerFactors]:
-        """For each LoRA layer the Kronecker factors of lora_A and lora_B at unit noise.
+    def factors(self) -> dict[str, LayerFactors | HeadFactors]:
+        """For each layer the Kronecker factors of lora_A and lora_B, or of a trained head, at unit noise.
 
         Raises:
             ValueError: the structure has none.
         """
-        return layer_factors(self._fitted().curvature, [layer.weights for layer in self.layers])
+        return layer_factors(self._fitted().curvature, self.layers)
 
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
         """Laplace's estimate of log p(D | prior), fp64 scalar.
@@ -202,7 +205,7 @@ class LaplaceLoRA(LaplaceText):
                 self.likelihood,
                 self._noise,
                 self._linearised,
-                self.layers[0].weights.A.dtype,
+                self.layers[0].weights.matrices[0].dtype,
                 self.seed,
             ),
             progress,
@@ -264,7 +267,9 @@ class LaplaceLoRA(LaplaceText):
             raise StateError(f"the posterior's settings do not fit: {error}") from error
         fitted, prior_mean = saved.rebuild(la.layers, la.likelihood)
         saved_posterior.check(fitted.curvature, la.layers)
-        la._fit, la._prior_mean, la._noise = fitted, prior_mean, noise
+        la._fit, la._noise = fitted, noise
+        la._prior_mean = la._given_prior_mean = prior_mean
+        la.layers, _ = la._started(la.layers)
         la._fitted_on = saved.fitted_on(la._peft_model, la.layers)
         return la
 

@@ -1,4 +1,4 @@
-"""The Gaussian posterior over LoRA weights, and what it looks like to a person."""
+"""The Gaussian posterior over LoRA weights and trained heads, and what it looks like to a person."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from html import escape
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.structures.base import Curvature
-from laplace_lora_fast.weights import LoraWeights, WeightName, by_layer, stored
+from laplace_lora_fast.weights import WeightName, by_layer, is_head, stored
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Posterior:
 
     def covariance(self, layer: str, side: str) -> Tensor:
         """Dense marginal covariance [P, P] fp64 of vec(weight), row-major, of lora_`side` in `layer`.
+
+        The side of a trained head is "head", its weight [W | bias].
 
         For small layers.
 
@@ -76,12 +79,22 @@ class LayerFactors:
     B: WeightFactors
 
 
-def layer_factors(curvature: Curvature, layers: Sequence[LoraWeights]) -> dict[str, LayerFactors]:
+@dataclass(frozen=True)
+class HeadFactors:
+    """The factors of a trained head, its bias being the last column of its weight."""
+
+    head: WeightFactors
+
+
+def layer_factors(curvature: Curvature, layers: Sequence[Treated]) -> dict[str, LayerFactors | HeadFactors]:
     """Factors by layer name. Raises ValueError for a structure without Kronecker factors."""
-    factors = {}
-    for layer, (a, b) in zip(layers, by_layer(curvature.dense_factors()), strict=True):
-        square = layer.scaling**2
-        factors[layer.name] = LayerFactors(WeightFactors(*a), WeightFactors(b[1] * square, b[0] / square))
+    factors: dict[str, LayerFactors | HeadFactors] = {}
+    for layer, (first, *second) in zip(layers, by_layer(curvature.dense_factors(), layers), strict=True):
+        if is_head(layer):
+            factors[layer.name] = HeadFactors(WeightFactors(*first))
+            continue
+        (b,), square = second, layer.scaling**2
+        factors[layer.name] = LayerFactors(WeightFactors(*first), WeightFactors(b[1] * square, b[0] / square))
     return factors
 
 

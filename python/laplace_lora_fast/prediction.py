@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace_lora_fast.errors import InvalidBatchError, NumericalError
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, Subject, run
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.progress import track
 from laplace_lora_fast.structures.base import Curvature, Structure
 
@@ -90,7 +90,7 @@ def distribution(
         InvalidBatchError: the loader is empty or a batch is unusable.
         NumericalError: a covariance is not finite.
     """
-    weights = [layer.weights for layer in linearised.subject.layers if isinstance(layer, LoraLayer)]
+    weights = [layer.weights for layer in linearised.subject.layers if isinstance(layer, Treated)]
     predictor = linearised.structure.predictor(linearised.curvature, weights, prior_precisions)
     several_priors = prior_precisions.shape[1] > 1
     groups: dict[int, _Group] = {}

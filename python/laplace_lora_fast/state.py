@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -18,14 +20,13 @@ from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.contexts import unwrapped
 from laplace_lora_fast.model.lora import (
-    Layers,
-    LoraLayer,
-    adapter_source,
-    lora_layers,
+    Treated,
     parameters_left_alone,
     read_adapter,
     refuse_residual_base,
+    trained_layers,
 )
+from laplace_lora_fast.model.observer import Layers
 from laplace_lora_fast.model.storage import refuse_meta
 from laplace_lora_fast.options import integer, named, positive_integer, positive_number
 from laplace_lora_fast.posterior import Posterior
@@ -37,7 +38,7 @@ from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.tasks import Task
-from laplace_lora_fast.weights import matrices, weight_names
+from laplace_lora_fast.weights import by_layer, is_head, matrices, weight_names
 
 AUTO = "auto"
 
@@ -76,7 +77,7 @@ class LaplaceState:
         self._head.seed = self.seed
         self._refuse_estimate_of_estimate()
         self._selection = layers
-        self.layers = lora_layers(self._peft_model, self._head, layers)
+        self.layers = trained_layers(self._peft_model, self._head, layers)
         self._fit: Fit | None = None
         self._fitted_on: FittedOn | None = None
         self.prior_precision = prior_precision
@@ -84,6 +85,7 @@ class LaplaceState:
         self._refuse_residual_base(self.layers)
         self._warn_of_frozen(self.layers)
         self._noise = self.likelihood.noise
+        self._given_prior_mean = self._prior_mean
 
     @property
     def likelihood(self) -> Likelihood:
@@ -92,7 +94,7 @@ class LaplaceState:
 
     @property
     def prior_precision(self) -> PriorPrecision:
-        """The prior precision of the LoRA weights: a number, {"A": .., "B": ..} or {layer name: ..}."""
+        """A number, {"A": .., "B": .., "head": ..}, {"lora": .., "head": ..} or {layer name: ..}."""
         return self._prior_precision
 
     @prior_precision.setter
@@ -116,7 +118,10 @@ class LaplaceState:
 
     @property
     def parameters_left_alone(self) -> list[str]:
-        """Names of trained parameters that are not LoRA weights: they keep their MAP value, without uncertainty."""
+        """Names of trained parameters without a posterior: they keep their MAP value, without uncertainty.
+
+        Biases, norms, embeddings, and what `layers` leaves out.
+        """
         return parameters_left_alone(self._peft_model, self.layers)
 
     @property
@@ -155,7 +160,7 @@ class LaplaceState:
 
     def _read_prior_mean(self, source: str | PathLike[str] | Mapping[str, Tensor]) -> list[Tensor]:
         try:
-            weights = read_adapter(adapter_source(source), self.layers)
+            weights = read_adapter(_adapter_source(source), self.layers)
         except (UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
             if isinstance(error, LaplaceError):
                 raise
@@ -164,13 +169,26 @@ class LaplaceState:
                 f"are not loaded as they may be code: save it as safetensors ({str(error).splitlines()[0]})"
             ) from error
         refits = isinstance(self.structure, Structure) and self.structure.starts_without_adapter
-        if refits and any(bool(layer.B.any()) for layer in weights):
+        if refits and any(bool(layer.matrices[1].any()) for layer in weights if not is_head(layer)):
             raise ValueError(
                 "refit=True starts from the model without its adapter: prior_mean must have lora_B = 0"
             )
         return matrices(weights)
 
-    def _warn_of_frozen(self, layers: Sequence[LoraLayer]) -> None:
+    def _started(self, layers: list[Treated]) -> tuple[list[Treated], list[Tensor] | None]:
+        """The layers, and the prior mean of their weights: of a refit's trained heads what they were before training.
+
+        A refit starts from the model before training; the file that it is saved to keeps what its heads were.
+        """
+        refits = isinstance(self.structure, Structure) and self.structure.starts_without_adapter
+        if not refits or not any(is_head(layer) for layer in layers):
+            return layers, self._given_prior_mean
+        mean = self._given_prior_mean
+        if mean is None:
+            mean = matrices(layer.before_training() for layer in layers)
+        return starting(layers, mean), mean
+
+    def _warn_of_frozen(self, layers: Sequence[Treated]) -> None:
         """Warns where some LoRA weights require gradients and others do not: those were not trained, it seems."""
         trained = {
             name: self._peft_model.get_parameter(name).requires_grad
@@ -200,7 +218,7 @@ class LaplaceState:
             self.seed,
         )
 
-    def _described(self, layers: Sequence[LoraLayer]) -> dict[str, Any]:
+    def _described(self, layers: Sequence[Treated]) -> dict[str, Any]:
         """The same for comparison: layers by name; an option without a JSON form by its class."""
         try:
             settings = self._settings()
@@ -223,21 +241,21 @@ class LaplaceState:
                 f"{self.task!r} draws its labels itself: leave fisher={self.structure.fisher!r} out"
             )
 
-    def _refuse_residual_base(self, layers: Sequence[LoraLayer]) -> None:
+    def _refuse_residual_base(self, layers: Sequence[Treated]) -> None:
         if isinstance(self.structure, Structure) and self.structure.starts_without_adapter:
             refuse_residual_base(self._peft_model, layers)
 
-    def _current_layers(self) -> list[LoraLayer]:
+    def _current_layers(self) -> list[Treated]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
-        layers = lora_layers(self._peft_model, self._head, self._selection)
+        layers = trained_layers(self._peft_model, self._head, self._selection)
         now, former = ([layer.parameter_names for layer in each] for each in (layers, self.layers))
         if now != former:
-            if self._prior_mean is not None:
+            if self._given_prior_mean is not None:
                 raise UnsupportedAdapterError(
                     f"prior_mean belongs to adapter {self.layers[0].adapter!r}, now {layers[0].adapter!r} is active: "
                     "make a new LaplaceLoRA"
                 )
-            resolve(self.prior_precision, weight_names(layer.name for layer in layers))
+            resolve(self.prior_precision, weight_names(layers))
         self._refuse_residual_base(layers)
         return layers
 
@@ -280,9 +298,9 @@ class LaplaceState:
     def _priors(self, prior_precision: PriorPrecisions | None) -> tuple[Tensor, bool]:
         """One prior precision or a list of G: [n_weights, G], and whether it is a list; None for the current one."""
         value = self.prior_precision if prior_precision is None else prior_precision
-        names = weight_names(layer.name for layer in self.layers)
+        names = weight_names(self.layers)
         # of the fit's weights where there is one: the adapter may be gone, which is for `_unchanged` to say
-        weight = self.layers[0].weights.A if self._fit is None else self._fit.curvature.means[0]
+        weight = self.layers[0].weights.matrices[0] if self._fit is None else self._fit.curvature.means[0]
         return resolve_several(value, names, weight.dtype)
 
     @contextmanager
@@ -298,6 +316,22 @@ class LaplaceState:
             )
 
 
+def starting(layers: Sequence[Treated], means: Sequence[Tensor]) -> list[Treated]:
+    """The layers with these weights [r, d] before training."""
+    pairs = zip(layers, by_layer(means, layers), strict=True)
+    return [layer.starting_from(mean) for layer, mean in pairs]
+
+
 def at_noise(curvature: Curvature, noise: float) -> Curvature:
     """The curvature of a Gaussian likelihood with another noise than 1."""
     return curvature if noise == 1 else curvature.scaled(1 / noise**2)
+
+
+def _adapter_source(adapter: str | PathLike[str] | Mapping[str, Tensor]) -> Path | Mapping[str, Tensor]:
+    """An adapter's folder or state dict. A path that is no such folder must not become a look-up on a model hub."""
+    if isinstance(adapter, Mapping):
+        return {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight for name, weight in adapter.items()}
+    folder = Path(adapter)
+    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
+        raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
+    return folder

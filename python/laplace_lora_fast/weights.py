@@ -1,7 +1,8 @@
-"""The LoRA weights of a model as the algebra sees them. The only place that knows "A", "B" and who is transposed.
+"""The weights under the posterior as the algebra sees them. The only place that knows "A", "B" and who is transposed.
 
-Every weight is a matrix [r, d], short side first: lora_A as it is, lora_B transposed. The weights of a model stand in
-one flat order, layer by layer, lora_A before lora_B.
+Every weight is a matrix [r, d], short side first: lora_A as it is, lora_B transposed, the weight of a trained head
+[outputs, inputs] with its bias as the last column. The weights of a model stand in one flat order, layer by layer,
+lora_A before lora_B.
 
 A LoRA layer computes y = W0 x + s B A x. With g = dL/dy, everything that a curvature of A and B needs follows from the
 two streams x and g at the layer itself:
@@ -11,7 +12,8 @@ two streams x and g at the layer itself:
     gradient at lora_A output  g_A = s B^T g
 
 so that the Jacobian of lora_A is the sum over tokens of (s B^T g) (x) x, and lora_B's that of (s A x) (x) g. DoRA's
-normalisation of W0 + s B A adds to both: see `RowNorm`.
+normalisation of W0 + s B A adds to both: see `RowNorm`. A trained head computes y = W [x | 1], and the Jacobian of W is
+the sum over tokens of g (x) [x | 1].
 """
 
 from __future__ import annotations
@@ -19,24 +21,65 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from itertools import chain
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 import laplace_kernels as lk
 
-SIDES = ("A", "B")
+SIDES = ("A", "B")  # of a LoRA layer
+HEAD = "head"  # the one side of a trained head
 T = TypeVar("T")
+
+_FEW_OUTPUTS = 32
 
 
 class WeightName(NamedTuple):
-    """Which weight: the layer's name in `model.named_modules()`, and "A" or "B"."""
+    """Which weight: the layer's name in `model.named_modules()`, and "A", "B" or "head"."""
 
     layer: str
     side: str
 
     def __str__(self) -> str:
-        return f"{self.layer}.lora_{self.side}"
+        return self.layer if self.side == HEAD else f"{self.layer}.lora_{self.side}"
+
+
+class Named(Protocol):
+    """A layer with weights under the posterior."""
+
+    @property
+    def name(self) -> str:
+        """In `model.named_modules()`."""
+
+    @property
+    def sides(self) -> Sequence[str]:
+        """Its weights, in their order."""
+
+
+class LayerWeights(Named, Protocol):
+    """The weights of one layer."""
+
+    @property
+    def matrices(self) -> Sequence[Tensor]:
+        """[r, d] each; the first one's long side is the layer's input, a second one's its output."""
+
+    @property
+    def small_maps(self) -> Sequence[Tensor]:
+        """What makes the short sides of the Jacobians, fp64: [r, d_out] of g, for a second weight [r, d_in] of x."""
+
+    @property
+    def norm(self) -> RowNorm | None:
+        """DoRA's, or None."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input stream."""
+
+    @property
+    def d_out(self) -> int:
+        """Width of the gradient stream."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +168,16 @@ class LoraWeights:
     scaling: float
     norm: RowNorm | None = None
 
+    sides: ClassVar[Sequence[str]] = SIDES
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B.mT
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
     @property
     def d_in(self) -> int:
         return self.A.shape[1]
@@ -134,59 +187,107 @@ class LoraWeights:
         return self.B.shape[0]
 
     @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
     def small_maps(self) -> tuple[Tensor, Tensor]:
-        """What makes the short sides of the Jacobians, fp64: s B^T [r, d_out] of g, and s A [r, d_in] of x."""
+        """Of g s B^T [r, d_out], of x s A [r, d_in], fp64."""
         return self.scaling * self.B.double().mT, self.scaling * self.A.double()
 
 
-def weight_names(layers: Iterable[str]) -> list[WeightName]:
+@dataclass(frozen=True)
+class HeadWeights:
+    """The weight of a linear layer that is trained itself.
+
+    Attributes:
+        name: the layer's.
+        W: [d_out, d_in], or [d_out, d_in + 1] with the bias as its last column, detached; of a language-model head the
+            answers' rows only.
+    """
+
+    name: str
+    W: Tensor
+
+    sides: ClassVar[Sequence[str]] = (HEAD,)
+    norm: ClassVar[None] = None
+
+    @property
+    def matrices(self) -> tuple[Tensor]:
+        return (self.W,)
+
+    @property
+    def d_in(self) -> int:
+        return self.W.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W.shape[0]
+
+    @property
+    def small_maps(self) -> tuple[Tensor]:
+        """The gradient itself."""
+        return (torch.eye(self.d_out, dtype=torch.float64, device=self.W.device),)
+
+
+def weight_names(layers: Iterable[Named]) -> list[WeightName]:
     """The names of all weights, in their order."""
-    return [WeightName(layer, side) for layer in layers for side in SIDES]
+    return [WeightName(layer.name, side) for layer in layers for side in layer.sides]
 
 
-def matrices(layers: Iterable[LoraWeights]) -> list[Tensor]:
+def matrices(layers: Iterable[LayerWeights]) -> list[Tensor]:
     """All weights [r, d], in their order."""
-    return in_order((layer.A, layer.B.mT) for layer in layers)
+    return in_order(layer.matrices for layer in layers)
 
 
-def in_order(pairs: Iterable[tuple[T, T]]) -> list[T]:
-    """What belongs to lora_A and lora_B of each layer, in the order of the weights."""
-    return [value for pair in pairs for value in pair]
+def in_order(groups: Iterable[Sequence[T]]) -> list[T]:
+    """What belongs to the weights of each layer, in the order of the weights."""
+    return list(chain.from_iterable(groups))
 
 
-def by_layer(values: Sequence[T]) -> list[tuple[T, T]]:
+def by_layer(values: Sequence[T], layers: Sequence[Named]) -> list[Sequence[T]]:
     """The inverse of `in_order`."""
-    return list(zip(values[0::2], values[1::2], strict=True))
+    assert len(values) == sum(len(layer.sides) for layer in layers)
+    rest = iter(values)
+    return [tuple(next(rest) for _ in layer.sides) for layer in layers]
 
 
-def positions(layer: int) -> tuple[int, int]:
-    """Where lora_A and lora_B of a layer stand in the order of the weights."""
-    return 2 * layer, 2 * layer + 1
+def positions(layers: Sequence[Named]) -> list[Sequence[int]]:
+    """For each layer where its weights stand in their order."""
+    return by_layer(range(sum(len(layer.sides) for layer in layers)), layers)
 
 
-def layer_of(position: int) -> int:
-    """The layer of the weight at a position."""
-    return position // 2
+def long_side_is_input(side: str) -> bool:
+    """Whether the long side of a weight is the layer's input, not its output (lora_B)."""
+    return side != SIDES[1]
 
 
-def is_input_side(position: int) -> bool:
-    """Whether the long side of the weight at a position is the layer's input (lora_A), not its output (lora_B)."""
-    return position % 2 == 0
+def is_head(layer: Named) -> bool:
+    """Whether a layer is a trained head: one of few, with few outputs, read at few tokens."""
+    return HEAD in layer.sides
+
+
+def kept_columns(side: str, shape: Sequence[int], columns: int) -> int:
+    """How many columns of a Jacobian [r, d] are kept where a sketch has so many: of a head with few outputs all."""
+    r, d = shape
+    return d if side == HEAD and r <= _FEW_OUTPUTS else min(d, columns)
+
+
+def kept_features(layers: Sequence[LayerWeights], columns: int) -> int:
+    """Numbers that are kept of one row over all weights."""
+    names = weight_names(layers)
+    return sum(
+        len(weight) * kept_columns(name.side, weight.shape, columns)
+        for name, weight in zip(names, matrices(layers), strict=True)
+    )
 
 
 def stored(side: str, matrix: Tensor) -> Tensor:
     """A weight [.., r, d] as its parameter is: lora_B transposed back. Its own inverse."""
-    return matrix if side == "A" else matrix.mT
+    return matrix.mT if side == SIDES[1] else matrix
 
 
 def from_flat(side: str, flat: Tensor, shape: Sequence[int]) -> Tensor:
     """Flattened parameters [.., r d] as matrices [.., r, d]."""
     r, d = shape
-    return flat.reshape(*flat.shape[:-1], r, d) if side == "A" else flat.reshape(*flat.shape[:-1], d, r).mT
+    leading = flat.shape[:-1]
+    return flat.reshape(*leading, d, r).mT if side == SIDES[1] else flat.reshape(*leading, r, d)
 
 
 def to_flat(side: str, matrix: Tensor) -> Tensor:
@@ -196,7 +297,7 @@ def to_flat(side: str, matrix: Tensor) -> Tensor:
 
 def stored_covariance(side: str, covariance: Tensor, shape: Sequence[int]) -> Tensor:
     """A covariance [r d, r d] over vec of a matrix [r, d] as one over the flattened parameter."""
-    if side == "A":
+    if side != SIDES[1]:
         return covariance
     r, d = shape
     return covariance.view(r, d, r, d).permute(1, 0, 3, 2).reshape(r * d, r * d)

@@ -28,7 +28,7 @@ from laplace_lora_fast.structures.base import (
 from laplace_lora_fast.structures.jacobians import JacobianListener, jacobian
 from laplace_lora_fast.structures.search import evidence_root
 from laplace_lora_fast.tasks import Task
-from laplace_lora_fast.weights import LoraWeights, WeightName, matrices, weight_names
+from laplace_lora_fast.weights import LayerWeights, WeightName, matrices, weight_names
 
 
 class IsotropicCurvature(Curvature):
@@ -101,14 +101,14 @@ class IsotropicAccumulator(JacobianListener, Accumulator):
 
     def result(self) -> IsotropicCurvature:
         sizes = torch.tensor([float(mean.numel()) for mean in self._means], dtype=torch.float64)
-        names = weight_names(layer.name for layer in self._layers)
+        names = weight_names(self._layers)
         return IsotropicCurvature(names, [mean.clone() for mean in self._means], self._squares / sizes)
 
 
 class IsotropicPredictor(JacobianListener, Predictor[tuple[Tensor, Tensor]]):
     """Adds J J^T / (h + lambda) of every weight."""
 
-    def __init__(self, curvature: IsotropicCurvature, layers: Sequence[LoraWeights], priors: Tensor) -> None:
+    def __init__(self, curvature: IsotropicCurvature, layers: Sequence[LayerWeights], priors: Tensor) -> None:
         super().__init__(layers, [None] * len(curvature.means))
         self._weights = 1 / (curvature.values[:, None] + priors)  # [n_weights, G]
         self._rows: dict[int, list[Tensor]] = {}
@@ -155,7 +155,7 @@ class Isotropic(Structure):
         return [Stage("fit", lambda _: IsotropicAccumulator(problem))]
 
     def predictor(
-        self, curvature: IsotropicCurvature, layers: Sequence[LoraWeights], prior_precisions: Tensor
+        self, curvature: IsotropicCurvature, layers: Sequence[LayerWeights], prior_precisions: Tensor
     ) -> IsotropicPredictor:
         return IsotropicPredictor(curvature, layers, prior_precisions)
 

@@ -21,13 +21,15 @@ Outputs = Callable[[nn.Module, Any], Tensor]  # (model, one sequence) -> u [C]
 
 
 def lora_weights(model: nn.Module, layers: Callable[[str], bool] = lambda name: True) -> list[nn.Parameter]:
-    """A and B of every LoRA layer with an active adapter."""
+    """A and B of every LoRA layer with an active adapter, and the linear layers that are trained beside it."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and layers(name):
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
                     found += [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
+        elif type(module) is nn.Linear and ".modules_to_save." in name and layers(name):
+            found += module.parameters(recurse=False)
     return found
 
 

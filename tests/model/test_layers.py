@@ -9,7 +9,7 @@ from torch import nn
 
 from laplace_lora_fast import Classes, LaplaceLoRA
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.lora import lora_layers
+from laplace_lora_fast.model.lora import trained_layers
 from tests import tiny
 from tests.model.taps import ANSWERS
 
@@ -75,17 +75,20 @@ MODELS = {
 def test_last(name):
     build, expected, stem = MODELS[name]
     model = build()
-    layers = lora_layers(model, Head(model), "last")
+    layers = trained_layers(model, Head(model), "last")
     assert [layer.name.rpartition(stem)[2] for layer in layers] == expected
 
 
-def test_modules_to_save_and_biases_are_left_alone_and_named():
+def test_biases_and_what_is_left_out_are_left_alone_and_named():
     model = tiny.tiny_llama_classifier(2, task_type="SEQ_CLS", lora_bias=True)
     la = LaplaceLoRA(model, Classes())
     left = {name.removeprefix("base_model.model.") for name in la.parameters_left_alone}
     biases = {
         f"model.layers.{i}.self_attn.{p}.lora_B.default.bias" for i in "01" for p in ("q_proj", "v_proj")
     }
+    assert left == biases
+    la = LaplaceLoRA(model, Classes(), layers=lambda name: "modules_to_save" not in name)
+    left = {name.removeprefix("base_model.model.") for name in la.parameters_left_alone}
     assert left == biases | {"score.modules_to_save.default.weight"}
     la.fit([tiny.batch(4, classes=2)], progress=False)
     assert la.parameters_left_alone[0] in la.summary()
@@ -96,6 +99,8 @@ def test_modules_to_save_are_named_for_a_model_loaded_for_inference():
     model = tiny.tiny_bert_classifier(2, task_type="SEQ_CLS")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    left = LaplaceLoRA(model, Classes()).parameters_left_alone
+    assert LaplaceLoRA(model, Classes()).parameters_left_alone == []
+    la = LaplaceLoRA(model, Classes(), layers=lambda name: "modules_to_save" not in name)
+    left = la.parameters_left_alone
     assert {name.rsplit(".", 1)[-1] for name in left} == {"weight", "bias"}
     assert all("classifier.modules_to_save.default" in name for name in left)

@@ -201,7 +201,12 @@ def test_saved_modules_and_dtypes_are_kept(tmp_path):
     state = peft.utils.load_peft_weights(str(folder), device="cpu")
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
     (head,) = (value for name, value in state.items() if "score" in name)
-    assert torch.equal(head, model.get_parameter("base_model.model.score.modules_to_save.default.weight"))
+    saved = model.get_parameter("base_model.model.score.modules_to_save.default.weight")
+    assert not torch.equal(head, saved)  # drawn, as the others are
+    la = LaplaceLoRA(model, Classes(), layers=lambda name: "modules_to_save" not in name)
+    (folder,) = la.fit([tiny.batch(4, classes=2)], progress=False).sample_adapters(tmp_path / "lora", 1)
+    (head,) = (v for k, v in peft.utils.load_peft_weights(str(folder), device="cpu").items() if "score" in k)
+    assert torch.equal(head, saved)
 
 
 @pytest.mark.parametrize("kind", ["state dict", "adapter state dict", "folder", "path as text"])

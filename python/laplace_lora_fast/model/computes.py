@@ -8,10 +8,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import UnsupportedAdapterError
-from laplace_lora_fast.model.observer import close, size
+from laplace_lora_fast.model.observer import close, size, some_tokens
 from laplace_lora_fast.weights import LoraWeights
-
-_COMPARED = 64  # tokens of a first batch
 
 
 class AdaptedLayer(Protocol):
@@ -39,7 +37,7 @@ def require_plain(layer: AdaptedLayer, x: Tensor, base: Tensor | None, output: T
     parametrisations make of them shows; a bias of lora_B is part of it.
     """
     a, b = layer.adapter_parts
-    x, output = _some_tokens(x), _some_tokens(output)
+    x, output = some_tokens(x), some_tokens(output)
     inner = x.to(a.weight.dtype)  # type: ignore[arg-type]
     z = a(inner)
     plain_z = nn.functional.linear(inner, a.weight, a.bias)  # type: ignore[arg-type]
@@ -59,7 +57,7 @@ def require_plain(layer: AdaptedLayer, x: Tensor, base: Tensor | None, output: T
             )
     if base is None:
         return  # the base layer's forward was called past its hooks
-    base = _some_tokens(base)
+    base = some_tokens(base)
     change = output.double() - base.double()
     expected = layer.scaling * plain_delta.double()
     norm = layer.weights.norm
@@ -74,9 +72,3 @@ def require_plain(layer: AdaptedLayer, x: Tensor, base: Tensor | None, output: T
             "its forward has been replaced, or it is a variant of LoRA that this version does not know. Leave it "
             "out with `layers`"
         )
-
-
-def _some_tokens(x: Tensor) -> Tensor:
-    """At most 64 tokens of a stream [.., d], from all over it: what holds for them holds for all."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[:: max(1, -(-len(flat) // _COMPARED))]

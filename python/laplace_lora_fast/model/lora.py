@@ -1,12 +1,11 @@
-"""The LoRA layers of a PEFT model: which there are and are treated, their weights. The only file that imports peft."""
+"""The layers of a PEFT model that it trains: which are treated, their weights. The only file that imports peft."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +22,10 @@ from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.computes import require_plain
 from laplace_lora_fast.model.contexts import is_offloaded
 from laplace_lora_fast.model.heads import Head
+from laplace_lora_fast.model.linear import TrainedHead, in_state, trained_linears, whole_rows
+from laplace_lora_fast.model.observer import Layers, selected
 from laplace_lora_fast.model.storage import refuse_storage
-from laplace_lora_fast.weights import SIDES, LoraWeights, RowNorm
+from laplace_lora_fast.weights import SIDES, LayerWeights, LoraWeights, RowNorm
 
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
 _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -33,8 +34,6 @@ _PLAIN_IN_EVALUATION = ("Montecl", "Velora", "DoraLinear")  # DoRA's norm is kno
 _LEAVE_OUT = (
     "leave it out with layers=lambda name: .., train it as plain LoRA, or merge it into the base model"
 )
-
-Layers = str | Sequence[str] | Callable[[str], bool] | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,57 @@ class LoraLayer:
         _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
 
     adapted: ClassVar[bool] = True
+    sides: ClassVar[Sequence[str]] = SIDES
+
+    @property
+    def outer(self) -> nn.Module:
+        """The layer."""
+        return self.module
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the layer still has the adapter."""
+        return self.adapter in self.module.scaling  # type: ignore[operator]
+
+    @property
+    def current_scaling(self) -> float:
+        """The adapter's scaling as it is now."""
+        return float(self.module.scaling[self.adapter])  # type: ignore[index, operator]
+
+    def of_parameters(self, values: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Matrices [.., r, d] by the names of the parameters they are of, and which of those' rows (None: all)."""
+        a, b = values
+        name_a, name_b = self.parameter_names.values()
+        return {name_a: (a, None), name_b: (b.mT, self.features)}
+
+    def steps(self, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Steps of the weights [n, r, d] as those of its parameters: dA [n, r, d_in], dB [n, d_out, r]."""
+        a, b = deltas
+        b = whole_rows(b.mT, self.features, self.shape(SIDES[1])[0])
+        own = self.weights
+        return a.to(own.A), b.to(own.B).contiguous()
+
+    def starting_from(self, means: Sequence[Tensor]) -> LoraLayer:
+        """Itself: without its adapter it starts from zero."""
+        return self
+
+    def before_training(self) -> LoraWeights:
+        """Zeros: all that matters of a start is that B A is."""
+        now = self.weights
+        return LoraWeights(self.name, torch.zeros_like(now.A), torch.zeros_like(now.B), self.scaling)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The input itself."""
+        return x
+
+    def read(self, state: Mapping[str, Tensor]) -> LoraWeights:
+        """Its weights in an adapter's state. Raises UnsupportedAdapterError for one that is missing or does not fit."""
+        a, b = (
+            in_state(state, name, name.replace(f".{self.adapter}.weight", ".weight"), tuple(self.shape(side)))
+            for side, name in self.parameter_names.items()
+        )
+        b = b if self.features is None else b[self.features.to(b.device)]
+        return LoraWeights(self.name, a, b, self.scaling)
 
     @property
     def adapter_parts(self) -> Sequence[nn.Module]:
@@ -133,38 +183,74 @@ class LoraLayer:
         return layers[self.adapter]
 
 
-def lora_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[LoraLayer]:
-    """Lists the LoRA layers whose adapter is active, in the order of `model.named_modules()`.
+Treated = LoraLayer | TrainedHead
+
+
+def trained_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[Treated]:
+    """Lists what has an active adapter and linear weights, in the order of `model.named_modules()`.
 
     Args:
         model: a PEFT model.
         head: says whether the language-model head is restricted to answer tokens.
         layers: see `selected`.
 
+    Returns:
+        LoRA layers, and the linear layers of `modules_to_save`, but those that are too large or share a weight.
+
     Raises:
         UnsupportedAdapterError: there is no LoRA layer, or one whose adapter is not plain LoRA on a linear layer
             (variants but DoRA, Conv, Embedding, fused attention), is merged, disabled, or mixed with another.
     """
     refuse_storage(model)
-    active = {
+    active = _active(model)
+    heads = {each.name: each for each in _trained_heads(model, head)}
+    names = [name for name, _ in model.named_modules() if name in active or name in heads]
+    chosen = selected(model, names, layers)  # what is left out is not looked at
+    found = [heads[name] if name in heads else _lora_layer(name, active[name], head) for name in chosen]
+    for each in found:
+        each.check()
+    _refuse_tied(found)
+    return found
+
+
+def lora_layers(model: nn.Module, head: Head) -> list[LoraLayer]:
+    """The LoRA layers alone: see `trained_layers`."""
+    refuse_storage(model)
+    found = [_lora_layer(name, module, head) for name, module in _active(model).items()]
+    _refuse_tied(found)
+    return found
+
+
+def _active(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers with an active adapter. Raises UnsupportedAdapterError if there is none."""
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, lora.LoraLayer) and _has_active(module)
     }
-    if not active:
+    if not found:
         raise UnsupportedAdapterError(_why_none(model))
-    found = []
-    for name in selected(model, list(active), layers):  # what is left out is not looked at
-        module = active[name]
-        adapter = _active_adapter(name, module)
-        _refuse_unsupported(name, module, adapter)
-        features = head.features if module is head.output_layer else None
-        features = None if features is None else features.to(device_of(module))
-        if features is not None and module.use_dora.get(adapter, False):
-            raise UnsupportedAdapterError(f"layer {name!r} is an output head with DoRA: {_LEAVE_OUT}")
-        found.append(LoraLayer(name, module, adapter, float(module.scaling[adapter]), features))
-    _refuse_tied(found)
     return found
+
+
+def _lora_layer(name: str, module: Any, head: Head) -> LoraLayer:
+    adapter = _active_adapter(name, module)
+    _refuse_unsupported(name, module, adapter)
+    features = head.features if module is head.output_layer else None
+    features = None if features is None else features.to(device_of(module))
+    if features is not None and module.use_dora.get(adapter, False):
+        raise UnsupportedAdapterError(f"layer {name!r} is an output head with DoRA: {_LEAVE_OUT}")
+    return LoraLayer(name, module, adapter, float(module.scaling[adapter]), features)
+
+
+def _trained_heads(model: nn.Module, head: Head) -> Iterator[TrainedHead]:
+    owners = [parameter for m in model.modules() for parameter in m.parameters(recurse=False)]
+    uses = Counter(id(parameter) for parameter in owners)
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for adapter in module.active_adapters:
+                if adapter in module.modules_to_save:
+                    yield from trained_linears(name, module, adapter, head, uses)
 
 
 def _why_none(model: nn.Module) -> str:
@@ -188,7 +274,7 @@ def _why_none(model: nn.Module) -> str:
     return "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
 
 
-def _refuse_tied(layers: Sequence[LoraLayer]) -> None:
+def _refuse_tied(layers: Sequence[Treated]) -> None:
     """A weight of two layers would be two weights here."""
     owners: dict[int, str] = {}
     for layer in layers:
@@ -260,8 +346,8 @@ def _method(module: nn.Module) -> str:
     return "LoRA" if method == "lora" else method
 
 
-def parameters_left_alone(model: nn.Module, layers: Sequence[LoraLayer]) -> list[str]:
-    """Names of trained parameters that are not LoRA weights (`modules_to_save`, biases): they stay at their MAP."""
+def parameters_left_alone(model: nn.Module, layers: Sequence[Treated]) -> list[str]:
+    """Names of trained parameters without a posterior (biases, norms, embeddings): they stay at their MAP."""
     treated = {name for layer in layers for name in layer.parameter_names.values()}
     saved = tuple(
         f"{name}.modules_to_save.{layers[0].adapter}."
@@ -276,8 +362,8 @@ def parameters_left_alone(model: nn.Module, layers: Sequence[LoraLayer]) -> list
 
 
 def read_adapter(
-    source: str | PathLike[str] | Mapping[str, Tensor], layers: Sequence[LoraLayer]
-) -> list[LoraWeights]:
+    source: str | PathLike[str] | Mapping[str, Tensor], layers: Sequence[Treated]
+) -> list[LayerWeights]:
     """Reads the weights of every layer from a PEFT adapter folder or a state dict.
 
     Args:
@@ -289,33 +375,10 @@ def read_adapter(
         UnsupportedAdapterError: a weight is missing or has another shape; names the layer.
     """
     state = source if isinstance(source, Mapping) else load_peft_weights(str(source), device="cpu")
-    weights = []
-    for layer in layers:
-        found = {}
-        for side, name in layer.parameter_names.items():
-            value = state.get(name, state.get(name.replace(f".{layer.adapter}.weight", ".weight")))
-            shape = tuple(layer.shape(side))
-            if value is None or tuple(value.shape) != shape:
-                what = "no weight" if value is None else f"shape {tuple(value.shape)}"
-                raise UnsupportedAdapterError(f"adapter state has {what} for {name!r}, expected {shape}")
-            found[side] = value
-        a, b = found.values()
-        b = b if layer.features is None else b[layer.features.to(b.device)]
-        weights.append(LoraWeights(layer.name, a, b, layer.scaling))
-    return weights
+    return [layer.read(state) for layer in layers]
 
 
-def adapter_source(adapter: str | PathLike[str] | Mapping[str, Tensor]) -> Path | Mapping[str, Tensor]:
-    """An adapter's folder or state dict. A path that is no such folder must not become a look-up on a model hub."""
-    if isinstance(adapter, Mapping):
-        return {re.sub(r"^((_orig_mod|module)\.)+", "", name): weight for name, weight in adapter.items()}
-    folder = Path(adapter)
-    if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
-        raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
-    return folder
-
-
-def refuse_residual_base(model: nn.Module, layers: Sequence[LoraLayer]) -> None:
+def refuse_residual_base(model: nn.Module, layers: Sequence[Treated]) -> None:
     """Raises ValueError if the model without its adapter is not the pre-trained one, from which a refit starts."""
     configs = getattr(model, "peft_config", {})
     for adapter in dict.fromkeys(layer.adapter for layer in layers):
@@ -326,45 +389,3 @@ def refuse_residual_base(model: nn.Module, layers: Sequence[LoraLayer]) -> None:
                 "residual of the pre-trained one: use Rows(), or save the adapter converted to plain LoRA "
                 "(path_initial_model_for_weight_conversion)"
             )
-
-
-def selected(model: nn.Module, names: Sequence[str], layers: Layers) -> list[str]:
-    """The names of the LoRA layers that `layers` selects, in their order.
-
-    Args:
-        model: the model.
-        names: of all its LoRA layers, in the order of `model.named_modules()`.
-        layers: None for all; "last" for the adapted output head, or else the last numbered layer; names; a predicate.
-
-    Raises:
-        UnsupportedAdapterError: nothing is selected, or a layer without LoRA.
-        ValueError: another string than "last".
-    """
-    if layers is None:
-        return list(names)
-    if layers == "last":
-        stem = _numbered_layer(model, names[-1])
-        return [name for name in names if name.startswith(stem)] if stem else [names[-1]]
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
-    wanted = layers if callable(layers) else set(layers).__contains__
-    chosen = [name for name in names if wanted(name)]
-    unknown = [] if callable(layers) else sorted(set(layers) - set(names))
-    if unknown or not chosen:
-        raise UnsupportedAdapterError(
-            f"layers selects {unknown or 'nothing'}, which is no LoRA layer; {names[0]!r} is one, for example"
-        )
-    return chosen
-
-
-def _numbered_layer(model: nn.Module, name: str) -> str:
-    """The prefix of the numbered layer that `name` is in, "" if in none: "model.layers.3." of a decoder.
-
-    A layer's own parts may be numbered too (attention and MLP in T5, experts): the outermost list of layers counts.
-    In a model without a list, `nn.Sequential` may hold anything: there the innermost number counts.
-    """
-    parts = name.split(".")
-    stems = [parts[:i] for i in range(1, len(parts)) if parts[i - 1].isdigit()]
-    lists = [stem for stem in stems if isinstance(model.get_submodule(".".join(stem[:-1])), nn.ModuleList)]
-    stem = lists[0] if lists else stems[-1] if stems else []
-    return ".".join([*stem, ""]) if stem else ""

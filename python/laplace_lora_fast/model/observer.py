@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from laplace_lora_fast.errors import InvalidBatchError
+from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
+
+_COMPARED = 64  # tokens of a first batch
+
+Layers = str | Sequence[str] | Callable[[str], bool] | None
 
 
 class Tapped(Protocol):
-    """A layer whose streams can be tapped: `LoraLayer`, or a linear layer without LoRA."""
+    """A layer whose streams can be tapped: `LoraLayer`, `TrainedHead`, or another linear layer."""
 
     @property
     def name(self) -> str:
@@ -23,6 +27,10 @@ class Tapped(Protocol):
     @property
     def module(self) -> nn.Module:
         """The layer: its first argument is x, its output is y."""
+
+    @property
+    def outer(self) -> nn.Module:
+        """What the model has in the layer's place: the layer, or PEFT's module around it."""
 
     @property
     def features(self) -> Tensor | None:
@@ -37,7 +45,7 @@ class Tapped(Protocol):
 
     @property
     def adapted(self) -> bool:
-        """Whether it is a LoRA layer, which has to run in every pass."""
+        """Whether it has weights of an adapter, so that it has to run in every pass."""
 
     @property
     def adapter_parts(self) -> Sequence[nn.Module]:
@@ -48,13 +56,16 @@ class Tapped(Protocol):
         """The layer below the adapter."""
 
     def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
-        """Raises UnsupportedAdapterError unless input, output and the base layer's output fit W0 x + s B A x."""
+        """Raises UnsupportedAdapterError unless input, output and the base layer's output fit what it should do."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What an observer is shown of the input x [.., d]: of a layer with a trained bias, [x | 1]."""
 
     def without_bias(self, output: Tensor) -> Tensor:
         """The output y - b of a normalised layer."""
 
     def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle | None:
-        """Takes the adapter's part out of the output, in passes of one's own, until the handle is removed."""
+        """Makes the layer what it was before training, in passes of one's own, until the handle is removed."""
 
 
 class Observer(Protocol):
@@ -119,6 +130,56 @@ class GraphStart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
+
+
+def selected(model: nn.Module, names: Sequence[str], layers: Layers) -> list[str]:
+    """The names of the layers that `layers` selects, in their order.
+
+    Args:
+        model: the model.
+        names: of all its LoRA layers and trained heads, in the order of `model.named_modules()`.
+        layers: None for all; "last" for the trained or adapted output head, or else the last numbered layer; names; a
+            predicate.
+
+    Raises:
+        UnsupportedAdapterError: nothing is selected, or a layer without weights under the posterior.
+        ValueError: another string than "last".
+    """
+    if layers is None:
+        return list(names)
+    if layers == "last":
+        stem = _numbered_layer(model, names[-1])
+        return [name for name in names if name.startswith(stem)] if stem else [names[-1]]
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be None, 'last', a list of names or a predicate, got {layers!r}")
+    wanted = layers if callable(layers) else set(layers).__contains__
+    chosen = [name for name in names if wanted(name)]
+    unknown = [] if callable(layers) else sorted(set(layers) - set(names))
+    if unknown or not chosen:
+        raise UnsupportedAdapterError(
+            f"layers selects {unknown or 'nothing'}, which is no LoRA layer and no trained head; "
+            f"{names[0]!r} is one, for example"
+        )
+    return chosen
+
+
+def _numbered_layer(model: nn.Module, name: str) -> str:
+    """The prefix of the numbered layer that `name` is in, "" if in none: "model.layers.3." of a decoder.
+
+    A layer's own parts may be numbered too (attention and MLP in T5, experts): the outermost list of layers counts.
+    In a model without a list, `nn.Sequential` may hold anything: there the innermost number counts.
+    """
+    parts = name.split(".")
+    stems = [parts[:i] for i in range(1, len(parts)) if parts[i - 1].isdigit()]
+    lists = [stem for stem in stems if isinstance(model.get_submodule(".".join(stem[:-1])), nn.ModuleList)]
+    stem = lists[0] if lists else stems[-1] if stems else []
+    return ".".join([*stem, ""]) if stem else ""
+
+
+def some_tokens(x: Tensor) -> Tensor:
+    """At most 64 tokens of a stream [.., d], from all over it: what holds for them holds for all."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[:: max(1, -(-len(flat) // _COMPARED))]
 
 
 def close(found: Tensor, expected: Tensor, scale: Tensor, *dtypes: torch.dtype) -> bool:

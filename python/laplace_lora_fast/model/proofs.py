@@ -139,7 +139,7 @@ class FirstBatch:
         layer = self._layers[index]
         if not layer.adapted or layer.name in self._head.plain_layers or index in self._is_plain:
             return
-        if index not in self.parts_ran:
+        if layer.adapter_parts and index not in self.parts_ran:
             raise UnsupportedAdapterError(
                 f"layer {layer.name!r} ran without its lora_A and lora_B: its forward has been replaced (fused kernels "
                 f"do that): load model and adapter with transformers and peft alone, {_LEAVE_OUT}"

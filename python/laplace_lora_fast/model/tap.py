@@ -42,7 +42,7 @@ Stream = tuple[Tensor, Tensor | None]  # [S, T, d] and its mask [S, T]
 
 
 class Tap:
-    """Forward and backward passes of a model with an observer on its LoRA layers.
+    """Forward and backward passes of a model with an observer on some layers.
 
     Used as a context manager. Inside, every parameter is frozen and the model is in evaluation mode; on exit, also
     after an error, training flags, `requires_grad` flags and hooks are as before. One tap at a time is on a model:
@@ -170,7 +170,7 @@ class Tap:
         return u
 
     def prior_u(self, inputs: Inputs) -> Tensor:
-        """U [S, U] with the adapter switched off in every tapped LoRA layer: no graph, nothing observed."""
+        """U [S, U] with every tapped layer as it was before training: no graph, nothing observed."""
         with ExitStack() as stack, torch.no_grad(), self._autocast:
             for layer in self.layers:
                 handle = layer.switch_off(self._is_own)
@@ -258,6 +258,7 @@ class Tap:
                 x = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     self._first.require_plain(index, x, output)
+                    x = self.layers[index].seen(x)
                     self._sharing.enter(index, x)
                     use = self._sharing.uses[index] - 1
                     self._observe_input(observer, index, x)
@@ -339,7 +340,7 @@ class Tap:
     def _tokens(self, index: int, use: int, x: Tensor) -> Stream:
         assert self._inputs is not None
         inputs, layer = self.head.as_called(self._inputs), self.layers[index]
-        if layer.module is self.head.output_layer:
+        if layer.outer is self.head.output_layer:
             stream = self.head.output_stream(x, inputs, use)
             if stream is not None:
                 return stream

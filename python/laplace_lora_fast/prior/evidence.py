@@ -26,8 +26,9 @@ class Evidence(Tuning):
     """Maximises the marginal likelihood: milliseconds, no model pass, but a poor guide once an adapter interpolates.
 
     Args:
-        per: "all" for one prior precision, "side" for one for all lora_A and one for all lora_B, "layer" for one a
-            LoRA layer. Only "all" with `Rows(refit=True)`.
+        per: "all" for one prior precision, "side" for one for all lora_A, one for all lora_B and one for trained
+            heads, "head" for one for all LoRA weights and one for trained heads, "layer" for one a layer.
+            Only "all" with `Rows(refit=True)`.
 
     Raises:
         NotFittedError: the fit saw batches without labels, and the noise of a regression is to be tuned.

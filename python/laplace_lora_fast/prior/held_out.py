@@ -16,6 +16,9 @@ from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, scor
 from laplace_lora_fast.prior.precision import from_groups, group_keys
 from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
 from laplace_lora_fast.sampling.tokens import drawn_steps, held_out_nll
+from laplace_lora_fast.weights import HEAD
+
+_MOST_CHOICES = 20_000
 
 
 @register
@@ -25,7 +28,8 @@ class HeldOut(Tuning):
 
     Args:
         loader: labelled batches that were not trained on.
-        per: "all" for one prior precision, "side" for one for all lora_A and one for all lora_B.
+        per: "all" for one prior precision, "side" for one for all lora_A, one for all lora_B and one for trained heads,
+            "head" for one for all LoRA weights and one for trained heads.
         grid: ascending values; None for 1e-4 to 1e6, ten a decade. Of a regression with open noise they are products
             of prior precision and noise variance. `Tokens` takes a pass for each value: None is then 1e-2 to 1e6, one a
             decade, and three a decade around the best.
@@ -48,7 +52,7 @@ class HeldOut(Tuning):
     n_samples: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("per", self.per, ["all", "side"])  # few examples decide no more than two
+        check_choice("per", self.per, ["all", "side", HEAD])  # few examples decide no more
         if self.grid is not None:
             object.__setattr__(self, "grid", tuple(float(value) for value in self.grid))
 
@@ -60,6 +64,11 @@ class HeldOut(Tuning):
         names = fitted.fit.curvature.names
         keys = group_keys(self.per, names)
         groups = list(dict.fromkeys(keys))
+        if len(grid) ** len(groups) > _MOST_CHOICES:
+            raise ValueError(
+                f"per={self.per!r} tries {len(grid)}^{len(groups)} prior precisions: pass a grid of at most "
+                f"{int(_MOST_CHOICES ** (1 / len(groups)))} values, or per='head'"
+            )
         choices = torch.tensor(list(itertools.product(grid, repeat=len(groups))), dtype=torch.float64)
         precisions = choices.mT[[groups.index(key) for key in keys]]  # [n_weights, G^groups]
         noise = None if fitted.tunes_noise else fitted.noise

@@ -1,4 +1,4 @@
-"""The Gaussian prior N(mean, 1 / lambda) on the LoRA weights: which weights share a lambda, and what was asked for."""
+"""The Gaussian prior N(mean, 1 / lambda) on the weights: which weights share a lambda, and what was asked for."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.options import check_choice
-from laplace_lora_fast.weights import SIDES, WeightName
+from laplace_lora_fast.weights import HEAD, SIDES, WeightName
 
 PriorPrecision = float | Mapping[str, float]
 PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
 
 
-PER = ("all", "side", "layer")  # which weights share a prior precision
+PER = ("all", "side", "layer", HEAD)  # which weights share a prior precision
+LORA = "lora"  # what is no trained head
 
 
 def group_keys(per: str, names: Sequence[WeightName]) -> list[str]:
-    """For each weight the key of its group: "" for all, "A" / "B" for the sides, or the layer's name."""
+    """For each weight the key of its group.
+
+    "" for all; "A", "B" or "head" for the sides; the layer's name; or "lora" or "head".
+    """
     check_choice("per", per, PER)
     if per == "all":
         return ["" for _ in names]
+    if per == HEAD:
+        return [HEAD if side == HEAD else LORA for _, side in names]
     return [side if per == "side" else layer for layer, side in names]
 
 
@@ -33,7 +39,7 @@ def from_groups(best: Mapping[str, float]) -> PriorPrecision:
 
 
 def resolve(prior_precision: PriorPrecision, names: Sequence[WeightName]) -> Tensor:
-    """Spreads a scalar, {"A": .., "B": ..} or {layer: ..} over the weights.
+    """Spreads a scalar, {"A": .., "B": .., "head": ..}, {"lora": .., "head": ..} or {layer: ..} over the weights.
 
     Returns:
         fp64 [n_weights], on the CPU.
@@ -42,7 +48,9 @@ def resolve(prior_precision: PriorPrecision, names: Sequence[WeightName]) -> Ten
         ValueError: a value is not positive and finite, or the keys do not cover the weights exactly.
     """
     if isinstance(prior_precision, Mapping):
-        keys = group_keys("side" if set(prior_precision) <= set(SIDES) else "layer", names)
+        given_keys = set(prior_precision)
+        by_side, by_kind = given_keys <= {*SIDES, HEAD}, given_keys <= {LORA, HEAD}
+        keys = group_keys(HEAD if by_kind else "side" if by_side else "layer", names)
         missing, unknown = sorted(set(keys) - set(prior_precision)), sorted(set(prior_precision) - set(keys))
         if missing or unknown:
             raise ValueError(f"prior_precision: no value for {missing[:3]}, unknown keys {unknown[:3]}")

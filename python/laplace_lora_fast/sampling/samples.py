@@ -14,7 +14,7 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.model.batches import Batch
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.sampling.tangents import StepHooks
 
 
@@ -97,5 +97,5 @@ class PosteriorSamples:
             return linear
 
     def _hooks(self, own_head: bool = False) -> StepHooks:
-        layers = [layer for layer in self._subject.layers if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in self._subject.layers if isinstance(layer, Treated)]
         return StepHooks(self._subject.model, layers, self._subject.head if own_head else None)

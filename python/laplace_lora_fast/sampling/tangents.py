@@ -1,6 +1,7 @@
 """Samples of LoRA weights applied to a model, in hooks: linearised by forward-mode derivatives, or as weights.
 
-At a LoRA layer y = W0 x + s B A x a step (dA, dB) of its weights adds s (dB A x + B dA x) to the derivative of y.
+At a LoRA layer y = W0 x + s B A x a step (dA, dB) of its weights adds s (dB A x + B dA x) to the derivative of y, at a
+trained head y = W [x | 1] a step dW adds dW [x | 1].
 Forward mode carries that to the model's output: J delta, for all samples at once with the trained model computed once
 (`torch.func.vmap` over `torch.func.jvp`). Nothing is written to the model.
 """
@@ -29,25 +30,25 @@ from laplace_lora_fast.model.contexts import (
     without_fast_path,
 )
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.storage import differentiable_kernels
-from laplace_lora_fast.weights import RowNorm, by_layer, stored
+from laplace_lora_fast.weights import RowNorm, by_layer, is_head
 
 Function = Callable[..., Any]  # of no or more tensors, to a tensor or a structure of tensors
 
 
 class StepHooks:
-    """Hooks on LoRA layers that make a step of their weights, in the thread and for as long as one is set.
+    """Hooks on layers that make a step of their weights, in the thread and for as long as one is set.
 
     Args:
         model: the model.
-        layers: its LoRA layers.
+        layers: those under the posterior.
         head: whose hooks hold inside too; None for none.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[LoraLayer], head: Head | None = None) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Treated], head: Head | None = None) -> None:
         self.model, self.layers, self.head = model, layers, head
-        self._steps: list[tuple[Tensor, Tensor]] | None = None
+        self._steps: list[Sequence[Tensor]] | None = None
         self._how: Callable[..., Tensor] = _derivative
 
     @contextmanager
@@ -95,12 +96,12 @@ class StepHooks:
             UnsupportedAdapterError: something in the model has no forward-mode derivative.
         """
         steps = self._stored(deltas)
-        flat = [each for pair in steps for each in pair]
+        flat = [each for own in steps for each in own]
         zeros = [torch.zeros_like(each[0]) for each in flat]
 
         def of(*primals: Tensor) -> Any:
             ours, theirs = primals[: len(flat)], primals[len(flat) :]
-            with self._set(by_layer(ours), _derivative):
+            with self._set(by_layer(ours, self.layers), _derivative):
                 return function(*theirs)
 
         def along(*directions: Tensor) -> Any:
@@ -118,7 +119,7 @@ class StepHooks:
         steps = self._stored(deltas)
         values = []
         for sample in range(len(deltas[0])):
-            with self._set([(a[sample], b[sample]) for a, b in steps], _difference):
+            with self._set([[each[sample] for each in own] for own in steps], _difference):
                 values.append(function())
         return tree_map(lambda *each: torch.stack(each), *values)
 
@@ -132,20 +133,13 @@ class StepHooks:
         with forward_mode(), forward_ad.dual_level(), self._set(self._stored(deltas), _of_rows):
             yield
 
-    def _stored(self, deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(dA [n, r, d_in], dB [n, d_out, r]) of every layer, in the dtype of its weights."""
-        steps = []
-        for layer, (a, b) in zip(self.layers, by_layer(deltas), strict=True):
-            weights = layer.weights
-            b = stored("B", b)
-            if layer.features is not None:
-                whole = b.new_zeros(len(b), layer.shape("B")[0], b.shape[2])
-                b = whole.index_copy(1, layer.features.to(b.device), b)
-            steps.append((a.to(weights.A), b.to(weights.B).contiguous()))
-        return steps
+    def _stored(self, deltas: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Steps of every layer's weights, [n, ..] each, in their dtype: see `steps` of the layers."""
+        pairs = zip(self.layers, by_layer(deltas, self.layers), strict=True)
+        return [layer.steps(own) for layer, own in pairs]
 
     @contextmanager
-    def _set(self, steps: Sequence[tuple[Tensor, Tensor]], how: Callable[..., Tensor]) -> Iterator[None]:
+    def _set(self, steps: Sequence[Sequence[Tensor]], how: Callable[..., Tensor]) -> Iterator[None]:
         self._steps, self._how = list(steps), how
         try:
             yield
@@ -160,9 +154,12 @@ class StepHooks:
             if self._steps is None or threading.get_ident() != self._thread:
                 return output
             x = args[0] if args else next(iter(kwargs.values()))
-            a, b = (part.weight.detach() for part in layer.adapter_parts)  # type: ignore[operator]
             with torch.autocast(x.device.type, enabled=False):
-                step = Step(x.to(a.dtype), a, b, *self._steps[index], layer.scaling)
+                steps = self._steps[index]
+                if is_head(layer):
+                    return self._how(output, HeadStep(x, layer.seen, *steps))
+                a, b = (part.weight.detach() for part in layer.adapter_parts)  # type: ignore[operator]
+                step = LoraStep(x.to(a.dtype), a, b, *steps, layer.scaling)
                 if norm is None:
                     return self._how(output, step)
                 plain = layer.without_bias(forward_ad.unpack_dual(output).primal)
@@ -226,12 +223,30 @@ def _attention(
 _MISSING = ("forward AD", "forward-mode", "forward mode", "jvp", "vmap", "functorch")
 
 
+class Step(Protocol):
+    """A step of one layer's weights, at its input."""
+
+    @property
+    def x(self) -> Tensor:
+        """The input [.., d_in]."""
+
+    @property
+    def samples(self) -> int:
+        """n, where x has the rows of n samples."""
+
+    def along(self, x: Tensor) -> Tensor:
+        """The output's derivative at x [.., d_in]; with steps of n samples at x [n, .., d_in]."""
+
+    def difference(self, x: Tensor) -> Tensor:
+        """What the output changes by at x."""
+
+
 @dataclass(frozen=True)
-class Step:
-    """A step of one layer's weights, at its input x [.., d_in].
+class LoraStep:
+    """A step of lora_A and lora_B.
 
     Attributes:
-        x: in the dtype of the weights.
+        x: [.., d_in] in the dtype of the weights.
         a: A [r, d_in].
         b: B [d_out, r].
         da: dA, of each sample [n, r, d_in] where x has the rows of n samples.
@@ -246,30 +261,60 @@ class Step:
     db: Tensor
     scaling: float
 
+    @property
+    def samples(self) -> int:
+        return len(self.da)
+
+    def along(self, x: Tensor) -> Tensor:
+        """S (dB A x + B dA x)."""
+        return self.scaling * ((x @ self.da.mT) @ self.b.mT + (x @ self.a.mT) @ self.db.mT)
+
+    def difference(self, x: Tensor) -> Tensor:
+        """S ((B + dB) (A + dA) - B A) x."""
+        return self.scaling * ((x @ self.da.mT) @ (self.b + self.db).mT + (x @ self.a.mT) @ self.db.mT)
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """A step dW [d_out, d] of a trained head, of each sample [n, d_out, d] where x has the rows of n samples."""
+
+    x: Tensor
+    seen: Callable[[Tensor], Tensor]
+    dw: Tensor
+
+    @property
+    def samples(self) -> int:
+        return len(self.dw)
+
+    def along(self, x: Tensor) -> Tensor:
+        """The product dW [x | 1]: the layer is linear in its weight."""
+        return self.seen(x).to(self.dw.dtype) @ self.dw.mT
+
+    difference = along
+
 
 @dataclass(frozen=True)
 class Dora:
-    """What DoRA adds: its norm, and the output y - b of the trained weights."""
+    """What DoRA adds to a step of LoRA: its norm, and the output y - b of the trained weights."""
 
     norm: RowNorm
     plain: Tensor
 
 
 def _derivative(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
-    """Adds s (dB A x + B dA x), the step being dual and x taken as it is without one."""
-    x: Tensor = forward_ad.unpack_dual(at.x).primal
-    step = at.scaling * ((x @ at.da.mT) @ at.b.mT + (x @ at.a.mT) @ at.db.mT)
+    """Adds the derivative along the step, which is dual, x taken as it is without one."""
+    step = at.along(forward_ad.unpack_dual(at.x).primal)
     if dora is not None:
-        step = dora.norm.gain * step - dora.plain * dora.norm.growth(at.da, at.db)
+        step = dora.norm.gain * step - dora.plain * dora.norm.growth(at.da, at.db)  # type: ignore[attr-defined]
     moved: Tensor = output + step.to(output.dtype)
     return moved
 
 
 def _difference(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
-    """Adds s ((B + dB) (A + dA) - B A) x."""
-    step = at.scaling * ((at.x @ at.da.mT) @ (at.b + at.db).mT + (at.x @ at.a.mT) @ at.db.mT)
+    """Adds what the layer gives with other weights, less what it gives with its own."""
+    step = at.difference(at.x)
     if dora is not None:
-        gain = dora.norm.moved(at.da, at.db).gain
+        gain = dora.norm.moved(at.da, at.db).gain  # type: ignore[attr-defined]
         step = gain * step + (gain / dora.norm.gain - 1) * dora.plain
     moved: Tensor = output + step.to(output.dtype)
     return moved
@@ -278,12 +323,10 @@ def _difference(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
 def _of_rows(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
     """Adds the derivative for rows x [n S, .., d] of n samples."""
     x = forward_ad.unpack_dual(at.x).primal
-    rows = x.reshape(len(at.da), -1, x.shape[-1])
-    step = at.scaling * (torch.bmm(rows, at.da.mT) @ at.b.mT + torch.bmm(rows @ at.a.mT, at.db.mT))
+    step = at.along(x.reshape(at.samples, -1, x.shape[-1]))
     if dora is not None:
-        step = (
-            dora.norm.gain * step - dora.plain.reshape(step.shape) * dora.norm.growth(at.da, at.db)[:, None]
-        )
+        growth = dora.norm.growth(at.da, at.db)[:, None]  # type: ignore[attr-defined]
+        step = dora.norm.gain * step - dora.plain.reshape(step.shape) * growth
     step = step.view(output.shape).to(output.dtype)
     moved: Tensor = output + forward_ad.make_dual(torch.zeros_like(step), step)
     return moved

@@ -16,7 +16,7 @@ from laplace_lora_fast.errors import InvalidBatchError
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, run
 from laplace_lora_fast.likelihoods import SampledTokens
 from laplace_lora_fast.model.batches import Batch, Inputs
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.tokens.heads import IGNORED, TokenHead
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.progress import track
@@ -31,7 +31,7 @@ class SampledTokensHead(TokenHead):
 
     Args:
         model: the model.
-        layers: its LoRA layers.
+        layers: those under the posterior.
         deltas: steps of every weight, [n, r, d].
         keep: whether all that `of_logits` gives is kept, in `kept`.
 
@@ -40,7 +40,7 @@ class SampledTokensHead(TokenHead):
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[LoraLayer], deltas: Sequence[Tensor], keep: bool
+        self, model: nn.Module, layers: Sequence[Treated], deltas: Sequence[Tensor], keep: bool
     ) -> None:
         super().__init__(model)
         self._hooks, self._deltas, self._keep = StepHooks(model, layers), deltas, keep
@@ -153,8 +153,8 @@ def with_labels(batch: Batch) -> Batch:
     return {**batch, "labels": ids if mask is None else ids.masked_fill(~mask.bool().to(ids.device), IGNORED)}
 
 
-def _layers(linearised: LinearisedModel) -> list[LoraLayer]:
-    return [layer for layer in linearised.subject.layers if isinstance(layer, LoraLayer)]
+def _layers(linearised: LinearisedModel) -> list[Treated]:
+    return [layer for layer in linearised.subject.layers if isinstance(layer, Treated)]
 
 
 def _run(linearised: LinearisedModel, head: TokenHead, loader: Loader, take: Any) -> None:

@@ -10,21 +10,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import UnsupportedAdapterError
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.storage import differentiable_kernels
 from laplace_lora_fast.saving.atomic import new_folder
-from laplace_lora_fast.weights import SIDES, by_layer, stored
+from laplace_lora_fast.weights import by_layer
 
 
 def save_samples(
-    model: nn.Module, layers: Sequence[LoraLayer], samples: Sequence[Tensor], folder: str | PathLike[str]
+    model: nn.Module, layers: Sequence[Treated], samples: Sequence[Tensor], folder: str | PathLike[str]
 ) -> list[Path]:
     """Writes n adapters that `peft.PeftModel.from_pretrained` loads like any other.
 
     Args:
         model: the PEFT model; unchanged.
-        layers: its LoRA layers.
-        samples: of every weight, [n, r, d] each. Rows of an adapted language-model head that
+        layers: those under the posterior.
+        samples: of every weight, [n, r, d] each. Rows of an adapted or trained language-model head that
             no answer token uses keep their MAP value: the data say nothing about them.
         folder: where the adapters' folders `sample-000`, ... go; new or empty. All of them are there in the end, or
             none.
@@ -44,17 +44,17 @@ def save_samples(
 
 
 def _write(
-    model: nn.Module, layers: Sequence[LoraLayer], samples: Sequence[Tensor], folder: Path, adapter: str
+    model: nn.Module, layers: Sequence[Treated], samples: Sequence[Tensor], folder: Path, adapter: str
 ) -> list[Path]:
     with differentiable_kernels(model):  # bitsandbytes' own way out of its packed form damages the weights
         state = {name: value.detach() for name, value in model.state_dict().items()}
     paths = []
     for index in range(samples[0].shape[0]):
         drawn = dict(state)
-        for layer, values in zip(layers, by_layer(samples), strict=True):
-            for (side, name), value in zip(layer.parameter_names.items(), values, strict=True):
-                features = layer.features if side == SIDES[1] else None
-                drawn[name] = _with_rows(state[name], features, stored(side, value[index])).contiguous()
+        for layer, values in zip(layers, by_layer(samples, layers), strict=True):
+            drawn_values = layer.of_parameters([value[index] for value in values])
+            for name, (value, rows) in drawn_values.items():
+                drawn[name] = _with_rows(state[name], rows, value).contiguous()
         path = folder / f"sample-{index:03d}"
         try:
             model.save_pretrained(str(path), state_dict=drawn, selected_adapters=[adapter])  # type: ignore[operator]
@@ -65,7 +65,7 @@ def _write(
     return paths
 
 
-def _one_adapter(model: nn.Module, layers: Sequence[LoraLayer]) -> str:
+def _one_adapter(model: nn.Module, layers: Sequence[Treated]) -> str:
     """The adapter of all layers. Raises UnsupportedAdapterError if there are several, or PEFT's model does not save."""
     if not hasattr(type(model), "active_peft_config"):
         raise UnsupportedAdapterError(
@@ -80,12 +80,12 @@ def _one_adapter(model: nn.Module, layers: Sequence[LoraLayer]) -> str:
     return adapters[0]
 
 
-def _require_written(layers: Sequence[LoraLayer], folder: Path) -> None:
+def _require_written(layers: Sequence[Treated], folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         written = set(file.keys())
     for layer in layers:
         for name in layer.parameter_names.values():
-            key = name.replace(f".{layer.adapter}.weight", ".weight")
+            key = name.replace(f".modules_to_save.{layer.adapter}", "").replace(f".{layer.adapter}.", ".")
             if key not in written:
                 raise UnsupportedAdapterError(f"PEFT did not write {key!r} to {folder}")
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.saving.sums import sums
 from laplace_lora_fast.saving.surroundings import Prints, Surroundings
 
 
 def facts(
     options: Mapping[str, Any],
-    layers: Sequence[LoraLayer],
+    layers: Sequence[Treated],
     surroundings: Surroundings,
     prior_mean: Sequence[Tensor] | None,
 ) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def facts(
     """
     weights: dict[str, Tensor] = {}
     for layer in layers:
-        own = layer.weights
-        weights |= zip(layer.parameter_names.values(), (own.A, own.B), strict=True)
+        for name, (value, _) in layer.of_parameters(layer.weights.matrices).items():
+            weights[name] = value
     means = {str(index): mean for index, mean in enumerate(prior_mean or ())}
     return {
         "options": dict(options),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import LaplaceError, NotFittedError
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.saving.surroundings import Place, Surroundings, read, settings_of
 from laplace_lora_fast.saving.watch import Watch
 from laplace_lora_fast.structures.base import Curvature
@@ -34,7 +34,7 @@ class FittedOn:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[LoraLayer], surroundings: Surroundings | None = None
+        self, model: nn.Module, layers: Sequence[Treated], surroundings: Surroundings | None = None
     ) -> None:
         self._model, self._layers = model, layers
         self.surroundings = Surroundings.of(model, layers) if surroundings is None else surroundings
@@ -110,15 +110,15 @@ class FittedOn:
         return found
 
 
-def require_layers(model: nn.Module, layers: Sequence[LoraLayer], error: type[LaplaceError]) -> None:
+def require_layers(model: nn.Module, layers: Sequence[Treated], error: type[LaplaceError]) -> None:
     """Raises `error` unless the model still has these LoRA layers with these adapters and scalings; reads no weight."""
     unloaded = _submodule(model, layers[0].name) is not layers[0].module  # PEFT unloads all layers or none
     for layer in layers:
-        if unloaded or layer.adapter not in layer.module.scaling:  # type: ignore[operator]
+        if unloaded or not layer.is_present:
             raise error(
                 f"layer {layer.name!r} with adapter {layer.adapter!r} is gone from the model: fit again"
             )
-        scaling = float(layer.module.scaling[layer.adapter])  # type: ignore[index, operator]
+        scaling = layer.current_scaling
         if scaling != layer.scaling:
             raise error(
                 f"the scaling of layer {layer.name!r} changed from {layer.scaling:g} to {scaling:g} since fit: fit "
@@ -126,16 +126,17 @@ def require_layers(model: nn.Module, layers: Sequence[LoraLayer], error: type[La
             )
 
 
-def require_shapes(curvature: Curvature, layers: Sequence[LoraLayer], error: type[LaplaceError]) -> None:
+def require_shapes(curvature: Curvature, layers: Sequence[Treated], error: type[LaplaceError]) -> None:
     """Raises `error` unless the adapter's weights have the shapes of the curvature's means; names the layer."""
-    for (layer, side), mean, weight in zip(curvature.names, curvature.means, _weights(layers), strict=True):
+    for name, mean, weight in zip(curvature.names, curvature.means, _weights(layers), strict=True):
         if weight.shape != mean.shape:
             raise error(
-                f"layer {layer!r} has lora_{side} of shape {tuple(weight.shape)}, not {tuple(mean.shape)}"
+                f"layer {name.layer!r} has a weight {str(name)!r} of shape {tuple(weight.shape)}, not "
+                f"{tuple(mean.shape)}"
             )
 
 
-def unchanged_weights(curvature: Curvature, layers: Sequence[LoraLayer]) -> Tensor:
+def unchanged_weights(curvature: Curvature, layers: Sequence[Treated]) -> Tensor:
     """For each weight whether the adapter's weight is the curvature's mean, [n_weights]; not read off the device."""
     flags = [_same(weight, mean) for weight, mean in zip(_weights(layers), curvature.means, strict=True)]
     return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags])
@@ -148,7 +149,7 @@ def require_weights(curvature: Curvature, unchanged: Tensor, error: type[Laplace
             raise error(f"the adapter's weights of layer {layer!r} {what}")
 
 
-def _weights(layers: Sequence[LoraLayer]) -> list[Tensor]:
+def _weights(layers: Sequence[Treated]) -> list[Tensor]:
     return matrices(layer.weights for layer in layers)
 
 

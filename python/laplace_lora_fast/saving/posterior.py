@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.likelihoods import Likelihood
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.options import from_json, kinds, to_json
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.saving import checked, fingerprint
@@ -23,7 +23,7 @@ from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.saving.surroundings import Surroundings
 from laplace_lora_fast.structures.base import Curvature, Structure
 from laplace_lora_fast.tasks import Task
-from laplace_lora_fast.weights import SIDES, WeightName, weight_names
+from laplace_lora_fast.weights import HEAD, SIDES, WeightName, weight_names
 
 FILE_NAME = "posterior.safetensors"
 FORMAT = "laplace-lora-fast/5"
@@ -133,7 +133,7 @@ class Saved:
             ) from error
         return task
 
-    def rebuild(self, layers: Sequence[LoraLayer], likelihood: Likelihood) -> tuple[Fit, list[Tensor] | None]:
+    def rebuild(self, layers: Sequence[Treated], likelihood: Likelihood) -> tuple[Fit, list[Tensor] | None]:
         """The fit on the devices of these LoRA layers, and the prior mean of each weight (None for zero).
 
         Raises:
@@ -141,7 +141,7 @@ class Saved:
         """
         names = [WeightName(layer, side) for layer, side in self.header["names"]]
         _check_names(names, layers)
-        by_name = {layer.name: layer.weights.A.device for layer in layers}
+        by_name = {layer.name: layer.weights.matrices[0].device for layer in layers}
         devices = [by_name[name.layer] for name in names]
         try:
             structure = from_json(self.header["structure"])
@@ -156,7 +156,7 @@ class Saved:
         rest |= {key: self.header.get(key, default) for key, default in _LATER.items()}
         return Fit(structure, curvature, **rest), prior_mean
 
-    def fitted_on(self, model: nn.Module, layers: Sequence[LoraLayer]) -> FittedOn:
+    def fitted_on(self, model: nn.Module, layers: Sequence[Treated]) -> FittedOn:
         """The model with what is around the adapter, which with its scalings has to be as it was at the fit.
 
         Raises:
@@ -200,9 +200,12 @@ def _require_form(header: Any) -> None:
     missing = _KEYS - header.keys()
     if missing:
         raise ValueError(f"no {sorted(missing)}")
-    n, settings, noise = len(header["names"]) // len(SIDES), header["settings"], header["settings"]["noise"]
+    settings, noise = header["settings"], header["settings"]["noise"]
+    n = len({layer for layer, _ in header["names"]})
     wrong = {
-        "names": not all(isinstance(layer, str) and side in SIDES for layer, side in header["names"]),
+        "names": not all(
+            isinstance(layer, str) and side in (*SIDES, HEAD) for layer, side in header["names"]
+        ),
         "scalings": len(header["scalings"]) != n or not all(_is_number(each) for each in header["scalings"]),
         "shared_inputs": len(header["shared_inputs"]) != n
         or not all(type(each) is int and 0 <= each < n for each in header["shared_inputs"]),
@@ -224,7 +227,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def check(curvature: Curvature, layers: Sequence[LoraLayer]) -> None:
+def check(curvature: Curvature, layers: Sequence[Treated]) -> None:
     """Refuses a curvature that is damaged or does not belong to the adapter.
 
     Raises:
@@ -249,10 +252,10 @@ def check(curvature: Curvature, layers: Sequence[LoraLayer]) -> None:
     )
 
 
-def _check_names(names: Sequence[WeightName], layers: Sequence[LoraLayer]) -> None:
-    expected = weight_names(layer.name for layer in layers)
+def _check_names(names: Sequence[WeightName], layers: Sequence[Treated]) -> None:
+    expected = weight_names(layers)
     if list(names) != expected:
         odd = sorted({name.layer for name in set(names) ^ set(expected)})[:3]
         raise StateError(
-            f"the posterior was fitted on other LoRA layers than the model has; differing: {odd}"
+            f"the posterior was fitted on other LoRA layers or trained heads than the model has; differing: {odd}"
         )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.saving.sums import Sums, plain_parts, sums
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -91,7 +91,7 @@ class Surroundings:
     version: str | None
 
     @classmethod
-    def of(cls, model: nn.Module, layers: Sequence[LoraLayer]) -> Surroundings:
+    def of(cls, model: nn.Module, layers: Sequence[Treated]) -> Surroundings:
         """Reads everything: some 20 s a core for 7 billion parameters of 16 bits, and no time on a GPU."""
         tensors, derived = read(list(places(model, layers)))
         return cls(tensors, derived, settings_of(model, layers), _transformers_version(model))
@@ -180,7 +180,7 @@ def read(found: Sequence[Place]) -> tuple[Prints, Prints]:
     return unread | {name: values[name] for name in plain}, {name: values[name] for name in derived}
 
 
-def places(model: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[Place]:
+def places(model: nn.Module, layers: Sequence[Treated]) -> Iterator[Place]:
     """Every parameter and buffer that answers may depend on, but the weights under the posterior."""
     treated = {name for layer in layers for name in layer.parameter_names.values()}
     bases = tuple(f"{name}.base_layer." for name, module in modules(model) if hasattr(module, "base_layer"))
@@ -196,7 +196,7 @@ def places(model: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[Place]:
                 yield Place(full, holder, key, bool(buffer), derived, full.startswith(bases))
 
 
-def settings_of(model: nn.Module, layers: Sequence[LoraLayer]) -> dict[str, Settings]:
+def settings_of(model: nn.Module, layers: Sequence[Treated]) -> dict[str, Settings]:
     """Plain values: "config" of the model's configuration, and for every class of modules what they hold, as lists."""
     ignored = _ignored(model)
     found: dict[str, Settings] = {"config": dict(config_values(model))}
@@ -303,7 +303,7 @@ def _is_recomputed(module: nn.Module, key: str) -> bool:
     return "original" not in key and ("dynamic" in kind or "longrope" in kind) and key.endswith("inv_freq")
 
 
-def _scalings(module: nn.Module, layers: Sequence[LoraLayer]) -> Iterator[tuple[str, list[float]]]:
+def _scalings(module: nn.Module, layers: Sequence[Treated]) -> Iterator[tuple[str, list[float]]]:
     """The scaling of an active adapter that has no posterior; those that have are compared by name."""
     scaling = getattr(module, "scaling", None)
     if isinstance(scaling, dict) and not any(layer.module is module for layer in layers):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.saving.surroundings import (
     Place,
     Surroundings,
@@ -48,7 +48,7 @@ class Watch:
         rounded: names of the tensors that merging and unmerging an adapter rounds.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[LoraLayer], known: Surroundings) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Treated], known: Surroundings) -> None:
         found = list(places(model, layers))
         self.rounded = {place.name for place in found if place.base}
         names = {name.partition("#")[0] for name in [*known.tensors, *known.derived]}

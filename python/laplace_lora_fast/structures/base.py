@@ -26,7 +26,7 @@ from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.search import evidence_noise
 from laplace_lora_fast.structures.state import State
-from laplace_lora_fast.weights import LoraWeights, WeightName
+from laplace_lora_fast.weights import LayerWeights, WeightName, matrices
 
 Seen = TypeVar("Seen")
 
@@ -277,7 +277,7 @@ class Problem:
             out in the first pass.
     """
 
-    layers: Sequence[LoraWeights]
+    layers: Sequence[LayerWeights]
     likelihood: Likelihood
     budget: int
     seed: int
@@ -288,7 +288,7 @@ class Problem:
 
     @property
     def n_parameters(self) -> int:
-        return sum(layer.rank * (layer.d_in + layer.d_out) for layer in self.layers)
+        return sum(weight.numel() for weight in matrices(self.layers))
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ class Structure(ABC):
 
     @abstractmethod
     def predictor(
-        self, curvature: Any, layers: Sequence[LoraWeights], prior_precisions: Tensor
+        self, curvature: Any, layers: Sequence[LayerWeights], prior_precisions: Tensor
     ) -> Predictor[Any]:
         """A listener for Gaussians under G priors, `prior_precisions` fp64 [n_weights, G]."""
 

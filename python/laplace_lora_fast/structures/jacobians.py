@@ -1,7 +1,7 @@
-"""Per-example Jacobians of LoRA weights from the two streams of each layer.
+"""Per-example Jacobians of the weights from the two streams of each layer.
 
-For lora_A the Jacobian of one output is sum_t g_A (x) x, for lora_B it is sum_t z (x) s g: an [r, d] matrix a sequence,
-formed from the streams, used, and dropped.
+For lora_A the Jacobian of one output is sum_t g_A (x) x, for lora_B it is sum_t z (x) s g, for a trained head
+sum_t g (x) x: an [r, d] matrix a sequence, formed from the streams, used, and dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Listener, Step
 from laplace_lora_fast.structures.columns import Columns, add_halves_
-from laplace_lora_fast.weights import LoraWeights, by_layer, layer_of, positions
+from laplace_lora_fast.weights import LayerWeights, by_layer, in_order, positions
 
 
 def jacobian(small: Tensor, large: Tensor) -> Tensor:
@@ -37,14 +37,18 @@ class JacobianListener(Listener):
         rotations: for each weight a rotation V [r, r] of the short side, or None.
     """
 
-    def __init__(self, layers: Sequence[LoraWeights], rotations: Sequence[Tensor | None]) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], rotations: Sequence[Tensor | None]) -> None:
         # Maps onto the short sides, each [r, d]: BLAS reads long rows twice as fast.
         self._maps = [
             tuple(small if turn is None else turn.mT @ small for small, turn in zip(maps, turns, strict=True))
-            for maps, turns in zip((layer.small_maps for layer in layers), by_layer(rotations), strict=True)
+            for maps, turns in zip(
+                (layer.small_maps for layer in layers), by_layer(rotations, layers), strict=True
+            )
         ]
+        self._positions = positions(layers)
         self._norms = [layer.norm for layer in layers]
-        self._rotations = by_layer(rotations)
+        self._normalised = in_order([layer.norm is not None] * len(layer.sides) for layer in layers)
+        self._rotations = by_layer(rotations, layers)
         self._aligned: dict[int, Tensor] = {}
         self._columns: dict[tuple[object, ...], Columns] = {}  # for 16-bit streams
         self._inputs: dict[int, Tensor] = {}
@@ -61,7 +65,8 @@ class JacobianListener(Listener):
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
         group = self._shared_inputs[layer]
         x, g = self._inputs[group], _real_tokens(g, mask)
-        if layer not in self._small_of_inputs:  # the same in every backward pass
+        two = len(self._maps[layer]) > 1
+        if two and layer not in self._small_of_inputs:  # the same in every backward pass
             layers = [layer]
             if lk.sums_in_fp32(x):  # bound by reading x: once for all
                 layers = [other for other, leader in enumerate(self._shared_inputs) if leader == group]
@@ -71,19 +76,21 @@ class JacobianListener(Listener):
         if norm is not None:
             g = g * norm.gain.to(g.dtype)
         (of_gradient,) = self._short_sides(g, [(layer, 0)])
-        pairs = [(of_gradient, x[:, None]), (self._small_of_inputs[layer], g[:, None])]
+        pairs = [(of_gradient, x[:, None])]
+        if two:
+            pairs.append((self._small_of_inputs[layer], g[:, None]))
         if norm is not None:
             added = norm.jacobians(self._aligned.pop(layer))
             pairs = [
                 _with_rows(*pair, rows, turn)
                 for pair, rows, turn in zip(pairs, added, self._rotations[layer], strict=True)
             ]
-        for weight, (small, large) in zip(positions(layer), pairs, strict=True):
+        for weight, (small, large) in zip(self._positions[layer], pairs, strict=True):
             self.observe_jacobian(weight, small, large)
 
     def is_normalised(self, weight: int) -> bool:
         """Whether a weight's layer has DoRA: its large stream then differs from pass to pass."""
-        return self._norms[layer_of(weight)] is not None
+        return self._normalised[weight]
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         self._aligned[layer] = aligned

@@ -12,12 +12,21 @@ from torch import Tensor
 from laplace_lora_fast.errors import NotFittedError, StateError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.laplace import LaplaceLoRA
+from laplace_lora_fast.posterior import LayerFactors
 from laplace_lora_fast.structures import KFAC
 from laplace_lora_fast.structures.base import Ability, Structure
 from laplace_lora_fast.structures.blocks.algebra import KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum
-from laplace_lora_fast.weights import SIDES, by_layer, from_flat, matrices, to_flat, weight_names
+from laplace_lora_fast.weights import (
+    SIDES,
+    by_layer,
+    from_flat,
+    long_side_is_input,
+    matrices,
+    to_flat,
+    weight_names,
+)
 
 
 def to_kron(la: LaplaceLoRA) -> Kron:
@@ -31,7 +40,7 @@ def to_kron(la: LaplaceLoRA) -> Kron:
 
     Raises:
         ValueError: the structure is another one, or an adapted language-model head is fitted on its answer rows only,
-            so it has no factor of all rows.
+            so it has no factor of all rows, or a trained head is among the layers.
         NotFittedError: before `fit`.
     """
     structure = la.snapshot()[0].structure
@@ -42,13 +51,15 @@ def to_kron(la: LaplaceLoRA) -> Kron:
             raise ValueError(
                 f"layer {layer.name!r} is fitted on its answer rows only: it has no Kron of all rows"
             )
-    return Kron(
-        [
-            [weight.gradient_factor, weight.input_factor]
-            for layer in la.factors.values()
-            for weight in (layer.A, layer.B)
-        ]
-    )
+    pairs = []
+    for name, factors in la.factors.items():
+        if not isinstance(factors, LayerFactors):
+            raise ValueError(
+                f"{name!r} is a trained head, which laplace-torch has no factors of with its bias: leave it out with "
+                'layers=lambda name: "modules_to_save" not in name'
+            )
+        pairs += [[weight.gradient_factor, weight.input_factor] for weight in (factors.A, factors.B)]
+    return Kron(pairs)
 
 
 def to_state_dict(la: LaplaceLoRA) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
             f"expected a KronLaplace of likelihood {la.likelihood.name!r} at temperature 1, got "
             f"{state['cls_name']}, {state['likelihood']!r}, {state['temperature']}"
         )
-    names = weight_names(layer.name for layer in la.layers)
+    names = weight_names(la.layers)
     weights = matrices(layer.weights for layer in la.layers)
     sizes = [weight.numel() for weight in weights]
     if len(state["H"]) != len(weights) or len(state["mean"]) != sum(sizes):
@@ -132,7 +143,7 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
         names, weights, state["H"], state["mean"].split(sizes), strict=True
     ):
         gradient, inputs = (factor.double() for factor in factors)
-        large, small = (inputs, gradient) if name.side == SIDES[0] else (gradient, inputs)
+        large, small = (inputs, gradient) if long_side_is_input(name.side) else (gradient, inputs)
         if (len(small), len(large)) != tuple(weight.shape):
             raise StateError(f"layer {name.layer!r} has other shapes than the state's factors")
         matrix = from_flat(name.side, mean, tuple(weight.shape))
@@ -175,7 +186,7 @@ def _prior_precision(values: list[float], la: LaplaceLoRA) -> float | dict[str, 
     if len(set(values)) == 1:
         return values[0]
     if len(values) == len(SIDES) * len(la.layers):
-        pairs = by_layer(values)
+        pairs = by_layer(values, la.layers)
         if all(a == b for a, b in pairs):
             return {layer.name: a for layer, (a, _) in zip(la.layers, pairs, strict=True)}
         if len(set(pairs)) == 1:

@@ -12,6 +12,10 @@ with M real tokens in N sequences. "paper" is what the code behind the Laplace-L
 input factor counts pads and is not divided by the sequence length, so its curvature is larger by the padded length.
 
 z and g_A are linear images of x and g, so two of the four factors are free: Z = A X A^T and G_A = s^2 B^T G B.
+
+A trained head is read at few tokens of a sequence, one as a rule, whose gradients are the only ones that are not zero.
+Whatever the convention, its factors are reduced over those: X = 1/N sum of xbar xbar^T, xbar the mean of x over them,
+which for one token makes each example's Jacobian the product g x^T that it is.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from laplace_lora_fast.structures.blocks.factors import (
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.structures.blocks.waiting import zero
 from laplace_lora_fast.structures.state import State
-from laplace_lora_fast.weights import LoraWeights, in_order, weight_names
+from laplace_lora_fast.weights import LayerWeights, in_order, is_head, weight_names
 
 
 class TokenSharing(str, Enum):
@@ -107,7 +111,7 @@ class KfacAccumulator(Accumulator):
 
     def __init__(
         self,
-        layers: Sequence[LoraWeights],
+        layers: Sequence[LayerWeights],
         fisher: Fisher,
         tokens: TokenSharing,
         plan: FactorPlan,
@@ -120,6 +124,8 @@ class KfacAccumulator(Accumulator):
         self._gradients: list[Factor] = []
         self._divisors: dict[int, Tensor | float] = {}
         self._first_inputs: list[tuple[int, Tensor, Tensor | None]] = []
+        # of a batch, until the gradients of its heads
+        self._inputs_of_heads: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._shared_inputs: list[int] = []  # of the factors, once they are there
         self._found: list[int] = []
 
@@ -140,7 +146,13 @@ class KfacAccumulator(Accumulator):
             for group, x, own_mask in self._first_inputs:
                 self._add_input(group, x, own_mask)
             self._first_inputs.clear()
-        add_gradient(self._gradients[layer], self._tokens, g, mask)
+        tokens = self._tokens
+        if is_head(self._layers[layer]):
+            tokens = TokenSharing.REDUCE
+            if layer in self._inputs_of_heads:  # before the first pass
+                x, real = self._inputs_of_heads.pop(layer)
+                self._count(layer, add_input(self._inputs[layer], tokens, x, _read_tokens(g, real)))
+        add_gradient(self._gradients[layer], tokens, g, mask)
 
     def finish_pass(self) -> None:
         """Makes room for the next pass, in all factors together."""
@@ -153,6 +165,7 @@ class KfacAccumulator(Accumulator):
 
     def forget(self) -> None:
         self._first_inputs.clear()
+        self._inputs_of_heads.clear()
 
     def state(self) -> State:
         if not self._shared_inputs:
@@ -179,7 +192,7 @@ class KfacAccumulator(Accumulator):
             factor.restore(State(values["factors"][index], own))
 
     def prepare(self, shared_inputs: list[int]) -> None:
-        self._create(shared_inputs, lk.accumulation_dtype(self._layers[0].A.dtype))
+        self._create(shared_inputs, lk.accumulation_dtype(self._layers[0].matrices[0].dtype))
 
     def join(self, ranks: Ranks) -> None:
         """Adds up the factors, and the tokens behind them, over all ranks."""
@@ -197,10 +210,10 @@ class KfacAccumulator(Accumulator):
         """
         spectra: dict[int, Spectrum] = {}
         blocks = in_order(self._blocks_of(index, spectra) for index in range(len(self._layers)))
-        return BlockCurvature(weight_names(layer.name for layer in self._layers), blocks)
+        return BlockCurvature(weight_names(self._layers), blocks)
 
-    def _blocks_of(self, index: int, spectra: dict[int, Spectrum]) -> tuple[KronBlock, KronBlock]:
-        """The blocks of lora_A and lora_B; spectra of inputs are kept for the layers that share them."""
+    def _blocks_of(self, index: int, spectra: dict[int, Spectrum]) -> list[KronBlock]:
+        """The blocks of a layer's weights; spectra of inputs are kept for the layers that share them."""
         layer, group = self._layers[index], self._shared_inputs[index]
         x, g = self._inputs[group], self._gradients[index]
         if not (x.is_finite() and g.is_finite()):
@@ -210,11 +223,13 @@ class KfacAccumulator(Accumulator):
         divisor = float(self._divisors[group]) or 1.0  # 0 where the layer never ran
         if group not in spectra:
             spectra[group] = x.spectrum(self._rank).scaled(1 / divisor)
-        square = layer.scaling**2
-        a, b = layer.A.double(), layer.B.double()
-        block_a = KronBlock.kfac(spectra[group], square * g.quadratic(b), layer.A)
-        z = x.quadratic(a.mT) * (square / divisor)
-        return block_a, KronBlock.kfac(g.spectrum(self._rank), z, layer.B.mT)
+        of_gradient, *of_input = layer.small_maps
+        first, *second = layer.matrices
+        blocks = [KronBlock.kfac(spectra[group], g.quadratic(of_gradient.mT), first)]
+        for small, matrix in zip(of_input, second, strict=True):
+            z = x.quadratic(small.mT) * (1 / divisor)
+            blocks.append(KronBlock.kfac(g.spectrum(self._rank), z, matrix))
+        return blocks
 
     def _create(self, shared_inputs: list[int], dtype: torch.dtype) -> None:
         self._shared_inputs, self._dtype = shared_inputs, dtype
@@ -225,26 +240,31 @@ class KfacAccumulator(Accumulator):
             members = [
                 layer for layer, group in zip(self._layers, shared_inputs, strict=True) if group == leader
             ]
-            exact = [member.A.mT for member in members]
-            self._inputs[leader] = self._factor(position, dense, exact, dtype)
+            maps = [small for member in members for small in member.small_maps[1:]]
+            exact = torch.cat(maps) if maps else self._layers[leader].matrices[0][:0]
+            self._inputs[leader] = self._factor(position, dense, exact.mT, dtype)
         for position, layer in enumerate(self._layers, len(leaders)):
-            self._gradients.append(self._factor(position, dense, [layer.B], dtype))
+            self._gradients.append(self._factor(position, dense, layer.small_maps[0].mT, dtype))
 
     def _all_factors(self) -> list[Factor]:
         return [*self._inputs.values(), *self._gradients]
 
-    def _factor(self, index: int, dense: Sequence[bool], exact: list[Tensor], dtype: torch.dtype) -> Factor:
+    def _factor(self, index: int, dense: Sequence[bool], exact: Tensor, dtype: torch.dtype) -> Factor:
         """The factor at a place of `_all_factors`."""
         if dense[index]:
-            return DenseFactor(exact[0].shape[0], dtype, exact[0].device)
-        seed, omega, columns = self._plan.seed + index, self._omegas.get(index), torch.cat(exact, 1)
-        size = self._plan.sketch_size
-        return SketchFactor(max(size - columns.shape[1], size // 2, 1), columns, dtype, seed, omega)
+            return DenseFactor(len(exact), dtype, exact.device)
+        seed, omega, size = self._plan.seed + index, self._omegas.get(index), self._plan.sketch_size
+        return SketchFactor(max(size - exact.shape[1], size // 2, 1), exact, dtype, seed, omega)
 
     def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        count = add_input(self._inputs[group], self._tokens, x, mask)
-        # On the device, if anywhere: nothing waits for it.
-        self._divisors[group] = self._divisors.get(group, 0) + count
+        if is_head(self._layers[group]):
+            self._inputs_of_heads[group] = x, mask
+        else:
+            self._count(group, add_input(self._inputs[group], self._tokens, x, mask))
+
+    def _count(self, group: int, number: Tensor | int) -> None:
+        """Of what the factor of an input is the mean; on the device, if anywhere: nothing waits for it."""
+        self._divisors[group] = self._divisors.get(group, 0) + number
 
 
 class OmegaAccumulator(KfacAccumulator):
@@ -299,6 +319,13 @@ def written_rows(factor: Factor, x: Tensor) -> Iterator[Tensor]:
         factor.add_rows(rows)
     else:
         place.copy_(rows)
+
+
+def _read_tokens(g: Tensor, real: Tensor | None) -> Tensor:
+    """Which tokens [S, T] have a gradient g [S, T, d]; where none has, all real ones."""
+    read = (g != 0).any(-1)
+    others = torch.ones_like(read) if real is None else real
+    return torch.where(read.any(1, keepdim=True), read & others, others)
 
 
 def _token_sum(x: Tensor, mask: Tensor | None, out: Tensor) -> None:

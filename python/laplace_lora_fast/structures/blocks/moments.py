@@ -17,7 +17,7 @@ from laplace_lora_fast.structures.blocks.algebra import DiagBlock, KronBlock
 from laplace_lora_fast.structures.blocks.curvature import BlockCurvature
 from laplace_lora_fast.structures.jacobians import JacobianListener, jacobian
 from laplace_lora_fast.structures.state import State, numbered
-from laplace_lora_fast.weights import LoraWeights, matrices, weight_names
+from laplace_lora_fast.weights import LayerWeights, matrices, weight_names
 
 
 class MomentAccumulator(JacobianListener, Accumulator):
@@ -30,7 +30,7 @@ class MomentAccumulator(JacobianListener, Accumulator):
     """
 
     def __init__(
-        self, layers: Sequence[LoraWeights], fisher: Fisher, rotations: Sequence[Tensor | None]
+        self, layers: Sequence[LayerWeights], fisher: Fisher, rotations: Sequence[Tensor | None]
     ) -> None:
         super().__init__(layers, rotations)
         self._fisher = fisher
@@ -65,7 +65,7 @@ class EkfacAccumulator(MomentAccumulator):
         kfac: their KFAC blocks.
     """
 
-    def __init__(self, layers: Sequence[LoraWeights], fisher: Fisher, kfac: BlockCurvature) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], fisher: Fisher, kfac: BlockCurvature) -> None:
         self._kfac = kfac
         self._blocks = [block for block in kfac.blocks if isinstance(block, KronBlock)]
         super().__init__(layers, fisher, [block.small_vectors for block in self._blocks])
@@ -106,8 +106,8 @@ class DiagonalAccumulator(MomentAccumulator):
         fisher: whose cotangents are sent back.
     """
 
-    def __init__(self, layers: Sequence[LoraWeights], fisher: Fisher) -> None:
-        self._names, self._means = weight_names(layer.name for layer in layers), matrices(layers)
+    def __init__(self, layers: Sequence[LayerWeights], fisher: Fisher) -> None:
+        self._names, self._means = weight_names(layers), matrices(layers)
         super().__init__(layers, fisher, [None] * len(self._names))
         self._sums = [
             torch.zeros_like(

@@ -11,7 +11,7 @@ from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.structures.base import Predictor, Step
 from laplace_lora_fast.structures.blocks.algebra import Block
 from laplace_lora_fast.structures.jacobians import JacobianListener, jacobian
-from laplace_lora_fast.weights import LoraWeights, is_input_side
+from laplace_lora_fast.weights import LayerWeights, long_side_is_input, weight_names
 
 Gaussian = tuple[Tensor, Tensor]  # mean and covariance of a block of examples
 
@@ -29,10 +29,11 @@ class BlockPredictor(JacobianListener, Predictor[Gaussian]):
     """
 
     def __init__(
-        self, layers: Sequence[LoraWeights], blocks: Sequence[Block], prior_precisions: Tensor
+        self, layers: Sequence[LayerWeights], blocks: Sequence[Block], prior_precisions: Tensor
     ) -> None:
         super().__init__(layers, [block.rotation() for block in blocks])
         self._blocks = blocks
+        self._long_side_is_input = [long_side_is_input(name.side) for name in weight_names(layers)]
         rows = [
             row.unique(return_inverse=True) for row in prior_precisions
         ]  # a grid over groups repeats its values
@@ -75,7 +76,8 @@ class BlockPredictor(JacobianListener, Predictor[Gaussian]):
         if self._passes == 1:
             self._add(0, weight, small, large)
             return
-        shares_large = is_input_side(weight) and not self.is_normalised(weight)  # x is the same in every pass
+        # x is the same in every pass, g is not
+        shares_large = self._long_side_is_input[weight] and not self.is_normalised(weight)
         waiting = self._waiting.setdefault(weight, [])
         waiting.append(small if shares_large else jacobian(small, large))
         if len(waiting) < self._passes:

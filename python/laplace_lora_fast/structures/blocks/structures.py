@@ -26,7 +26,7 @@ from laplace_lora_fast.structures.blocks.kfac import (
 from laplace_lora_fast.structures.blocks.moments import DiagonalAccumulator, EkfacAccumulator
 from laplace_lora_fast.structures.blocks.predict import BlockPredictor
 from laplace_lora_fast.structures.cost import Cost
-from laplace_lora_fast.weights import LoraWeights, WeightName
+from laplace_lora_fast.weights import LayerWeights, WeightName
 
 _SKETCH_COLUMNS = 128
 
@@ -35,7 +35,7 @@ class BlockStructure(Structure):
     """What structures of independent blocks share."""
 
     def predictor(
-        self, curvature: BlockCurvature, layers: Sequence[LoraWeights], prior_precisions: Tensor
+        self, curvature: BlockCurvature, layers: Sequence[LayerWeights], prior_precisions: Tensor
     ) -> BlockPredictor:
         return BlockPredictor(layers, curvature.sound_under(prior_precisions), prior_precisions)
 
@@ -122,13 +122,13 @@ class KFAC(BlockStructure):
 
     def _arguments(
         self, problem: Problem
-    ) -> tuple[Sequence[LoraWeights], Fisher, TokenSharing, FactorPlan, int | None]:
+    ) -> tuple[Sequence[LayerWeights], Fisher, TokenSharing, FactorPlan, int | None]:
         return problem.layers, self.fisher, TokenSharing(self.tokens), self.plan(problem), self.rank
 
     def _sketches_over_ranks(self, problem: Problem) -> bool:
         """Whether several ranks need one Omega, for their sketches to add up."""
         widths = [width for layer in problem.layers for width in (layer.d_in, layer.d_out)]
-        itemsize = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
+        itemsize = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         return problem.ranks.size > 1 and not all(self.plan(problem).choose(widths, itemsize))
 
 

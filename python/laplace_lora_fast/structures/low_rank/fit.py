@@ -15,7 +15,7 @@ from laplace_lora_fast.structures.rows.fit import Pieces, RowAccumulator
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal
 from laplace_lora_fast.structures.rows.store import RowStore
 from laplace_lora_fast.structures.state import State
-from laplace_lora_fast.weights import LoraWeights
+from laplace_lora_fast.weights import LayerWeights
 
 _NO_LIMIT = 2**62  # bytes of one batch's rows, which stay on the device
 
@@ -34,7 +34,7 @@ class LowRankAccumulator(RowAccumulator):
 
     def __init__(
         self,
-        layers: Sequence[LoraWeights],
+        layers: Sequence[LayerWeights],
         likelihood: Likelihood,
         fisher: Fisher,
         columns: int,

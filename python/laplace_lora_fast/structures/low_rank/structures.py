@@ -19,7 +19,7 @@ from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.sketch import checked_columns
-from laplace_lora_fast.weights import LoraWeights, WeightName
+from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features
 
 _LARGEST = 1024  # rank, where the budget allows for more
 _SMALLEST = 256  # that "auto" takes, unless there are fewer rows
@@ -118,8 +118,7 @@ class LowRank(Structure):
         return [Stage("fit", accumulator)]
 
     def _features(self, problem: Problem) -> int:
-        widths = [(layer.rank, width) for layer in problem.layers for width in (layer.d_in, layer.d_out)]
-        return sum(rank * min(width, self.columns) for rank, width in widths)
+        return kept_features(problem.layers, self.columns)
 
     def _affordable(self, problem: Problem) -> int:
         return problem.budget // (2 * _BYTES * self._features(problem))
@@ -129,7 +128,7 @@ class LowRank(Structure):
         return min(rank, self._features(problem))
 
     def predictor(
-        self, curvature: RowCurvature, layers: Sequence[LoraWeights], prior_precisions: Tensor
+        self, curvature: RowCurvature, layers: Sequence[LayerWeights], prior_precisions: Tensor
     ) -> RowPredictor:
         parts, solvers = curvature.solvers_of(prior_precisions)
         return RowPredictor(layers, curvature.rows, curvature.projections, parts, solvers, refitted=False)

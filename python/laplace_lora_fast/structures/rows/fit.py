@@ -21,7 +21,7 @@ from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvat
 from laplace_lora_fast.structures.rows.sketch import random_projection
 from laplace_lora_fast.structures.rows.store import RowStore
 from laplace_lora_fast.structures.state import State
-from laplace_lora_fast.weights import LoraWeights, matrices, weight_names
+from laplace_lora_fast.weights import LayerWeights, kept_columns, matrices, weight_names
 
 
 class Pieces:
@@ -82,17 +82,17 @@ class RowAccumulator(RowListener, Accumulator):
 
     def __init__(
         self,
-        layers: Sequence[LoraWeights],
+        layers: Sequence[LayerWeights],
         likelihood: Likelihood,
         fisher: Fisher,
         columns: int,
         budget: int,
         seed: int,
     ) -> None:
-        self._names, self._means = weight_names(layer.name for layer in layers), matrices(layers)
+        self._names, self._means = weight_names(layers), matrices(layers)
         projections = [
-            random_projection(mean.shape[1], columns, seed + index, mean)
-            for index, mean in enumerate(self._means)
+            random_projection(mean.shape[1], kept_columns(name.side, mean.shape, columns), seed + index, mean)
+            for index, (name, mean) in enumerate(zip(self._names, self._means, strict=True))
         ]
         super().__init__(layers, projections)
         self._likelihood, self._fisher = likelihood, fisher
@@ -204,7 +204,7 @@ class RefitAccumulator(RowAccumulator):
     pieces = ("roots", "targets", "prior")
 
     def __init__(
-        self, layers: Sequence[LoraWeights], likelihood: Likelihood, columns: int, budget: int, seed: int
+        self, layers: Sequence[LayerWeights], likelihood: Likelihood, columns: int, budget: int, seed: int
     ) -> None:
         super().__init__(layers, likelihood, "exact", columns, budget, seed)
 

@@ -12,7 +12,7 @@ from laplace_lora_fast.structures.base import Step
 from laplace_lora_fast.structures.jacobians import JacobianListener
 from laplace_lora_fast.structures.rows import products
 from laplace_lora_fast.structures.rows.sketch import sketched
-from laplace_lora_fast.weights import LoraWeights
+from laplace_lora_fast.weights import LayerWeights, is_head
 
 
 class RowListener(JacobianListener):
@@ -26,9 +26,11 @@ class RowListener(JacobianListener):
         projections: Omega of every weight.
     """
 
-    def __init__(self, layers: Sequence[LoraWeights], projections: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], projections: Sequence[Tensor]) -> None:
         super().__init__(layers, [None] * len(projections))
         self._projections = list(projections)
+        # DoRA adds what no such product gives; a head has one weight, and is read at few tokens
+        self._is_plain = [layer.norm is None and not is_head(layer) for layer in layers]
         self._streams = products.ProjectedStreams(layers, self._projections)
         self._wide: dict[tuple[int, torch.dtype], Tensor] = {}  # Omega as it is multiplied with fp32 or fp64
         self._kept: set[int] = set()  # groups of the other way
@@ -39,9 +41,7 @@ class RowListener(JacobianListener):
         if self._first_inputs:  # only now it is known which layers share them
             for group, x, _ in self._first_inputs:
                 members = [layer for layer, leader in enumerate(step.shared_inputs) if leader == group]
-                if all(
-                    self._norms[layer] is None for layer in members
-                ):  # DoRA adds what no such product gives
+                if all(self._is_plain[layer] for layer in members):
                     self._streams.enter(group, members, x)
                 else:
                     self._kept.add(group)

@@ -12,7 +12,7 @@ from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.structures.base import Predictor, Step
 from laplace_lora_fast.structures.rows.listener import RowListener
 from laplace_lora_fast.structures.rows.solver import Solver
-from laplace_lora_fast.weights import LoraWeights
+from laplace_lora_fast.weights import LayerWeights
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RowPredictor(RowListener, Predictor[Products]):
 
     def __init__(
         self,
-        layers: Sequence[LoraWeights],
+        layers: Sequence[LayerWeights],
         rows: Sequence[Tensor],
         projections: Sequence[Tensor],
         parts: Sequence[int],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.columns import Columns, add_halves_
-from laplace_lora_fast.weights import LoraWeights, by_layer, positions
+from laplace_lora_fast.weights import LayerWeights, by_layer, positions
 
 
 def are_taken_of(stream: Tensor) -> bool:
@@ -33,11 +33,13 @@ class Kind:
     """Groups of layers that are alike in all shapes: each group is an input x and the layers fed by it.
 
     Attributes:
+        positions: for each layer of the model where its weights stand.
         layers: of each group.
         inputs: columns for x of each group: A^T of every layer, then Omega_A of each.
         gradients: columns for g of each layer: B, then Omega_B.
     """
 
+    positions: Sequence[Sequence[int]]
     layers: dict[int, list[int]] = field(default_factory=dict)
     inputs: dict[int, Columns] = field(default_factory=dict)
     gradients: dict[int, Columns] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class Products:
             )
             rows_a, rows_b = _rows(columns.part(g, 0), x), _rows(z, columns.part(g, 1))
             for layer, place in reached.items():
-                weight_a, weight_b = positions(layer)
+                weight_a, weight_b = self.kind.positions[layer]
                 yield weight_a, rows_a[place]
                 yield weight_b, rows_b[place]
         self.reached.clear()
@@ -100,8 +102,9 @@ class ProjectedStreams:
         projections: Omega of every weight.
     """
 
-    def __init__(self, layers: Sequence[LoraWeights], projections: Sequence[Tensor]) -> None:
-        self._layers, self._projections = layers, by_layer(projections)
+    def __init__(self, layers: Sequence[LayerWeights], projections: Sequence[Tensor]) -> None:
+        self._layers, self._projections = layers, by_layer(projections, layers)
+        self._positions = positions(layers)
         self._kinds: dict[object, Kind] = {}
         self._kind_of: dict[int, Kind] = {}
         self._open: dict[int, Products] = {}  # of this batch, by group
@@ -111,9 +114,9 @@ class ProjectedStreams:
         """Before any stream is taken: the layers `members` are fed by inputs like x."""
         layers = [self._layers[index] for index in members]
         omegas = [self._projections[index] for index in members]
-        shapes = [(layer.rank, layer.d_out, *(omega.shape[1] for omega in pair), pair[0].dtype, pair[1].dtype)
+        shapes = [(len(layer.matrices[0]), layer.d_out, *(omega.shape[1] for omega in pair), pair[0].dtype, pair[1].dtype)
                   for layer, pair in zip(layers, omegas, strict=True)]  # fmt: skip
-        kind = self._kinds.setdefault((x.shape[-1], x.dtype, x.device, *shapes), Kind())
+        kind = self._kinds.setdefault((x.shape[-1], x.dtype, x.device, *shapes), Kind(self._positions))
         self._kind_of[group], kind.layers[group] = kind, list(members)
         parts = [layer.small_maps[1].mT for layer in layers] + [omega for omega, _ in omegas]
         kind.inputs[group] = Columns([part.to(x.device) for part in parts], x)

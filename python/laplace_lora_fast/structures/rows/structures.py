@@ -22,7 +22,7 @@ from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.refit import LeftOut, RefittedCurvature
 from laplace_lora_fast.structures.rows.sketch import checked_columns
-from laplace_lora_fast.weights import LoraWeights, WeightName
+from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features
 
 _MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
 
@@ -88,8 +88,7 @@ class Rows(Structure):
             return Verdict(False, "the loader has no length, so the number of rows is unknown")
         if self.fisher != "exact":
             rows = problem.n_examples * fisher_passes(self.fisher, 1)
-        widths = [(layer.rank, width) for layer in problem.layers for width in (layer.d_in, layer.d_out)]
-        row_bytes = 4 * rows * sum(rank * min(width, self.columns) for rank, width in widths)
+        row_bytes = 4 * rows * kept_features(problem.layers, self.columns)
         kernel_bytes = 3 * 8 * rows**2  # K, its factor and its eigenvectors
         facts = (
             f"about {rows} rows, {problem.n_parameters} weights, {(row_bytes + kernel_bytes) / 2**20:.0f} MiB"
@@ -138,7 +137,7 @@ class Rows(Structure):
         return [Stage("fit", accumulator)]
 
     def predictor(
-        self, curvature: RowCurvature, layers: Sequence[LoraWeights], prior_precisions: Tensor
+        self, curvature: RowCurvature, layers: Sequence[LayerWeights], prior_precisions: Tensor
     ) -> RowPredictor:
         parts, solvers = curvature.solvers_of(prior_precisions)
         return RowPredictor(layers, curvature.rows, curvature.projections, parts, solvers, curvature.refitted)
