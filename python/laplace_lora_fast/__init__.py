@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from laplace_lora_fast.fitting.checkpoint import Checkpoint
     from laplace_lora_fast.laplace import LaplaceLoRA
     from laplace_lora_fast.likelihoods import MonteCarlo
+    from laplace_lora_fast.prior.cross_fit import CrossFit
     from laplace_lora_fast.prior.evidence import Evidence
     from laplace_lora_fast.prior.held_out import HeldOut
     from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
@@ -50,6 +51,7 @@ _MODULES = {
     ),
     "structures": ("Diagonal", "EKFAC", "KFAC", "LowRank", "Rows"),
     "likelihoods": ("MonteCarlo",),
+    "prior.cross_fit": ("CrossFit",),
     "prior.evidence": ("Evidence",),
     "prior.held_out": ("HeldOut",),
     "prior.leave_one_out": ("LeaveOneOut",),
@@ -74,6 +76,7 @@ __all__ = [
     "AnyOf",
     "Checkpoint",
     "Classes",
+    "CrossFit",
     "Diagonal",
     "DirectPreference",
     "Evidence",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from laplace_lora_fast.options import (
     positive_integer,
 )
 from laplace_lora_fast.posterior import HeadFactors, LayerFactors, Summary, layer_factors, summarise
+from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.prior.evidence import Evidence
 from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.precision import PriorPrecision
@@ -185,9 +187,9 @@ class LaplaceLoRA(LaplaceText):
         """Chooses the prior precision, and the noise of `Regression()` with it; sets and returns the former.
 
         Args:
-            tuning: `HeldOut(loader)`, which held wherever it was measured; `LeaveOneOut()`, after `Rows(refit=True)`,
-                without held-out data; `Evidence()`, a poor guide for an over-trained adapter. None: `LeaveOneOut()`
-                where the structure refits, else `Evidence()`.
+            tuning: `HeldOut(loader)`, which held wherever it was measured; `CrossFit(train, data)`, without held-out
+                data, by training again; `LeaveOneOut()`, after `Rows(refit=True)`, without either; `Evidence()`, a poor
+                guide for an over-trained adapter. None: `LeaveOneOut()` where the structure refits, else `Evidence()`.
             progress: show a bar.
 
         Raises:
@@ -205,6 +207,7 @@ class LaplaceLoRA(LaplaceText):
                 self.likelihood,
                 self._noise,
                 self._linearised,
+                self._elsewhere,
                 self.layers[0].weights.matrices[0].dtype,
                 self.seed,
             ),
@@ -213,6 +216,21 @@ class LaplaceLoRA(LaplaceText):
         self.prior_precision = tuned.prior_precision
         self._noise = self._noise if tuned.noise is None else tuned.noise
         return self.prior_precision
+
+    def _elsewhere(
+        self, model: nn.Module, loader: Loader, noise: float
+    ) -> AbstractContextManager[LinearisedModel]:
+        """Another model linearised at a noise, with a posterior fitted on a loader as this one was."""
+        structure = self._any_fit().structure
+        other = LaplaceLoRA(
+            model,
+            self.task,
+            structure=structure,
+            layers=self._selection,
+            budget=self.budget if structure.uses_budget else None,
+            seed=self.seed,
+        )
+        return other.fit(loader, progress=False)._linearised(noise)
 
     def sample_adapters(self, folder: str | PathLike[str], n: int) -> list[Path]:
         """Draws n adapters from the posterior and writes them as ordinary PEFT adapter folders.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_lora_fast.errors import NumericalError
+from laplace_lora_fast.prior.cross_fit import Train, rows_of, split
 
 ECE_BINS = 15
 
@@ -219,6 +221,37 @@ def temperature_scale(val_logits: Tensor, val_labels: Tensor) -> float:
             "temperature scaling has no optimum: the held-out logits do not favour the labels"
         )
     return _best_temperature(margins)
+
+
+def cross_fitted_temperature(
+    train: Train,
+    data: Sequence[Any],
+    predict: Callable[[nn.Module, list[Any]], tuple[Tensor, Tensor]],
+    folds: int = 4,
+    seed: int = 0,
+) -> float:
+    """The temperature of out-of-fold logits: the rival of `CrossFit`, from the same folds.
+
+    Args:
+        train: (rows) -> model: trains on these rows as the model in question was trained.
+        data: The training rows.
+        predict: (model, rows) -> logits [n, C] and labels [n] of rows that the model has not seen.
+        folds: K.
+        seed: Which rows are in which fold.
+
+    Returns:
+        T, positive.
+
+    Raises:
+        NumericalError: As `temperature_scale`.
+        ValueError: Likewise, or `folds` is not in [2, number of rows].
+    """
+    found = []
+    for fold in split(len(data), folds, seed):
+        kept, left_out = rows_of(data, fold)
+        found.append(predict(train(kept), left_out))
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return temperature_scale(logits, labels)
 
 
 def _best_temperature(margins: Tensor) -> float:

@@ -13,12 +13,10 @@ from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.options import check_choice, positive_integer, register
 from laplace_lora_fast.prediction import distribution, require_labels
 from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, scores, warn_of_edge
-from laplace_lora_fast.prior.precision import from_groups, group_keys
+from laplace_lora_fast.prior.precision import from_groups, group_keys, grouped_grid
 from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
 from laplace_lora_fast.sampling.tokens import drawn_steps, held_out_nll
 from laplace_lora_fast.weights import HEAD
-
-_MOST_CHOICES = 20_000
 
 
 @register
@@ -62,15 +60,7 @@ class HeldOut(Tuning):
         link, n_samples = checked_link(fitted.likelihood, self.link_approx, self.n_samples)
         grid = checked_grid(self.grid, fitted.dtype)
         names = fitted.fit.curvature.names
-        keys = group_keys(self.per, names)
-        groups = list(dict.fromkeys(keys))
-        if len(grid) ** len(groups) > _MOST_CHOICES:
-            raise ValueError(
-                f"per={self.per!r} tries {len(grid)}^{len(groups)} prior precisions: pass a grid of at most "
-                f"{int(_MOST_CHOICES ** (1 / len(groups)))} values, or per='head'"
-            )
-        choices = torch.tensor(list(itertools.product(grid, repeat=len(groups))), dtype=torch.float64)
-        precisions = choices.mT[[groups.index(key) for key in keys]]  # [n_weights, G^groups]
+        groups, choices, precisions = grouped_grid(group_keys(self.per, names), grid, self.per)
         noise = None if fitted.tunes_noise else fitted.noise
         with fitted.linearised(1.0 if noise is None else noise) as linearised:
             blocks = distribution(linearised, precisions, self.loader, what="validate", progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +19,7 @@ PriorPrecisions = PriorPrecision | Sequence[PriorPrecision]
 
 PER = ("all", "side", "layer", HEAD)  # which weights share a prior precision
 LORA = "lora"  # what is no trained head
+_MOST_CHOICES = 20_000  # priors in one pass over held-out data
 
 
 def group_keys(per: str, names: Sequence[WeightName]) -> list[str]:
@@ -36,6 +38,26 @@ def group_keys(per: str, names: Sequence[WeightName]) -> list[str]:
 def from_groups(best: Mapping[str, float]) -> PriorPrecision:
     """A prior precision of values by the keys of `group_keys`."""
     return best[""] if set(best) == {""} else dict(best)
+
+
+def grouped_grid(keys: Sequence[str], grid: Sequence[float], per: str) -> tuple[list[str], Tensor, Tensor]:
+    """All combinations of a grid's values over groups of weights.
+
+    Returns:
+        The groups, the combinations fp64 [G, groups], and as precisions of every weight [n_weights, G].
+
+    Raises:
+        ValueError: they are too many.
+    """
+    groups = list(dict.fromkeys(keys))
+    if len(grid) ** len(groups) > _MOST_CHOICES:
+        most = int(_MOST_CHOICES ** (1 / len(groups)))
+        raise ValueError(
+            f"per={per!r} tries {len(grid)}^{len(groups)} prior precisions: pass a grid of at most {most} values, or "
+            f"per={HEAD!r}"
+        )
+    choices = torch.tensor(list(itertools.product(grid, repeat=len(groups))), dtype=torch.float64)
+    return groups, choices, choices.mT[[groups.index(key) for key in keys]]
 
 
 def resolve(prior_precision: PriorPrecision, names: Sequence[WeightName]) -> Tensor:

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_lora_fast.fitting.fit import Fit
+from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.prior.precision import PriorPrecision
@@ -26,6 +27,8 @@ class Fitted:
         likelihood: of the outputs.
         noise: in force: as given or as tuned last; None where there is none yet.
         linearised: a context with the linearised model at a noise, for passes over data.
+        elsewhere: (model, loader, noise) -> a context with the linearised model of another model, fitted on this loader
+            in the same way.
         dtype: of predictions.
         seed: of anything random.
     """
@@ -35,6 +38,7 @@ class Fitted:
     likelihood: Likelihood
     noise: float | None
     linearised: Callable[[float], AbstractContextManager[LinearisedModel]]
+    elsewhere: Callable[[nn.Module, Loader, float], AbstractContextManager[LinearisedModel]]
     dtype: torch.dtype
     seed: int
 
