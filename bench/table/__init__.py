@@ -1,0 +1,1 @@
+"""The honest table: every method, on several models, regimes of training and seeds, in and out of distribution."""
