@@ -78,7 +78,9 @@ class CrossFit(Tuning):
 
     def choose(self, fitted: Fitted, progress: bool) -> Tuned:
         if fitted.likelihood.sampled:
-            raise ValueError("CrossFit has no predictions by samples of the weights: tune Tokens with HeldOut")
+            raise ValueError(
+                "CrossFit has no predictions by samples of the weights: tune Tokens with HeldOut"
+            )
         link, n_samples = checked_link(fitted.likelihood, self.link_approx, self.n_samples)
         grid = checked_grid(self.grid, fitted.dtype)
         names = fitted.fit.curvature.names
