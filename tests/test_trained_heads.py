@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast import EKFAC, KFAC, Answers, Classes, Diagonal, LaplaceLoRA, Options, Rows
 from laplace_lora_fast.errors import StateError, UnsupportedAdapterError
+from laplace_lora_fast.weights import by_layer, weight_names
 from tests import tiny
 from tests.oracle import Logits, answer_logits, assert_close, class_logits, examples, softmax_hessian
 
@@ -312,8 +314,6 @@ def test_what_is_left_alone_is_named():
 
 
 def _names(la: LaplaceLoRA) -> list[Any]:
-    from laplace_lora_fast.weights import weight_names
-
     return weight_names(la.layers)
 
 
@@ -337,3 +337,31 @@ def test_a_hooked_head_is_refused():
     model.base_model.model.classifier.modules_to_save["default"].forward = lambda x: x[:, :3]
     with pytest.raises(UnsupportedAdapterError, match="W x"):
         LaplaceLoRA(model, case.task).fit([case.data(4, 1)], progress=False)
+
+
+@pytest.mark.parametrize("name", ["classifier with bias", "language-model head"])
+def test_linearised_samples_step_along_the_head(name):
+    """The outputs move by the Jacobian times the step; with the weights themselves, by what the model then gives."""
+    case = CASES[name]
+    model, test = trained(case.model()), case.data(2, 2)
+    la = LaplaceLoRA(model, case.task, structure=EXACT, prior_precision=30.0)
+    drawn = la.fit([case.data(5, 1)], progress=False).sample(2)
+    found, moved = drawn.outputs(test), drawn.outputs(test, linearised=False)
+    logits, jacobian = rows(model, test, case.logits)
+    for sample in range(2):
+        steps: dict[str, Tensor] = {}
+        for layer, values in zip(
+            la.layers, by_layer([d[sample] for d in drawn.deltas], la.layers), strict=True
+        ):
+            for parameter, (value, features) in layer.of_parameters(values).items():
+                whole = torch.zeros_like(model.get_parameter(parameter))
+                whole[slice(None) if features is None else features] = value
+                steps[parameter] = whole
+        flat = torch.cat([steps[parameter].flatten() for parameter in weights(model)])
+        assert_close(found[sample] - logits, jacobian @ flat, 1e-8)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter, step in steps.items():
+                other.get_parameter(parameter).add_(step)
+        there = torch.stack([case.logits(other, single).detach() for single in examples(test)])
+        assert_close(moved[sample], there, 1e-8)

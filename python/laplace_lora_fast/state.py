@@ -23,7 +23,6 @@ from laplace_lora_fast.model.lora import (
     Treated,
     parameters_left_alone,
     read_adapter,
-    refuse_residual_base,
     trained_layers,
 )
 from laplace_lora_fast.model.observer import Layers
@@ -41,6 +40,8 @@ from laplace_lora_fast.tasks import Task
 from laplace_lora_fast.weights import by_layer, is_head, matrices, weight_names
 
 AUTO = "auto"
+# PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
+_RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LaplaceState:
@@ -243,7 +244,7 @@ class LaplaceState:
 
     def _refuse_residual_base(self, layers: Sequence[Treated]) -> None:
         if isinstance(self.structure, Structure) and self.structure.starts_without_adapter:
-            refuse_residual_base(self._peft_model, layers)
+            _refuse_residual_base(self._peft_model, layers)
 
     def _current_layers(self) -> list[Treated]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
@@ -335,3 +336,16 @@ def _adapter_source(adapter: str | PathLike[str] | Mapping[str, Tensor]) -> Path
     if not any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin")):
         raise ValueError(f"prior_mean: the folder {str(folder)!r} has no adapter_model.safetensors")
     return folder
+
+
+def _refuse_residual_base(model: nn.Module, layers: Sequence[Treated]) -> None:
+    """Raises ValueError if the model without its adapter is not the pre-trained one, from which a refit starts."""
+    configs = getattr(model, "peft_config", {})
+    for adapter in dict.fromkeys(layer.adapter for layer in layers):
+        init = str(getattr(configs.get(adapter), "init_lora_weights", True)).lower()
+        if init.startswith(_RESIDUAL_BASE):
+            raise ValueError(
+                f"refit=True starts from the model without its adapter, which init_lora_weights={init!r} made a "
+                "residual of the pre-trained one: use Rows(), or save the adapter converted to plain LoRA "
+                "(path_initial_model_for_weight_conversion)"
+            )

@@ -27,8 +27,6 @@ from laplace_lora_fast.model.observer import Layers, selected
 from laplace_lora_fast.model.storage import refuse_storage
 from laplace_lora_fast.weights import SIDES, LayerWeights, LoraWeights, RowNorm
 
-# PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
-_RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
 _PLAIN_IN_EVALUATION = ("Montecl", "Velora", "DoraLinear")  # DoRA's norm is known: see weights.RowNorm
 _LEAVE_OUT = (
@@ -376,16 +374,3 @@ def read_adapter(
     """
     state = source if isinstance(source, Mapping) else load_peft_weights(str(source), device="cpu")
     return [layer.read(state) for layer in layers]
-
-
-def refuse_residual_base(model: nn.Module, layers: Sequence[Treated]) -> None:
-    """Raises ValueError if the model without its adapter is not the pre-trained one, from which a refit starts."""
-    configs = getattr(model, "peft_config", {})
-    for adapter in dict.fromkeys(layer.adapter for layer in layers):
-        init = str(getattr(configs.get(adapter), "init_lora_weights", True)).lower()
-        if init.startswith(_RESIDUAL_BASE):
-            raise ValueError(
-                f"refit=True starts from the model without its adapter, which init_lora_weights={init!r} made a "
-                "residual of the pre-trained one: use Rows(), or save the adapter converted to plain LoRA "
-                "(path_initial_model_for_weight_conversion)"
-            )
