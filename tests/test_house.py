@@ -133,7 +133,9 @@ def test_one_loop_sends_gradients_back() -> None:
 
 def test_sides_and_their_places_are_known_in_one_file() -> None:
     """saving.fingerprint sums every other number of a weight, which is something else."""
-    assert mentions(r"""['"]AB['"]|\[[01]::2\]|% 2\b""") - {"saving.fingerprint"} == {"weights"}
+    assert mentions(r"""['"]A['"], ['"]B['"]|['"]AB['"]|\[[01]::2\]|% 2\b""") - {"saving.fingerprint"} == {
+        "weights"
+    }
 
 
 def test_structures_are_known_by_name_to_their_plugs_alone() -> None:

@@ -21,7 +21,6 @@ from laplace_lora_fast.evaluation.predictions import Predictions
 from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.model.lora import LoraLayer, lora_layers
 from laplace_lora_fast.options import positive_integer, positive_number
-from laplace_lora_fast.weights import SIDES
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def moved(layers: Sequence[LoraLayer], steps: Sequence[Tensor]) -> Iterator[None
         return add
 
     handles = [
-        layer.adapter_parts[SIDES.index("A")].register_forward_hook(added(step))  # type: ignore[arg-type]
+        layer.adapter_parts[0].register_forward_hook(added(step))  # type: ignore[arg-type]
         for layer, step in zip(layers, steps, strict=True)
     ]
     try:
