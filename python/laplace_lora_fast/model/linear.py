@@ -143,6 +143,10 @@ class TrainedHead:
             return x.detach()
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
+    def without_bias(self, output: Tensor) -> Tensor:
+        """The output y - b."""
+        return output if self.module.bias is None else output - self.module.bias.detach()
+
     def of_parameters(self, values: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """The matrix [.., C, d] by the names of the parameters it is of, and which of those' rows (None: all)."""
         (matrix,) = values

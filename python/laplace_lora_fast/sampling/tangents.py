@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,8 @@ class StepHooks:
                 if is_head(layer):
                     return self._how(output, HeadStep(x, layer.seen, *steps))
                 a, b = (part.weight.detach() for part in layer.adapter_parts)  # type: ignore[operator]
-                step = LoraStep(x.to(a.dtype), a, b, *steps, layer.scaling)
+                da, db = steps
+                step = LoraStep(x.to(a.dtype), a, b, da, db, layer.scaling)
                 if norm is None:
                     return self._how(output, step)
                 plain = layer.without_bias(forward_ad.unpack_dual(output).primal)
