@@ -22,7 +22,7 @@ from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
 
 Batch = dict[str, Tensor]
-REGIMES = {"under-trained": 2, "well-trained": 5, "over-trained": 12}  # epochs
+REGIMES = {"under-trained": 1, "well-trained": 3, "over-trained": 8}  # epochs
 TESTS = (task.IN_DISTRIBUTION, *task.OUT_OF_DISTRIBUTION)
 KEPT = 3  # snapshots of a checkpoint ensemble, an epoch apart
 
