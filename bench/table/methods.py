@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,6 @@ class Cell:
     subject: Subject
     seed: int
     epoch: int
-    _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def data(self) -> Data:

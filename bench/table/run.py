@@ -18,7 +18,7 @@ import torch
 from bench.table.draw import draw
 from bench.table.methods import GROUPS, Cell
 from bench.table.subjects import REGIMES, SUBJECTS
-from bench.table.train import FOLDS, MEMBERS, N_HELD_OUT, N_TEST, N_TRAIN, ensure, runs
+from bench.table.train import FOLDS, MEMBERS, N_HELD_OUT, N_TEST, N_TRAIN, ensure
 from laplace_lora_fast import LaplaceWarning
 from laplace_lora_fast.evaluation.provenance import provenance
 from laplace_lora_fast.saving.atomic import replacing
@@ -69,7 +69,7 @@ def main() -> None:
         needed = ["main", *(f"fold{k}" for k in range(FOLDS)), *(f"member{k + 1}" for k in range(MEMBERS))]
         for seed in arguments.seeds:
             for run in needed:
-                if run in runs(seed) and (run != "member" or "ensemble" in arguments.groups):
+                if not run.startswith("member") or "ensemble" in arguments.groups:
                     ensure(subject, seed, run)
             for regime in arguments.regimes:
                 fill(Cell(subject, seed, subject.epochs[regime]), regime, arguments.groups)
