@@ -187,6 +187,7 @@ def test_predict_writes_probabilities_in_the_rows_order(files, posterior, tmp_pa
 def test_evaluate_scores_map_and_laplace(files, posterior, tmp_path):
     folder, common = files
     outputs = ["--json", tmp_path / "scores" / "s.json", "--plots", tmp_path / "plots"]
+    outputs += ["--markdown", tmp_path / "scores.md"]
     arguments = [*common, "--data", folder / "test.jsonl", "--posterior", posterior, *outputs]
     for _ in range(2):  # results are written over
         result = invoke("evaluate", *arguments, "--link-approx", "bridge")
@@ -200,8 +201,14 @@ def test_evaluate_scores_map_and_laplace(files, posterior, tmp_path):
         assert scores[method]["nll"] == pytest.approx(expected.nll, rel=1e-6)
         assert scores[method]["ece"] == pytest.approx(expected.ece, rel=1e-6)
         assert f"{expected.nll:.3f}" in result.output
+        low, high = scores[method]["intervals"]["nll"]
+        assert low <= scores[method]["nll"] <= high
+        assert f"{expected.nll:.3f} [{low:.3f}, {high:.3f}]" in (tmp_path / "scores.md").read_text()
     assert scores["MAP"] != scores["Laplace"]
-    assert {f.name for f in (tmp_path / "plots").iterdir()} == {"reliability.png", "confidence.png"}
+    change = scores["Laplace"]["minus_first"]["nll"]
+    assert change["value"] == pytest.approx(scores["Laplace"]["nll"] - scores["MAP"]["nll"])
+    drawn = {"reliability.png", "confidence.png", "risk_coverage.png"}
+    assert {f.name for f in (tmp_path / "plots").iterdir()} == drawn
 
 
 def test_a_log_has_no_bars(files, tmp_path):

@@ -124,3 +124,20 @@ def test_ragged_grids_are_refused(draw, tmp_path):
         with pytest.raises(ValueError, match="at least one data set"):
             draw(grid, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_risk_is_the_share_of_errors_among_the_surest(tmp_path, figures):
+    p = predictions(50)
+    coverage, risk = plots.risk_at_coverage(p)
+    order = p.confidence.argsort(descending=True)
+    wrong = (~p.correct[order]).double()
+    for share, found in zip(coverage.tolist(), risk.tolist(), strict=True):
+        assert found == pytest.approx(float(wrong[: round(share * 50)].mean()))
+    ties = Predictions(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.4, 0.6]]), torch.tensor([0, 1, 1]))
+    coverage, risk = plots.risk_at_coverage(ties)
+    assert coverage.tolist() == pytest.approx([1 / 3, 1.0])  # both of 0.6 or none
+    assert risk.tolist() == pytest.approx([0, 1 / 3])
+    plots.risk_coverage({"set": {"method": p}}, tmp_path / "risk.png")
+    assert (tmp_path / "risk.png").exists()
+    line = figures[0].axes[0].lines[0]
+    assert line.get_ydata().tolist() == pytest.approx(plots.risk_at_coverage(p)[1].tolist())

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -219,8 +219,11 @@ def evaluate(
     posterior: Posterior = Path("posterior"),
     link_approx: LinkApprox = "probit",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write them here as a table with intervals.")
+    ] = None,
     plots: Annotated[
-        Path | None, typer.Option(help="Folder for a reliability diagram and a histogram.")
+        Path | None, typer.Option(help="Folder for reliability, confidence and risk-coverage diagrams.")
     ] = None,
     truncate: Truncate = False,
     batch_size: BatchSize = 8,
@@ -229,13 +232,14 @@ def evaluate(
 ) -> None:
     """Compare the plain adapter (MAP) with its Laplace posterior on test rows."""
     from laplace_lora_fast.data.prompts import read_rows
-    from laplace_lora_fast.evaluation.report import metrics_table, score, write_plots
+    from laplace_lora_fast.evaluation.report import details, markdown, metrics_table, score, write_plots
     from laplace_lora_fast.prediction import MAP_LINK
 
     checks.check_link(link_approx)
     rows = read_rows(data)
-    if json_file is not None:
-        checks.check_output("--json", json_file, checks.inputs_of(model, adapter, data, posterior))
+    for option, file in (("--json", json_file), ("--markdown", markdown_file)):
+        if file is not None:
+            checks.check_output(option, file, checks.inputs_of(model, adapter, data, posterior))
     if plots is not None:
         import laplace_lora_fast.evaluation.plots  # noqa: F401  it may be missing matplotlib
 
@@ -250,9 +254,11 @@ def evaluate(
     }
     scores = score(grid)
     console.print(metrics_table(scores))
+    values = details(grid[data.stem]) if json_file is not None or markdown_file is not None else {}
     if json_file is not None:
-        values = {method: asdict(metrics) for method, metrics in scores[data.stem].items()}
         _write(json_file, json.dumps(values, indent=2) + "\n")
+    if markdown_file is not None:
+        _write(markdown_file, markdown(data.stem, values))
     if plots is not None:
         write_plots(grid, plots)
 
