@@ -102,7 +102,12 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     ]
     assert len({len(line) for line in phases}) == 1  # one column
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {f.name for f in tmp_path.iterdir()} == {"results.json", "reliability.png", "confidence.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "results.json",
+        "reliability.png",
+        "confidence.png",
+        "risk_coverage.png",
+    }
     assert [set(row) for row in results["metrics"].values()] == [
         {
             "MAP",
