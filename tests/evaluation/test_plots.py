@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from laplace_lora_fast.evaluation import plots
 from laplace_lora_fast.evaluation.metrics import bin_by_confidence
 from laplace_lora_fast.evaluation.predictions import Predictions
+from laplace_lora_fast.evaluation.selective import abstention_curve
 
 
 def predictions(n: int = 60, classes: int = 2, seed: int = 0) -> Predictions:
@@ -126,18 +127,12 @@ def test_ragged_grids_are_refused(draw, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_risk_is_the_share_of_errors_among_the_surest(tmp_path, figures):
+def test_a_risk_coverage_curve_is_that_of_abstention(tmp_path, figures):
     p = predictions(50)
-    coverage, risk = plots.risk_at_coverage(p)
-    order = p.confidence.argsort(descending=True)
-    wrong = (~p.correct[order]).double()
-    for share, found in zip(coverage.tolist(), risk.tolist(), strict=True):
-        assert found == pytest.approx(float(wrong[: round(share * 50)].mean()))
-    ties = Predictions(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.4, 0.6]]), torch.tensor([0, 1, 1]))
-    coverage, risk = plots.risk_at_coverage(ties)
-    assert coverage.tolist() == pytest.approx([1 / 3, 1.0])  # both of 0.6 or none
-    assert risk.tolist() == pytest.approx([0, 1 / 3])
     plots.risk_coverage({"set": {"method": p}}, tmp_path / "risk.png")
     assert (tmp_path / "risk.png").exists()
-    line = figures[0].axes[0].lines[0]
-    assert line.get_ydata().tolist() == pytest.approx(plots.risk_at_coverage(p)[1].tolist())
+    (axes,) = figures[0].axes
+    curve = abstention_curve(p)
+    assert axes.lines[0].get_xdata().tolist() == pytest.approx(curve.coverage.tolist())
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx(curve.risk.tolist())
+    assert f"{curve.area:.3f}" in axes.get_title()

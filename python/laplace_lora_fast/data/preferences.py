@@ -15,7 +15,7 @@ from laplace_lora_fast.fitting.passes import BatchStep, Subject, run
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.model.contexts import unwrapped
 from laplace_lora_fast.model.heads.causal import OptionHead
-from laplace_lora_fast.model.lora import lora_layers
+from laplace_lora_fast.model.lora import trained_layers
 
 Ids = Sequence[int]
 Label = int | Sequence[int]  # the best one's place, or all places, the best one's first
@@ -137,7 +137,7 @@ def add_reference(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
         batches: of `direct_preference_batches`.
     """
     head = OptionHead(unwrapped(model), mean=False)
-    layers = lora_layers(unwrapped(model), head, None)
+    layers = trained_layers(unwrapped(model), head)
     subject = Subject(model, head, layers, Categorical())
     found: list[Tensor] = []
 

@@ -24,6 +24,10 @@ class Judged(Protocol):
         """[N, C]."""
 
     @property
+    def labels(self) -> Tensor | None:
+        """[N], or None."""
+
+    @property
     def confidence(self) -> Tensor:
         """Probability of the most probable class, [N]."""
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from laplace_lora_fast.evaluation.metrics import ECE_BINS, Judged, bin_by_confidence, bin_of, score
+from laplace_lora_fast.evaluation.selective import abstention_curve
 from laplace_lora_fast.saving.atomic import replacing
 
 Grid = Mapping[str, Mapping[str, Judged]]  # data set -> method -> predictions
@@ -121,27 +122,16 @@ def risk_coverage(grid: Grid, path: str | Path) -> None:
     """
     figure, axes = _panels(grid, "coverage", "risk")
     for ax, predictions in axes:
-        coverage, risk = risk_at_coverage(predictions)
+        curve = abstention_curve(predictions)
+        coverage, risk = curve.coverage, curve.risk
         low, high = wilson_interval(risk, coverage * len(predictions.confidence))
         ax.fill_between(coverage, low.clamp_min(0), high, color=_BLUE, alpha=0.2, linewidth=0)
         ax.plot(coverage, risk, color=_BLUE)
         ax.axhline(float(risk[-1]), color=_GREY, linestyle=":", linewidth=1)
-        area = float(
-            torch.trapezoid(torch.cat([risk[:1], risk]), torch.cat([coverage.new_zeros(1), coverage]))
-        )
-        ax.set_title(f"area {area:.3f}", fontsize=9, color=_GREY)
+        ax.set_title(f"area {curve.area:.3f}", fontsize=9, color=_GREY)
         ax.set(xlim=(0, 1.01), ylim=(0, None))
     _key(figure, [Line2D([], [], color=_BLUE, label="errors among those answered, 95 % interval")])
     _save(figure, path)
-
-
-def risk_at_coverage(predictions: Judged) -> tuple[Tensor, Tensor]:
-    """Shares answered, ascending to 1, and shares of errors among them, [M] each: one for each distinct confidence."""
-    order = predictions.confidence.argsort(descending=True, stable=True)
-    ranked, errors = predictions.confidence[order], (~predictions.correct[order]).double().cumsum(0)
-    last = torch.cat([ranked[1:] < ranked[:-1], torch.tensor([True])])
-    count = torch.arange(1, len(ranked) + 1, dtype=torch.float64)
-    return (count / len(ranked))[last], (errors / count)[last]
 
 
 def wilson_interval(share: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

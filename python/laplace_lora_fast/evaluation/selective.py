@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.evaluation.predictions import Predictions
+from laplace_lora_fast.evaluation.metrics import Judged
 from laplace_lora_fast.options import check_choice
 
 SCORES = ("confidence", "entropy")
 METHODS = ("threshold", "adaptive")
 
 
-def ood_score(predictions: Predictions, kind: str = "entropy") -> Tensor:
+def ood_score(predictions: Judged, kind: str = "entropy") -> Tensor:
     """How unlike the training data an example looks, [N]: higher is more unlike.
 
     Args:
@@ -80,7 +80,7 @@ class AbstentionCurve:
         return int((self.coverage >= coverage - 1e-12).int().argmax())
 
 
-def abstention_curve(predictions: Predictions, scores: Tensor | None = None) -> AbstentionCurve:
+def abstention_curve(predictions: Judged, scores: Tensor | None = None) -> AbstentionCurve:
     """Abstains on the examples with the highest scores first.
 
     Args:
@@ -132,7 +132,7 @@ class ConformalSets:
 
 
 def conformal_sets(
-    calibration: Predictions, predictions: Predictions, alpha: float = 0.1, method: str = "threshold"
+    calibration: Judged, predictions: Judged, alpha: float = 0.1, method: str = "threshold"
 ) -> ConformalSets:
     """Split-conformal prediction: sets that hold the label with probability at least 1 - alpha.
 

@@ -114,8 +114,10 @@ class ProjectedStreams:
         """Before any stream is taken: the layers `members` are fed by inputs like x."""
         layers = [self._layers[index] for index in members]
         omegas = [self._projections[index] for index in members]
-        shapes = [(len(layer.matrices[0]), layer.d_out, *(omega.shape[1] for omega in pair), pair[0].dtype, pair[1].dtype)
-                  for layer, pair in zip(layers, omegas, strict=True)]  # fmt: skip
+        shapes = [
+            (len(layer.matrices[0]), layer.d_out, *((omega.shape[1], omega.dtype) for omega in pair))
+            for layer, pair in zip(layers, omegas, strict=True)
+        ]
         kind = self._kinds.setdefault((x.shape[-1], x.dtype, x.device, *shapes), Kind(self._positions))
         self._kind_of[group], kind.layers[group] = kind, list(members)
         parts = [layer.small_maps[1].mT for layer in layers] + [omega for omega, _ in omegas]
