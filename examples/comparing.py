@@ -7,12 +7,12 @@ from laplace_lora_fast.baselines import MAP, Case, CrossFittedTemperature, Lapla
 from laplace_lora_fast.evaluation.calibration import calibration
 from laplace_lora_fast.evaluation.intervals import difference, interval
 
-train, held_out, test = toy.texts(64, seed=0), toy.texts(64, seed=1), toy.texts(256, seed=2)
+train, held_out, test = toy.texts(128, seed=0), toy.texts(64, seed=1), toy.texts(128, seed=2)
 
 
 def fine_tuned(batches):
     """Your training function: it starts where the model in question started."""
-    return toy.train(toy.encoder(), batches, epochs=10)
+    return toy.train(toy.encoder(), batches, epochs=15)
 
 
 def nll(predictions):
