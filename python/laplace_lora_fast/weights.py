@@ -74,6 +74,10 @@ class LayerWeights(Named, Protocol):
         """DoRA's, or None."""
 
     @property
+    def rank(self) -> int:
+        """Rows r of its weights."""
+
+    @property
     def d_in(self) -> int:
         """Width of the input stream."""
 
@@ -213,6 +217,10 @@ class HeadWeights:
         return (self.W,)
 
     @property
+    def rank(self) -> int:
+        return self.W.shape[0]
+
+    @property
     def d_in(self) -> int:
         return self.W.shape[1]
 
@@ -269,13 +277,15 @@ def kept_columns(side: str, shape: Sequence[int], columns: int) -> int:
     return d if side == HEAD and r <= _FEW_OUTPUTS else min(d, columns)
 
 
+def kept_widths(layer: LayerWeights, columns: int) -> list[tuple[int, int]]:
+    """For each weight [r, d] of a layer d, and how many columns of its Jacobians are kept."""
+    pairs = zip(layer.sides, layer.matrices, strict=True)
+    return [(each.shape[1], kept_columns(side, each.shape, columns)) for side, each in pairs]
+
+
 def kept_features(layers: Sequence[LayerWeights], columns: int) -> int:
     """Numbers that are kept of one row over all weights."""
-    names = weight_names(layers)
-    return sum(
-        len(weight) * kept_columns(name.side, weight.shape, columns)
-        for name, weight in zip(names, matrices(layers), strict=True)
-    )
+    return sum(layer.rank * kept for layer in layers for _, kept in kept_widths(layer, columns))
 
 
 def stored(side: str, matrix: Tensor) -> Tensor:

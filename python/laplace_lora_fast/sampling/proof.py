@@ -14,7 +14,6 @@ from laplace_lora_fast.fitting.passes import run
 from laplace_lora_fast.likelihoods import SampledTokens
 from laplace_lora_fast.model.batches import Batch
 from laplace_lora_fast.model.contexts import unwrapped
-from laplace_lora_fast.model.lora import LoraLayer
 from laplace_lora_fast.model.tokens.heads import LabelScoreHead
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.sampling.tangents import StepHooks

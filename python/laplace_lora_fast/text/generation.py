@@ -22,7 +22,7 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.model.batches import Batch, Inputs
 from laplace_lora_fast.model.heads import context_length, innermost
-from laplace_lora_fast.model.lora import LoraLayer
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.tokens.heads import TokenHead
 from laplace_lora_fast.options import positive_integer, positive_number
 from laplace_lora_fast.sampling.measures import TokenUncertainty, measured, placed
@@ -84,7 +84,7 @@ class Decoding:
 
 
 def generate(
-    model: nn.Module, layers: Sequence[LoraLayer], deltas: Sequence[Tensor], batch: Batch, how: Decoding
+    model: nn.Module, layers: Sequence[Treated], deltas: Sequence[Tensor], batch: Batch, how: Decoding
 ) -> TokenUncertainty:
     """Answers to prompts, and the uncertainty about each of their tokens.
 

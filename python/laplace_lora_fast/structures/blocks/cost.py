@@ -73,7 +73,7 @@ def kfac_cost(
     if examples is None or functions is None:
         return None
     passes = functions / examples if fisher == "exact" else fisher_passes(fisher, 1)
-    item = lk.accumulation_dtype(layers[0].A.dtype).itemsize
+    item = lk.accumulation_dtype(layers[0].matrices[0].dtype).itemsize
     groups = list(range(len(layers))) if problem.shared_inputs is None else list(problem.shared_inputs)
     leaders = sorted(set(groups))
     few = tokens is TokenSharing.REDUCE
@@ -93,7 +93,8 @@ def kfac_cost(
         place, own = leaders.index(groups[index]), len(leaders) + index
         bytes_of_layer = vectors[own] + (vectors[place] if groups[index] == index else 0)
         bytes_of_layer += 8 * layer.rank * (ranks[place] + ranks[own] + 2 * layer.rank)
-        kept.append(bytes_of_layer + layer.rank * (layer.d_in + layer.d_out) * layer.A.dtype.itemsize)
+        means = sum(each.numel() * each.dtype.itemsize for each in layer.matrices)
+        kept.append(bytes_of_layer + means)
     running = sum(factor.running(is_dense, columns) for factor, is_dense in pairs)
     least = sum(min(factor.running(one, columns) for one in (True, False)) for factor in factors)
     return Cost(

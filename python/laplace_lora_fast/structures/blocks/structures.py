@@ -180,8 +180,8 @@ class Diagonal(BlockStructure):
     def cost(self, problem: Problem) -> Cost | None:
         if problem.n_functions is None or problem.n_examples is None:
             return None
-        item = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
-        sums = [layer.rank * (layer.d_in + layer.d_out) * item for layer in problem.layers]
+        item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
+        sums = [sum(each.numel() for each in layer.matrices) * item for layer in problem.layers]
         kept = [2 * each for each in sums]  # with the means
         passes = fisher_passes(self.fisher, 1) * problem.n_examples
         rows = problem.n_functions if self.fisher == "exact" else passes

@@ -19,7 +19,7 @@ from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.sketch import checked_columns
-from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features
+from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
 _LARGEST = 1024  # rank, where the budget allows for more
 _SMALLEST = 256  # that "auto" takes, unless there are fewer rows
@@ -80,14 +80,14 @@ class LowRank(Structure):
         if rows is None or examples is None:
             return None
         rows = rows if self.fisher == "exact" else examples * fisher_passes(self.fisher, 1)
-        item = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
+        item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         features, rank = self._features(problem), max(1, self._rank(problem))
         directions, kept, projections = min(rank, rows), [], 0
         for layer in problem.layers:
-            widths = [(width, min(width, self.columns)) for width in (layer.d_in, layer.d_out)]
+            widths = kept_widths(layer, self.columns)
             own = sum(width * columns for width, columns in widths) * item
             rows_of_layer = directions * layer.rank * sum(columns for _, columns in widths) * item
-            kept.append(own + rows_of_layer + layer.rank * (layer.d_in + layer.d_out) * item)
+            kept.append(own + rows_of_layer + layer.rank * sum(width for width, _ in widths) * item)
             projections += own
         square = 8 * rank**2
         return Cost(

@@ -22,7 +22,7 @@ from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.refit import LeftOut, RefittedCurvature
 from laplace_lora_fast.structures.rows.sketch import checked_columns
-from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features
+from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
 _MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
 
@@ -100,12 +100,11 @@ class Rows(Structure):
         rows, examples = self._rows(problem), problem.n_examples
         if rows is None or examples is None:
             return None
-        item = lk.accumulation_dtype(problem.layers[0].A.dtype).itemsize
+        item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         kept, largest, features = [], 0, 0
         for layer in problem.layers:
             bytes_of_layer = 0
-            for width in (layer.d_in, layer.d_out):
-                columns = min(width, self.columns)
+            for width, columns in kept_widths(layer, self.columns):
                 block = rows * layer.rank * columns * item
                 largest, features = max(largest, block), features + layer.rank * columns
                 bytes_of_layer += block + (width * columns + layer.rank * width) * item
