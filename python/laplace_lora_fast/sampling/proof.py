@@ -14,6 +14,7 @@ from laplace_lora_fast.fitting.passes import run
 from laplace_lora_fast.likelihoods import SampledTokens
 from laplace_lora_fast.model.batches import Batch
 from laplace_lora_fast.model.contexts import unwrapped
+from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.tokens.heads import LabelScoreHead
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.sampling.tangents import StepHooks
@@ -60,7 +61,7 @@ def require_forward_mode(linearised: LinearisedModel, deltas: Sequence[Tensor], 
         for key, value in batch.items()
     }
     head = LabelScoreHead(unwrapped(linearised.subject.model), mean=False)
-    layers = [layer for layer in linearised.subject.layers if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in linearised.subject.layers if isinstance(layer, Treated)]
     one = [delta[:1] for delta in deltas]
     along = _Along([layer.weights for layer in layers], [delta[0] for delta in one])
     subject = replace(linearised.subject, head=head, likelihood=SampledTokens())
