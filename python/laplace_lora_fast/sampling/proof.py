@@ -20,7 +20,7 @@ from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.sampling.tangents import StepHooks
 from laplace_lora_fast.structures.base import Step
 from laplace_lora_fast.structures.jacobians import JacobianListener
-from laplace_lora_fast.weights import LoraWeights
+from laplace_lora_fast.weights import LayerWeights
 
 _SEQUENCES = 2  # that are compared
 _LEAST = 1e-3, 0.25  # relative errors that are no rounding, in fp32 and in 16 bits
@@ -29,7 +29,7 @@ _LEAST = 1e-3, 0.25  # relative errors that are no rounding, in fp32 and in 16 b
 class _Along(JacobianListener):
     """J delta [S] of one output a sequence, by a backward pass."""
 
-    def __init__(self, layers: Sequence[LoraWeights], delta: Sequence[Tensor]) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], delta: Sequence[Tensor]) -> None:
         super().__init__(layers, [None] * len(delta))
         self._delta = delta
         self.total: Tensor | float = 0.0
