@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 import traceback
 from pathlib import Path
@@ -11,17 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from laplace_lora_fast import (
     EKFAC,
     KFAC,
     Answers,
     Diagonal,
+    HeldOut,
     InvalidBatchError,
     LaplaceLoRA,
     RankError,
+    Regression,
     Rows,
+    Tokens,
+    UnsupportedAdapterError,
 )
 from laplace_lora_fast.integrations.trainer import LaplaceCallback
 from laplace_lora_fast.ranks import Ranks
@@ -135,6 +143,86 @@ def one_has_no_labels(rank, group):
     return la.snapshot()[0].log_likelihood
 
 
+def held_out(rank, group, task=ANSWERS, structure="rows", shares_of=None):
+    """The prior precision by held-out data in shares: uneven, and one empty."""
+    model, batches, held = shares_of() if shares_of else (build(), shares(), shares("last rank empty"))
+    la = LaplaceLoRA(model, task, structure=structure).fit(batches[rank], group=group, progress=False)
+    found = []
+    for options in ({}, {"grid": (0.01, 0.1, 1, 10)}) if task is ANSWERS else ({"grid": (0.1, 1, 10)},):
+        la.optimize_prior_precision(HeldOut(held[rank], group=group, **options), progress=False)
+        found.append((la.prior_precision, la.sigma_noise))
+    return found
+
+
+def regression():
+    model = tiny.tiny_llama_classifier(1)
+    batches = [
+        [tiny.batch(3, 5, classes=0, seed=3 * rank + index) for index in range(2)] for rank in range(WORLD)
+    ]
+    return model, batches, [[tiny.batch(2, 5, classes=0, seed=20)], [tiny.batch(5, 5, classes=0, seed=21)]]
+
+
+def texts():
+    batches = [
+        [
+            batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+            for batch in share
+        ]
+        for share in shares()
+    ]
+    return build(), batches, [batches[0][:2], []]
+
+
+HELD = {
+    "answers": {},
+    "regression": {"task": Regression(), "shares_of": regression},
+    "tokens": {"task": Tokens(samples=2), "shares_of": texts},
+}
+
+
+def data_parallel(rank, group):
+    """Its forward passes would wait for each other where shares are uneven."""
+    model = torch.nn.parallel.DistributedDataParallel(build())
+    return seen(fit(model, shares("last rank empty")[rank], "rows", group))
+
+
+def fully_sharded(rank, group):
+    model = build()
+    torch.distributed.fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    LaplaceLoRA(model, ANSWERS)
+
+
+def one_layer_sharded(rank, group):
+    """As a tensor-parallel plan shards it."""
+    model = build()
+    block = model.base_model.model.model.layers[0]
+    parallelize_module(block, init_device_mesh("cpu", (WORLD,)), {"mlp.up_proj": ColwiseParallel()})
+    LaplaceLoRA(model, ANSWERS)
+
+
+def tensor_parallel(rank, group):
+    model = build()
+    model.base_model.model._tp_size = WORLD
+    LaplaceLoRA(model, ANSWERS)
+
+
+SHARDED = {
+    fully_sharded: "sharded by FSDP: no rank holds whole weights. Load the adapter on an unsharded copy",
+    one_layer_sharded: "up_proj.weight' is a DTensor, spread over processes",
+    tensor_parallel: "tensor parallel over 2 processes .tp_plan.: no rank holds whole weights.*Load it without tp_plan",
+}
+
+
+def held_out_of_none(rank, group):
+    la = LaplaceLoRA(build(), ANSWERS, structure="rows").fit(shares()[rank], group=group, progress=False)
+    la.optimize_prior_precision(HeldOut([], group=group), progress=False)
+
+
+def held_out_otherwise(rank, group):
+    la = LaplaceLoRA(build(), ANSWERS, structure="rows").fit(shares()[rank], group=group, progress=False)
+    la.optimize_prior_precision(HeldOut([TEST], per="all" if rank else "side", group=group), progress=False)
+
+
 def gathered(rank, group):
     ranks = Ranks(group)
     rows = ranks.gather(torch.full((2 * rank, 3), float(rank)))
@@ -174,6 +262,8 @@ def trainer(rank, group, folder):
 
 FAULTS = [nobody_has_a_batch, one_has_a_bad_label, one_has_an_iterator, other_weights]
 JOBS = {name: functools.partial(good, name=name) for name in FITS}
+JOBS |= {f"held out {name}": functools.partial(held_out, **options) for name, options in HELD.items()}
+JOBS |= {job.__name__: job for job in (held_out_of_none, held_out_otherwise, data_parallel, *SHARDED)}
 JOBS |= {job.__name__: job for job in (*FAULTS, one_has_no_labels, gathered, sampled)}
 
 
@@ -247,6 +337,52 @@ def test_ranks_with_different_adapters_are_refused(ranks):
         kind, message = found[other_weights.__name__]
         assert kind is RankError
         assert "weights" in message
+
+
+@pytest.mark.filterwarnings("ignore::laplace_lora_fast.errors.LaplaceWarning")  # of the grid's edge
+@pytest.mark.parametrize("name", HELD)
+def test_held_out_data_in_shares(ranks, name):
+    """As one process finds it with all of them."""
+
+    def together(made):
+        model, train, held = made
+        return (
+            model,
+            [[batch for share in train for batch in share]],
+            [[batch for share in held for batch in share]],
+        )
+
+    options = dict(HELD[name])
+    make = options.pop("shares_of", lambda: (build(), shares(), shares("last rank empty")))
+    alone = held_out(0, None, **options, shares_of=lambda: together(make()))
+    for found in ranks:
+        assert found[f"held out {name}"] == ranks[0][f"held out {name}"]
+        for (mine, noise), (expected, expected_noise) in zip(found[f"held out {name}"], alone, strict=True):
+            assert mine == pytest.approx(expected, rel=1e-9)
+            assert noise == (None if expected_noise is None else pytest.approx(expected_noise, rel=1e-9))
+
+
+def test_data_parallel_wrappers_do_not_wait_for_each_other(ranks):
+    expected = seen(fit(build(), shares()[0], "rows"))
+    for found in ranks:
+        for key, value in expected.items():
+            assert_close(found["data_parallel"][key], value, 1e-9)
+
+
+@pytest.mark.parametrize("job", SHARDED)
+def test_sharded_models_are_refused_by_name(ranks, job):
+    for found in ranks:
+        kind, message = found[job.__name__]
+        assert kind is UnsupportedAdapterError
+        assert re.search(SHARDED[job], message)
+
+
+def test_held_out_faults(ranks):
+    for found in ranks:
+        assert found["held_out_of_none"] == (InvalidBatchError, "the loader yielded no batch")
+        kind, message = found["held_out_otherwise"]
+        assert kind is RankError
+        assert "the ranks differ in the grid" in message
 
 
 def test_missing_labels_on_one_rank_leave_no_evidence(ranks):

@@ -16,6 +16,7 @@ from laplace_lora_fast.fitting.choose import choose
 from laplace_lora_fast.fitting.finite import NON_FINITE
 from laplace_lora_fast.fitting.fit import fit
 from laplace_lora_fast.fitting.passes import Loader, Subject
+from laplace_lora_fast.model.contexts import undistributed
 from laplace_lora_fast.options import (
     DEFAULT_BUDGET,
     check_choice,
@@ -130,7 +131,7 @@ class LaplaceLoRA(LaplaceText):
             fitted_on = FittedOn(self._peft_model, layers)
             facts = agreement.facts(self._described(layers), layers, fitted_on.surroundings, prior_mean)
         ranks.agree(facts)
-        subject = Subject(self.model, self._head, layers, self.likelihood)
+        subject = Subject(undistributed(self.model), self._head, layers, self.likelihood)
         problem = Problem(
             layers=[layer.weights for layer in layers],
             likelihood=self.likelihood,

@@ -18,7 +18,7 @@ from laplace_lora_fast.errors import LaplaceError, LaplaceWarning, NotFittedErro
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
-from laplace_lora_fast.model.contexts import unwrapped
+from laplace_lora_fast.model.contexts import undistributed, unwrapped
 from laplace_lora_fast.model.lora import (
     Treated,
     parameters_left_alone,
@@ -309,7 +309,7 @@ class LaplaceState:
         """The linearised model at a noise, for a pass over data inside; raises as `_unchanged` does."""
         with self._unchanged() as fitted:
             yield LinearisedModel(
-                Subject(self.model, self._head, self.layers, self.likelihood),
+                Subject(undistributed(self.model), self._head, self.layers, self.likelihood),
                 fitted.structure,
                 at_noise(fitted.curvature, noise),
                 fitted.shared_inputs,

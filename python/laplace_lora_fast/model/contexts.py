@@ -27,6 +27,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def undistributed(model: nn.Module) -> nn.Module:
+    """The model to call: not through DistributedDataParallel, whose forward passes wait for those of other ranks."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        called: nn.Module = inner.module
+        return called
+    return model
+
+
 def checkpointing_layers(model: nn.Module) -> list[nn.Module]:
     """Modules that transformers' gradient checkpointing is switched on for."""
     return [module for module in model.modules() if vars(module).get("gradient_checkpointing", False)]

@@ -23,6 +23,12 @@ def refuse_storage(model: nn.Module) -> None:
                 "the model is sharded by FSDP: no rank holds whole weights. Load the adapter on an unsharded copy of "
                 "the base model (one process, or one copy a rank with fit(group=..))"
             )
+        if (getattr(module, "_tp_size", None) or 1) > 1:
+            raise UnsupportedAdapterError(
+                f"the model is tensor parallel over {module._tp_size} processes (tp_plan): no rank holds whole "
+                "weights, and LoRA layers see parts of their inputs or outputs. Load it without tp_plan, with "
+                "device_map where one device is too small"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise UnsupportedAdapterError(
@@ -31,7 +37,7 @@ def refuse_storage(model: nn.Module) -> None:
         if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
             raise UnsupportedAdapterError(
                 f"parameter {name!r} is a DTensor, spread over processes (FSDP2, tensor parallelism): load the model "
-                "unsharded"
+                "unsharded, one copy a rank with fit(group=..), or with device_map where one device is too small"
             )
         if hasattr(parameter, "ds_id"):
             raise UnsupportedAdapterError(

@@ -7,14 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from laplace_lora_fast.errors import InvalidBatchError
+from laplace_lora_fast.fitting.choose import first_batch
 from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.options import check_choice, positive_integer, register
-from laplace_lora_fast.prediction import distribution, require_labels
+from laplace_lora_fast.prediction import Block, distribution, require_labels
 from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, scores, warn_of_edge
 from laplace_lora_fast.prior.precision import from_groups, group_keys, grouped_grid
 from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
+from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.sampling.tokens import drawn_steps, held_out_nll
 from laplace_lora_fast.weights import HEAD
 
@@ -33,6 +37,8 @@ class HeldOut(Tuning):
             decade, and three a decade around the best.
         link_approx: predictive link of a classification; None for "probit".
         n_samples: of the "mc" link; for `Tokens` of the weights, None for 8, by the same random numbers for all values.
+        group: process group of torch.distributed whose ranks tune together: each passes its share of the held-out
+            data, which may be empty, and holds the same posterior. None: this process alone.
 
     Warns:
         LaplaceWarning: the minimum lies on the edge of the grid.
@@ -40,6 +46,7 @@ class HeldOut(Tuning):
     Raises:
         InvalidBatchError: the loader is empty, or without labels.
         NumericalError: an NLL is not a number, or none is finite.
+        RankError: another rank of `group` failed, or tunes otherwise.
         ValueError: an argument is not one of its choices, or would not be looked at.
     """
 
@@ -48,6 +55,7 @@ class HeldOut(Tuning):
     grid: Sequence[float] | None = None
     link_approx: str | None = None
     n_samples: int | None = None
+    group: ProcessGroup | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("per", self.per, ["all", "side", HEAD])  # few examples decide no more
@@ -62,9 +70,16 @@ class HeldOut(Tuning):
         names = fitted.fit.curvature.names
         groups, choices, precisions = grouped_grid(group_keys(self.per, names), grid, self.per)
         noise = None if fitted.tunes_noise else fitted.noise
-        with fitted.linearised(1.0 if noise is None else noise) as linearised:
-            blocks = distribution(linearised, precisions, self.loader, what="validate", progress=progress)
-        require_labels(blocks, "HeldOut")
+        ranks = Ranks(self.group)
+        ranks.agree({"the posterior": _facts(fitted), "the grid": [link, n_samples, grid, self.per]})
+        with ranks.together(), fitted.linearised(1.0 if noise is None else noise) as linearised:
+            first, loader = first_batch(self.loader)
+            blocks = []
+            if first is not None or ranks.size == 1:
+                bar = progress and ranks.rank == 0
+                blocks = distribution(linearised, precisions, loader, what="validate", progress=bar)
+            require_labels(blocks, "HeldOut")
+        blocks = _of_all(blocks, ranks)
         nll, noises = scores(fitted.likelihood, blocks, link, n_samples, fitted.seed, noise)
         index = least(nll, choices.tolist())
         best = choices[index].tolist()
@@ -84,6 +99,8 @@ class HeldOut(Tuning):
             raise InvalidBatchError(
                 "Tokens needs a pass over the held-out data for each value: pass a DataLoader or a list"
             )
+        ranks = Ranks(self.group)
+        ranks.agree({"the posterior": _facts(fitted), "the grid": [self.n_samples, self.grid, self.per]})
         n_samples = _SAMPLES if self.n_samples is None else positive_integer("n_samples", self.n_samples)
         grid = checked_grid(_DECADES if self.grid is None else self.grid, fitted.dtype)
         keys = group_keys(self.per, fitted.fit.curvature.names)
@@ -94,7 +111,7 @@ class HeldOut(Tuning):
             for choice in choices:
                 prior = torch.tensor([choice[groups.index(key)] for key in keys], dtype=torch.float64)
                 steps = drawn_steps(linearised, prior, n_samples, fitted.seed)
-                nlls[choice] = held_out_nll(linearised, steps, self.loader, progress)
+                nlls[choice] = held_out_nll(linearised, steps, self.loader, progress, ranks)
 
         with fitted.linearised(1.0) as linearised:
             try_all(itertools.product(grid, repeat=len(groups)))
@@ -105,6 +122,33 @@ class HeldOut(Tuning):
         best = tried[least(torch.tensor([nlls[choice] for choice in tried], dtype=torch.float64), tried)]
         warn_of_edge(best, [tried[0][0], tried[-1][0]] if len(groups) == 1 else grid)
         return Tuned(from_groups(dict(zip(groups, best, strict=True))))
+
+
+def _facts(fitted: Fitted) -> list[float | None]:
+    """Numbers that only the same fits have."""
+    return [fitted.fit.n_examples, fitted.fit.log_likelihood, fitted.noise]
+
+
+def _of_all(blocks: Sequence[Block], ranks: Ranks) -> list[Block]:
+    """The blocks of all ranks, rank by rank, on each of them. Raises InvalidBatchError if there are none."""
+    if ranks.size == 1:
+        return list(blocks)
+    own = {block.mean.shape[-1]: block for block in blocks}
+    if not ranks.gather_numbers([len(own)]).any():
+        raise InvalidBatchError("the loader yielded no batch")
+    sizes = ranks.gather(torch.tensor(list(own), dtype=torch.long)).unique().tolist()
+    return [_block_of_all(own.get(size), ranks) for size in sizes]
+
+
+def _block_of_all(block: Block | None, ranks: Ranks) -> Block:
+    """Examples come first in what is gathered, and are numbered anew: nobody asks for their places."""
+
+    def gathered(x: Tensor | None, axis: int) -> Tensor:
+        return ranks.gather(None if x is None else x.movedim(axis, 0).contiguous()).movedim(0, axis)
+
+    parts = (None, None, None) if block is None else (block.mean, block.cov, block.targets)
+    cov = gathered(parts[1], 1)
+    return Block(torch.arange(cov.shape[1]), gathered(parts[0], -2), cov, gathered(parts[2], 0))
 
 
 _DECADES = [10.0**decade for decade in range(-2, 7)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import laplace_kernels as lk
 from laplace_lora_fast.errors import InvalidBatchError
+from laplace_lora_fast.fitting.choose import first_batch
 from laplace_lora_fast.fitting.passes import BatchStep, Loader, run
 from laplace_lora_fast.likelihoods import SampledTokens
 from laplace_lora_fast.model.batches import Batch, Inputs
@@ -20,6 +21,7 @@ from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.tokens.heads import IGNORED, TokenHead
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.progress import track
+from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.sampling.measures import TokenUncertainty, measured, placed
 from laplace_lora_fast.sampling.tangents import StepHooks
 
@@ -124,9 +126,9 @@ def token_uncertainty(
 
 
 def held_out_nll(
-    linearised: LinearisedModel, deltas: Sequence[Tensor], loader: Loader, progress: bool
+    linearised: LinearisedModel, deltas: Sequence[Tensor], loader: Loader, progress: bool, ranks: Ranks
 ) -> float:
-    """Mean over labelled tokens of -log of the samples' mean probability.
+    """Mean over labelled tokens, of all ranks, of -log of the samples' mean probability.
 
     Raises:
         InvalidBatchError: the loader is empty, or without labelled tokens.
@@ -139,10 +141,14 @@ def held_out_nll(
         total -= float(step.u.sum())
         count += int(step.inputs.own["counted"].sum())
 
-    _run(linearised, head, track(loader, "validate", progress), take)
-    if not count:
+    with ranks.together():
+        first, loader = first_batch(loader)
+        if first is not None or ranks.size == 1:
+            _run(linearised, head, track(loader, "validate", progress and ranks.rank == 0), take)
+    nll, tokens = (float(each) for each in ranks.gather_numbers([total, count]).sum(0))
+    if not tokens:
         raise InvalidBatchError("the loader has no labelled token: 'labels' are all -100")
-    return total / count
+    return nll / tokens
 
 
 def with_labels(batch: Batch) -> Batch:
