@@ -29,4 +29,4 @@ sure = result.confidence > 0.8
 print(f"sure of {sure.float().mean():.0%}, of those right {result.correct[sure].double().mean():.0%}")
 
 with tempfile.TemporaryDirectory() as folder:  # ordinary PEFT adapters; see the limits in the guide
-    print([path.name for path in la.sample_adapters(folder, n=2)])
+    la.sample_adapters(folder, n=2, directions="data", check=test[:1], force=True)  # prints how good they are

@@ -56,7 +56,7 @@ def test_before_fit(tmp_path):
         lambda: la.factors,
         lambda: la.summary(),
         lambda: la.snapshot(),
-        lambda: la.sample_adapters(tmp_path / "samples", 1),
+        lambda: la.sample_adapters(tmp_path / "samples", 1, force=True),
         lambda: la.save(tmp_path / "posterior"),
     ):
         with pytest.raises(NotFittedError, match="fit"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,22 @@ from laplace_lora_fast.options import (
     named,
     positive_integer,
 )
-from laplace_lora_fast.posterior import HeadFactors, LayerFactors, Summary, layer_factors, summarise
+from laplace_lora_fast.posterior import (
+    HeadFactors,
+    LayerFactors,
+    Posterior,
+    Summary,
+    layer_factors,
+    summarise,
+)
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.prior.evidence import Evidence
 from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.prior.tuning import Fitted, Tuning
 from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.sampling.lengths import AdapterSamples, Lengths, gaps
+from laplace_lora_fast.sampling.samples import PosteriorSamples
 from laplace_lora_fast.saving import adapters, agreement
 from laplace_lora_fast.saving import posterior as saved_posterior
 from laplace_lora_fast.saving.checked import MALFORMED
@@ -233,24 +242,63 @@ class LaplaceLoRA(LaplaceText):
         )
         return other.fit(loader, progress=False)._linearised(noise)
 
-    def sample_adapters(self, folder: str | PathLike[str], n: int) -> list[Path]:
+    def sample_adapters(
+        self,
+        folder: str | PathLike[str],
+        n: int,
+        *,
+        directions: str = "all",
+        prior_precision: PriorPrecision | None = None,
+        check: Loader | None = None,
+        force: bool = False,
+    ) -> AdapterSamples:
         """Draws n adapters from the posterior and writes them as ordinary PEFT adapter folders.
+
+        For tools that take adapters only: `predict`, `uncertainty` and `generate` are better, as the posterior is that
+        of the linearised model. Samples that are longer than the adapter itself, which is known before any pass, are
+        refused: there the model is another one.
 
         Args:
             folder: of the new folders; does not exist, or is empty. All n are there in the end, or none.
             n: how many, at least 1.
+            directions: "all", or "data": samples move in the span of the training data's Jacobian rows only, which
+                makes them far shorter, keeps all of the training examples' variance, and loses some of it elsewhere.
+            prior_precision: another one than the current; a larger one makes samples shorter.
+            check: a few batches to measure on how far each sample's model is from the linearised one; printed.
+            force: whether samples of any length are written.
 
         Returns:
-            The folders, loadable by `peft.PeftModel.from_pretrained`.
+            The folders, loadable by `peft.PeftModel.from_pretrained`: a list with `lengths`, `gaps` and `report`.
 
         Raises:
             FileExistsError: `folder` is not empty.
             UnsupportedAdapterError: the model is no PeftModel, or has several adapters active.
-            ValueError: `n` is no positive integer.
+            ValueError: `n` is no positive integer, the samples are too long, or the structure has none of this kind.
         """
-        n = positive_integer("n", n)
-        samples = self.posterior.sample(n, torch.Generator().manual_seed(self.seed))
-        return adapters.save_samples(self._peft_model, self.layers, samples, folder)
+        n, precisions = positive_integer("n", n), self._resolve(prior_precision)
+        posterior = Posterior(self.posterior.curvature, precisions)
+        samples = posterior.sample(n, torch.Generator().manual_seed(self.seed), directions)
+        means = posterior.curvature.means
+        steps = [sample - mean.to(sample) for sample, mean in zip(samples, means, strict=True)]
+        subject = Subject(self.model, self._head, self.layers, self.likelihood)
+        drawn = PosteriorSamples(subject, steps, self._unchanged, f"directions={directions!r}")
+        lengths = Lengths.of(drawn.norms, means, precisions)
+        if not force:
+            lengths.require_near(
+                _shorter(
+                    self.prior_precision if prior_precision is None else prior_precision,
+                    lengths.needed,
+                    directions,
+                )
+            )
+        if check is not None and self.likelihood.sampled:
+            raise ValueError(f"{self.task!r} has no outputs to check samples by: leave check out")
+        found = None if check is None else gaps(drawn, check)
+        folders = adapters.save_samples(self._peft_model, self.layers, samples, folder)
+        written = AdapterSamples(folders, lengths, found)
+        if check is not None:
+            print(written.report)
+        return written
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
@@ -305,3 +353,12 @@ class LaplaceLoRA(LaplaceText):
             fitted.reason,
             fitted.n_skipped,
         )
+
+
+def _shorter(prior_precision: PriorPrecision, factor: float, directions: str) -> str:
+    """What makes samples shorter."""
+    if isinstance(prior_precision, Mapping):
+        larger = f"prior precisions {factor:.3g} times as large"
+    else:
+        larger = f"prior_precision={prior_precision * factor:.3g} or more"
+    return larger if directions == "data" else f"{larger}, directions='data' (the span of the training rows)"

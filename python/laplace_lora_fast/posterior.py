@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.model.lora import Treated
+from laplace_lora_fast.options import check_choice
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.weights import WeightName, by_layer, is_head, stored
+
+DIRECTIONS = ("all", "data")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,22 @@ class Posterior:
             )
         return self.curvature.covariance(names.index(WeightName(layer, side)), self.prior_precision)
 
-    def sample(self, n: int, generator: torch.Generator) -> list[Tensor]:
-        """Draws n values of every weight, each [n, r, d] as the algebra has it (lora_B transposed)."""
+    def sample(self, n: int, generator: torch.Generator, directions: str = "all") -> list[Tensor]:
+        """Draws n values of every weight, each [n, r, d] as the algebra has it (lora_B transposed).
+
+        Args:
+            n: how many.
+            generator: on the CPU.
+            directions: "all", or "data": the posterior given that nothing moves outside the span of the training data's
+                Jacobian rows.
+
+        Raises:
+            ValueError: the structure has no such samples.
+        """
+        check_choice("directions", directions, DIRECTIONS)
+        draw = self.curvature.sample if directions == DIRECTIONS[0] else self.curvature.sample_span
         with torch.autocast(self.curvature.means[0].device.type, enabled=False):
-            return self.curvature.sample(n, generator, self.prior_precision)
+            return draw(n, generator, self.prior_precision)
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,9 @@ def of_regression(la: LaplaceLoRA, problem: Problem) -> Quantities:
 
 def samples(la: LaplaceLoRA, folder: Path) -> Tensor:
     """Two sampled adapters, read back: [2, P], weights in the order of their names."""
-    drawn = [load_file(path / "adapter_model.safetensors") for path in la.sample_adapters(folder, 2)]
+    drawn = [
+        load_file(path / "adapter_model.safetensors") for path in la.sample_adapters(folder, 2, force=True)
+    ]
     return torch.stack(
         [torch.cat([each[name].flatten() for name in sorted(each) if "lora_" in name]) for each in drawn]
     )

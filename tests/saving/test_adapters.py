@@ -99,7 +99,7 @@ def test_weights_of_different_blocks_are_independent():
 def test_folders_hold_the_samples_and_load_with_peft(tmp_path):
     model = tiny.tiny_llama(targets=("q_proj", "v_proj"))
     la = LaplaceLoRA(model, ANSWERS, seed=11).fit([tiny.batch(5)], progress=False)
-    folders = la.sample_adapters(tmp_path / "samples", n=3)
+    folders = la.sample_adapters(tmp_path / "samples", n=3, force=True)
     assert [folder.relative_to(tmp_path).as_posix() for folder in folders] == [
         f"samples/sample-00{i}" for i in range(3)
     ]
@@ -130,7 +130,10 @@ def test_sampling_is_seeded_and_leaves_the_model(tmp_path):
     model = tiny.tiny_llama()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     la = LaplaceLoRA(model, ANSWERS).fit([tiny.batch(5)], progress=False)
-    first, again = la.sample_adapters(tmp_path / "a", 2), la.sample_adapters(tmp_path / "b", 2)
+    first, again = (
+        la.sample_adapters(tmp_path / "a", 2, force=True),
+        la.sample_adapters(tmp_path / "b", 2, force=True),
+    )
     for one, other in zip(first, again, strict=True):
         assert (one / "adapter_model.safetensors").read_bytes() == (
             other / "adapter_model.safetensors"
@@ -148,7 +151,7 @@ def test_rows_of_lm_head_that_no_answer_uses_keep_their_value(tmp_path):
     draw = la.posterior.sample(1, torch.Generator().manual_seed(0))[-1][
         0
     ].mT  # rows in the order of the answers
-    (folder,) = la.sample_adapters(tmp_path, 1)
+    (folder,) = la.sample_adapters(tmp_path, 1, force=True)
     sampled = adapter_weights(folder, name, "B")
     assert torch.equal(sampled[others], mean[others])
     torch.testing.assert_close(sampled[list(tiny.ANSWERS)], draw)
@@ -183,7 +186,7 @@ def test_an_active_adapter_that_is_not_default(tmp_path):
     tiny.randomise(model, 4)
     model.set_adapter("other")
     la = LaplaceLoRA(model, ANSWERS).fit([tiny.batch(4)], progress=False)
-    (folder,) = la.sample_adapters(tmp_path, 1)
+    (folder,) = la.sample_adapters(tmp_path, 1, force=True)
     loaded = peft.PeftModel.from_pretrained(tiny.tiny_llama().unload(), folder)
     assert loaded.peft_config["default"].r == 2
     draw = la.posterior.sample(1, torch.Generator().manual_seed(0))[0][0]
@@ -197,7 +200,7 @@ def test_saved_modules_and_dtypes_are_kept(tmp_path):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     la = LaplaceLoRA(model, Classes()).fit([tiny.batch(4, classes=2)], progress=False)
-    (folder,) = la.sample_adapters(tmp_path, 1)
+    (folder,) = la.sample_adapters(tmp_path, 1, force=True)
     state = peft.utils.load_peft_weights(str(folder), device="cpu")
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
     (head,) = (value for name, value in state.items() if "score" in name)
@@ -246,7 +249,9 @@ def test_samples_of_a_compiled_model(tmp_path):
     la = LaplaceLoRA(compiled, ANSWERS, structure="kfac", prior_mean=compiled.state_dict())
     la.fit([tiny.batch(5)], progress=False)
     for one, other in zip(
-        la.sample_adapters(tmp_path / "a", 2), plain.sample_adapters(tmp_path / "b", 2), strict=True
+        la.sample_adapters(tmp_path / "a", 2, force=True),
+        plain.sample_adapters(tmp_path / "b", 2, force=True),
+        strict=True,
     ):
         weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (one, other)]
         assert weights[0] == weights[1]
@@ -259,7 +264,7 @@ def test_samples_of_a_data_parallel_model(tmp_path):
     la = LaplaceLoRA(nn.DataParallel(tiny.tiny_llama_classifier(3)), Classes()).fit(
         [tiny.batch(4)], progress=False
     )
-    (folder,) = la.sample_adapters(tmp_path, 1)
+    (folder,) = la.sample_adapters(tmp_path, 1, force=True)
     draw = la.posterior.sample(1, torch.Generator().manual_seed(0))[0][0]
     torch.testing.assert_close(adapter_weights(folder, la.layers[0].name, "A"), draw)
 
@@ -292,7 +297,7 @@ def mixed():
 def test_what_peft_cannot_write_as_one_adapter(make, match, tmp_path):
     la = LaplaceLoRA(make(), ANSWERS).fit([tiny.batch(4)], progress=False)
     with pytest.raises(UnsupportedAdapterError, match=match):
-        la.sample_adapters(tmp_path / "samples", 1)
+        la.sample_adapters(tmp_path / "samples", 1, force=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -305,22 +310,22 @@ def test_a_weight_that_peft_does_not_write(tmp_path, monkeypatch):
 
     monkeypatch.setattr(la.model, "save_pretrained", partly)
     with pytest.raises(UnsupportedAdapterError, match=r"did not write '[\w.]+v_proj.lora_B.weight'"):
-        la.sample_adapters(tmp_path, 1)
+        la.sample_adapters(tmp_path, 1, force=True)
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     """Samples of an earlier call would pass for the same, and could not be replaced all at once."""
     la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS).fit([tiny.batch(4)], progress=False)
-    la.sample_adapters(tmp_path / "samples", 3)
+    la.sample_adapters(tmp_path / "samples", 3, force=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     la.prior_precision = 10.0
     for n in (2, 3, 4):
         with pytest.raises(FileExistsError, match=r"samples' holds sample-00\d: pass a new or an empty one"):
-            la.sample_adapters(tmp_path / "samples", n)
+            la.sample_adapters(tmp_path / "samples", n, force=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
-        la.sample_adapters(tmp_path / "file", 1)
+        la.sample_adapters(tmp_path / "file", 1, force=True)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -339,9 +344,9 @@ def test_a_disk_that_is_full_at_the_third_sample_leaves_none(there, tmp_path, mo
     if there:
         folder.mkdir()
     with pytest.raises(OSError, match=r"No space left.*samples"):
-        la.sample_adapters(folder, 5)
+        la.sample_adapters(folder, 5, force=True)
     assert [path.name for path in tmp_path.rglob("*")] == (["samples"] if there else [])
-    assert len(la.sample_adapters(folder, 2)) == 2
+    assert len(la.sample_adapters(folder, 2, force=True)) == 2
 
 
 class Code:
@@ -370,7 +375,7 @@ def test_a_prior_mean_that_cannot_be_read(what, tmp_path, capsys):
 def test_numbers_of_samples_that_are_none(n, structure, tmp_path):
     la = LaplaceLoRA(tiny.tiny_llama(), ANSWERS, structure=structure).fit([tiny.batch(4)], progress=False)
     with pytest.raises(ValueError, match="n must be"):
-        la.sample_adapters(tmp_path, n)
+        la.sample_adapters(tmp_path, n, force=True)
 
 
 @pytest.mark.parametrize("path", ["typo/path", "owner/name", "."])

@@ -39,7 +39,7 @@ def uses(la, tmp_path):
         "tune": lambda: la.optimize_prior_precision(),
         "held out": lambda: la.optimize_prior_precision(HeldOut([tiny.batch(2)]), progress=False),
         "posterior": lambda: la.posterior,
-        "sample": lambda: la.sample_adapters(tmp_path / "samples", 1),
+        "sample": lambda: la.sample_adapters(tmp_path / "samples", 1, force=True),
         "save": lambda: la.save(tmp_path / "posterior"),
         "summary": lambda: la.summary(),
     }

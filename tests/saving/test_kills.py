@@ -35,7 +35,7 @@ for index in itertools.count():
     if what == "save":
         la.save(folder)
     else:
-        la.sample_adapters(f"{folder}/{index % 3}", 3)
+        la.sample_adapters(f"{folder}/{index % 3}", 3, force=True)
         shutil.rmtree(f"{folder}/{index % 3}")
 """
 TIMES = [4, pytest.param(50, marks=pytest.mark.slow)]
@@ -81,7 +81,7 @@ def test_samples(times, tmp_path):
     for index in range(3):
         for path in (tmp_path / str(index)).glob("*"):
             assert path.is_dir()
-        la.sample_adapters(tmp_path / f"new-{index}", 1)
+        la.sample_adapters(tmp_path / f"new-{index}", 1, force=True)
     assert all(len(list(path.iterdir())) <= 3 for path in tmp_path.glob("[0-9]"))
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -40,6 +41,12 @@ class PosteriorSamples:
     ) -> None:
         self._subject, self.deltas, self._unchanged = subject, list(deltas), unchanged
         self._described = described
+
+    @classmethod
+    def still(cls, other: PosteriorSamples) -> PosteriorSamples:
+        """One sample that is the trained model."""
+        zeros = [torch.zeros_like(delta[:1]) for delta in other.deltas]
+        return cls(other._subject, zeros, other._unchanged, "still")
 
     def __len__(self) -> int:
         return len(self.deltas[0])

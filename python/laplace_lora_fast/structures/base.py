@@ -197,6 +197,14 @@ class Curvature(ABC):
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Draws n values of every weight, each [n, r, d], jointly."""
 
+    def sample_span(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
+        """As `sample`, but moves in the span of the training data's Jacobian rows only; nothing else moves.
+
+        Raises:
+            ValueError: the structure keeps no rows.
+        """
+        raise ValueError("directions='data' needs the rows of the training data: fit with Rows()")
+
     @abstractmethod
     def covariance(self, weight: int, prior_precision: Tensor) -> Tensor:
         """Dense covariance [P, P] fp64 of the flattened parameter of one weight."""

@@ -239,13 +239,40 @@ class RowCurvature(Curvature):
         kernel = self.whitened_kernel(prior_precision)
         chol = torch.linalg.cholesky(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=home))
         solved = roots.times(torch.cholesky_solve(roots.transposed_times(outputs) + noise, chol))
+        features = [
+            prior - weight * (rows.double().mT @ solved.to(rows.device)).mT
+            for rows, prior, weight in zip(self.rows, priors, weights, strict=True)
+        ]
+        return self._moved(features)
+
+    def sample_span(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
+        """Steps Lambda^-1/2 U z, U an orthonormal basis of the rows' span and z ~ N(0, (I + U^T H~ U)^-1).
+
+        H~ is the whitened curvature. Functions of the training examples vary as under the whole posterior, as J has no
+        part outside the span; those of other inputs vary less.
+        """
+        weights = (1 / self.effective(prior_precision)).tolist()
+        values, vectors = torch.linalg.eigh(self.kernels.total(weights))
+        real = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        values, vectors = values[real], vectors[:, real]
+        inner = self.roots_at(prior_precision).transposed_times(vectors * values.sqrt())
+        unit = torch.eye(len(values), dtype=values.dtype, device=values.device)
+        chol = torch.linalg.cholesky(unit + inner.mT @ inner)
+        noise = torch.randn((len(values), n), generator=generator, dtype=torch.float64).to(values.device)
+        z = torch.linalg.solve_triangular(chol.mT, noise, upper=True)
+        combined = vectors @ (z / values.sqrt()[:, None])  # of rows
+        features = [
+            weight * (rows.double().mT @ combined.to(rows.device)).mT
+            for rows, weight in zip(self.rows, weights, strict=True)
+        ]
+        return self._moved(features)
+
+    def _moved(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The weights [n, r, d] moved by steps [n, r m] in the sketched features."""
         samples = []
-        for mean, rows, prior, weight, projection in zip(
-            self.means, self.rows, priors, weights, self.projections, strict=True
-        ):
-            features = prior - weight * (rows.double().mT @ solved.to(rows.device)).mT
-            step = features.view(n, mean.shape[0], -1) @ projection.double().mT
-            samples.append(mean + step.to(lk.accumulation_dtype(mean.dtype)))
+        for mean, step, projection in zip(self.means, features, self.projections, strict=True):
+            whole = step.view(len(step), mean.shape[0], -1) @ projection.double().mT
+            samples.append(mean + whole.to(lk.accumulation_dtype(mean.dtype)))
         return samples
 
     def covariance(self, weight: int, prior_precision: Tensor) -> Tensor:

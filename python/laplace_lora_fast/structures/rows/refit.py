@@ -341,6 +341,10 @@ class RefittedCurvature(RowCurvature):
         """Raises ValueError: the refitted mean is one of functions, there are no weights that have it."""
         raise ValueError("Rows(refit=True) has no weights to sample around: fit with Rows()")
 
+    def sample_span(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
+        """Raises ValueError, as `sample`."""
+        return self.sample(n, generator, prior_precision)
+
     def damaged(self) -> list[int]:
         observed, layout = self.observed, self.roots.layout
         shapes = [tuple(rows.shape) for rows in layout.rows]
