@@ -198,11 +198,7 @@ class Curvature(ABC):
         """Draws n values of every weight, each [n, r, d], jointly."""
 
     def sample_span(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
-        """As `sample`, but moves in the span of the training data's Jacobian rows only; nothing else moves.
-
-        Raises:
-            ValueError: the structure keeps no rows.
-        """
+        """As `sample`, but moves in the span of the training data's Jacobian rows only. ValueError without rows."""
         raise ValueError("directions='data' needs the rows of the training data: fit with Rows()")
 
     @abstractmethod
