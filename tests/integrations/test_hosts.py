@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from laplace_lora_fast import Answers, Evidence, LaplaceLoRA, Options, Preference, Rows, Tokens
 from laplace_lora_fast.data import preference_batches
@@ -135,7 +136,7 @@ def test_grpo_trains_on_it(reward_model: LaplaceLoRA, tmp_path: Path) -> None:
             max_completion_length=4,
             report_to=[],
             use_cpu=True,
-        ),  # fmt: skip
+        ),
         train_dataset=datasets.Dataset.from_list([{"prompt": "the film"}, {"prompt": "a plot"}]),
         processing_class=tokenizer,
     )
@@ -201,6 +202,11 @@ def test_a_plugin_of_axolotl(monkeypatch) -> None:
     )
     assert by_default._task == Tokens()
     assert by_default._holds_out
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "axolotl.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
+    assert shown.pop("plugins") == [f"{own.__name__}.LaplacePlugin"]
+    (of_page,) = plugin.add_callbacks_post_trainer(args(**shown).model_dump(exclude_none=True), None)
+    assert of_page._task == Tokens()
     with pytest.raises(ValueError, match="needs laplace_task"):
         plugin.pre_model_load({})
     with pytest.raises(ValueError, match="lora_qkv_kernel: true replaces"):

@@ -246,6 +246,7 @@ class Words:
     """A tokenizer of words, with a chat template; `end` appends an end-of-sequence token."""
 
     eos_token_id = 2
+    pad_token_id = 0
 
     def __init__(self, end: bool = False) -> None:
         self.end = end

@@ -196,11 +196,10 @@ def test_batches_of_preferences() -> None:
     assert (ends == Words.eos_token_id).all()
     appended = preference_batches(Words(end=True), texts, 2, ranking=True)[0]
     assert torch.equal(appended["input_ids"], batch["input_ids"])
-    pads = batch["input_ids"][batch["attention_mask"] == 0]
-    assert (pads == Words.eos_token_id).all()
-    Padding = type("Padding", (Words,), {"pad_token_id": 47})
-    other = preference_batches(Padding(), texts, 2)[0]
-    assert (other["input_ids"][other["attention_mask"] == 0] == 47).all()
+    for pad, expected in ((47, 47), (None, Words.eos_token_id)):
+        Padding = type("Padding", (Words,), {"pad_token_id": pad})
+        other = preference_batches(Padding(), texts, 2)[0]
+        assert (other["input_ids"][other["attention_mask"] == 0] == expected).all()
     assert preference_batches(Words(), texts, 2)[0]["labels"].tolist() == [0, 0]
     (candidates,) = preference_batches(Words(), [{"prompt": "q ", "candidates": ["a", "b", "c"]}], 2)
     assert "labels" not in candidates

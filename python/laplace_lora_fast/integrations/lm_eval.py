@@ -23,6 +23,7 @@ require("lm-eval", ["0.4"])
 
 from lm_eval.api.registry import register_model  # noqa: E402  which may not be there
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from peft import PeftModel  # noqa: E402
 
 Pair = tuple[list[int], list[int]]  # tokens of a context and of a continuation
 
@@ -46,7 +47,9 @@ class LaplaceLM(HFLM):
     def __init__(
         self, pretrained: str, peft: str, posterior: str, link_approx: str | None = None, **options: Any
     ) -> None:
-        super().__init__(pretrained=pretrained, peft=peft, **options)
+        super().__init__(pretrained=pretrained, **options)
+        # not by the harness, which cuts embeddings with more rows than the tokenizer has tokens: another model
+        self._model = PeftModel.from_pretrained(self._model, peft).eval()
         self._link = link_approx
         self.laplace = LaplaceLoRA.load(posterior, self.model)
         if not isinstance(self.laplace.task, Answers | Options):
