@@ -39,7 +39,8 @@ FLOORS = [
     ["predictive"],
     ["text"],
     ["laplace"],
-    ["integrations", "data", "baselines"],
+    ["data", "baselines"],
+    ["integrations"],
     ["demo"],
     ["cli"],
 ]

@@ -59,7 +59,10 @@ def _model(folder: Path):
 
 @pytest.mark.parametrize("task", ["options", "answers"])
 def test_the_harness_runs_a_task_of_its_own(task: str, tmp_path: Path, monkeypatch) -> None:
-    lm_eval, _ = pytest.importorskip("lm_eval"), pytest.importorskip("datasets")
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("datasets")
+    import lm_eval.tasks
+
     from laplace_lora_fast.integrations.lm_eval import LaplaceLM
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -49,7 +49,7 @@ class LaplaceLM(HFLM):
     ) -> None:
         super().__init__(pretrained=pretrained, **options)
         # not by the harness, which cuts embeddings with more rows than the tokenizer has tokens: another model
-        self._model = PeftModel.from_pretrained(self._model, peft).eval()
+        self._model: Any = PeftModel.from_pretrained(self.model, peft).eval()
         self._link = link_approx
         self.laplace = LaplaceLoRA.load(posterior, self.model)
         if not isinstance(self.laplace.task, Answers | Options):
