@@ -35,6 +35,9 @@ metric_list:
 def saved(folder: Path, task: str, rows: list) -> LaplaceLoRA:
     """A model, an adapter and a posterior in files."""
     words.save_model(folder)
+    with_end = words.tokenizer()
+    with_end.eos_token = "[UNK]"  # which the harness needs
+    with_end.save_pretrained(folder / "base")
     words.write_rows(folder / "train.jsonl", rows)
     tokenizer = words.tokenizer()
     model, _, _ = api(folder) if task == "answers" else (*_model(folder), None)
