@@ -198,4 +198,5 @@ class LaplacePredictive(LaplaceState):
             )
 
     def _variance(self, block: Block) -> Tensor:
-        return block.cov.diagonal(dim1=-2, dim2=-1) + self._known_noise() ** 2
+        variance = block.cov.diagonal(dim1=-2, dim2=-1)
+        return variance + self.likelihood.noise_variance(self._known_noise(), variance)

@@ -108,7 +108,7 @@ class LaplaceState:
 
     @property
     def sigma_noise(self) -> float | None:
-        """The noise standard deviation of a regression; None before it is known, and where there is none."""
+        """The noise standard deviation of a regression, which its `scales` multiply; None before it is known."""
         return self._noise
 
     @sigma_noise.setter

@@ -144,15 +144,19 @@ class Regression(Task):
     """The outputs `logits` [N, C] of a regression head with Gaussian noise; `labels` [N] or [N, C].
 
     Args:
-        noise: its standard deviation, one for all outputs; None to have it tuned with the prior precision. Until
-            then it is the one that maximises the evidence at the prior precision of the fit.
+        noise: its standard deviation; None to have it tuned with the prior precision. Until then it is the one that
+            maximises the evidence at the prior precision of the fit.
+        scales: what the noise is multiplied with for each of C outputs: with noise=1.0 these are the noises
+            themselves, with None what they have in common is tuned. None for one noise of all.
     """
 
     noise: float | None = None
+    scales: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.noise is not None:
-            object.__setattr__(self, "noise", positive_number("noise", self.noise))
+        made = Gaussian(self.noise, self.scales)
+        object.__setattr__(self, "noise", made.noise)
+        object.__setattr__(self, "scales", made.scales)
 
     def head(self, model: nn.Module) -> Head:
         _refuse_problem(model, self, ("single_label_classification", "multi_label_classification"))
@@ -160,7 +164,7 @@ class Regression(Task):
 
     @property
     def likelihood(self) -> Likelihood:
-        return Gaussian(self.noise)
+        return Gaussian(self.noise, self.scales)
 
 
 @register

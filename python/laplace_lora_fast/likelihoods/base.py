@@ -35,6 +35,11 @@ class Likelihood(ABC):
     sampled: ClassVar[bool] = False
     noise: float | None = None
 
+    @property
+    def is_unit(self) -> bool:
+        """Whether it is a Gaussian whose Hessian at unit noise is the identity."""
+        return False
+
     def check(self, outputs: Tensor) -> None:
         """Raises InvalidBatchError where C does not fit the likelihood; any does here."""
 
@@ -102,6 +107,10 @@ class Likelihood(ABC):
         Returns:
             The scores, and the best noise [G] where it was left open.
         """
+
+    def noise_variance(self, noise: float, like: Tensor) -> Tensor:
+        """Variance of each output's noise, [C] or a scalar, where there is a noise."""
+        return like.new_tensor(noise**2)
 
     def judged_by(self, targets: Tensor) -> Tensor:
         """The labels that answers are compared with: the targets themselves here."""

@@ -159,7 +159,10 @@ class MarginalLikelihood:
     def _log_likelihood(self, noise: float | None) -> float:
         if noise is None:
             return self._known_log_likelihood()
-        return self._known_log_likelihood() / noise**2 - Gaussian.log_normaliser(self._n_targets, noise)
+        normaliser = getattr(self.likelihood, "log_normaliser", Gaussian().log_normaliser)(
+            self._n_targets, noise
+        )
+        return self._known_log_likelihood() / noise**2 - float(normaliser)
 
 
 def _scale(noise: float | None) -> float:

@@ -73,6 +73,8 @@ def to_state_dict(la: LaplaceLoRA) -> dict[str, Any]:
         NotFittedError: before `fit`, or fitted on batches without labels.
     """
     kron, (fit, centre) = to_kron(la), la.snapshot()
+    if la.likelihood.has_noise and not la.likelihood.is_unit:
+        raise ValueError("laplace-torch has one noise for all outputs: fit with Regression() without scales")
     if fit.log_likelihood is None:
         raise NotFittedError(
             "laplace-torch's state holds the training loss: fit with 'labels' in every batch"

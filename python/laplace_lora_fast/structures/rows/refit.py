@@ -87,7 +87,8 @@ class Observations:
         assert isinstance(total, Tensor)
         if not self.likelihood.has_noise:
             return total
-        return total * self.precision - 0.5 * f.numel() * math.log(2 * math.pi / self.precision)
+        normaliser = self.likelihood.log_normaliser(f.numel(), self.precision**-0.5)  # type: ignore[attr-defined]
+        return total * self.precision - float(normaliser)
 
     def gradient(self, f: Tensor) -> list[Tensor]:
         """d/df log p(y | f) of every block, [N_b, K]."""

@@ -36,7 +36,7 @@ class LeaveOneOutPath:
         self._kernel = curvature.kernels.total(ones.tolist())
         self._equivalent = curvature.equivalent(ones)[0] if curvature.kernels.sketched else None
         self._found: dict[float, Mode] = {}  # by the logarithm of the precision
-        self._spectrum = torch.linalg.eigh(self._kernel) if self._observed.likelihood.has_noise else None
+        self._spectrum = torch.linalg.eigh(self._kernel) if self._observed.likelihood.is_unit else None
 
     def at(self, prior_precision: float) -> list[LeftOut]:
         """For every block its examples, their mean [N_b, K] and covariance [N_b, K, K] without each, and targets."""
