@@ -1,6 +1,6 @@
 """What text costs on a real model, in units of plain passes: fitting `Tokens`, `token_uncertainty`, `generate`.
 
-    python -m bench.tokens        # a minute or two on one core; writes bench/results/tokens.json and tokens.md
+    python -m bench.tokens        # some minutes on one core; writes bench/results/tokens.json and tokens.md
 
 Times are CPU seconds of this process, methods and their floors in turns; ratios are medians over rounds.
 """
@@ -22,7 +22,7 @@ from laplace_lora_fast.demo.task import Recipe, add_adapter, load_examples, load
 from laplace_lora_fast.evaluation.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
-TEXTS, LENGTH, LABELS, SAMPLES, NEW, ROUNDS = 2, 24, 4, 8, 12, 3
+TEXTS, LENGTH, BATCHES, LABELS, SAMPLES, NEW, ROUNDS = 2, 24, 4, 4, 8, 12, 1
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ def main() -> None:
     ids = torch.tensor(longest[:TEXTS])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
-    def training_step() -> None:
-        model(**batch).loss.backward()
-        model.zero_grad(set_to_none=True)
+    def training_steps() -> None:
+        for _ in range(BATCHES):
+            model(**batch).loss.backward()
+            model.zero_grad(set_to_none=True)
 
     def forward() -> None:
         with torch.no_grad():
@@ -93,8 +94,10 @@ def main() -> None:
     passes = (1 + LABELS) * 1.25
     for structure in (Rows(), KFAC(tokens="expand")):
         la = LaplaceLoRA(model, Tokens(samples=LABELS), structure=structure, prior_precision=100.0)
-        ratio = in_turns(lambda la=la: la.fit([batch], progress=False), training_step)  # type: ignore[misc]
-        costs.append(Cost(f"fit, {LABELS} label samples, {structure}", "a training step", ratio, passes))
+        ratio = in_turns(lambda la=la: la.fit([batch] * BATCHES, progress=False), training_steps)  # type: ignore[misc]
+        costs.append(
+            Cost(f"fit, {LABELS} label samples, {structure}", "an epoch of training steps", ratio, passes)
+        )
         fitted = fitted or la
     assert fitted is not None
     ratio = in_turns(lambda: fitted.token_uncertainty(batch, n_samples=SAMPLES), forward)
@@ -107,7 +110,7 @@ def main() -> None:
 
 def write(costs: list[Cost]) -> None:
     """The results as JSON and as a table."""
-    setting = {"texts": TEXTS, "tokens": LENGTH, "new_tokens": NEW, "rounds": ROUNDS}
+    setting = {"texts": TEXTS, "tokens": LENGTH, "batches": BATCHES, "new_tokens": NEW, "rounds": ROUNDS}
     record = {
         **provenance(("torch", "transformers", "peft")),
         "setting": setting,
@@ -117,7 +120,8 @@ def write(costs: list[Cost]) -> None:
     lines = [
         "# Text: what it costs",
         "",
-        f"SmolLM2-135M, fp32, {TEXTS} texts of {LENGTH} tokens, answers of {NEW}; CPU time, median of {ROUNDS} rounds; "
+        f"SmolLM2-135M, fp32, {TEXTS} texts of {LENGTH} tokens a batch, fits on {BATCHES} batches, their end included; "
+        f"answers of {NEW} tokens; CPU time, median of {ROUNDS} round(s) after one that does not count; "
         "`python -m bench.tokens`.",
         "",
         "| method | in units of | ratio | not to exceed |",

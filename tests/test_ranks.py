@@ -62,6 +62,8 @@ FITS = {
     "rows, first rank empty": Rows(),
     "refit, last rank empty": Rows(refit=True),
     "auto, last rank empty": "auto",
+    "tokens, rows": Rows(),
+    "tokens, kfac expand": KFAC(tokens="expand", factors="dense"),
 }
 
 
@@ -85,8 +87,14 @@ def build(rank=0):
     return tiny.tiny_llama(targets=("q_proj", "v_proj"))
 
 
+def with_token_labels(batch):
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
 def seen(la):
     """Everything a user can see of a fit, by name; nothing in it depends on an eigenvector's sign."""
+    if la.likelihood.sampled:
+        return dict(zip(("mean", "variance"), la.sequence_log_prob(with_token_labels(TEST)), strict=True))
     out = {"evidence": la.log_marginal_likelihood(), "probabilities": la.predict(TEST)}
     out["mean"], out["covariance"] = la.logit_distribution(TEST)
     for name, layer in la.factors.items() if type(la.structure) is KFAC else ():
@@ -102,12 +110,15 @@ def seen(la):
     return out
 
 
-def fit(model, loader, structure, group=None, budget=None):
-    la = LaplaceLoRA(model, ANSWERS, structure=structure, prior_precision=0.7, budget=budget)
+def fit(model, loader, structure, group=None, budget=None, task=ANSWERS):
+    la = LaplaceLoRA(model, task, structure=structure, prior_precision=0.7, budget=budget)
     return la.fit(loader, group=group, progress=False)
 
 
 def fit_named(name, loader, group=None):
+    if "tokens" in name:
+        loader = [with_token_labels(batch) for batch in loader]
+        return fit(build(), loader, FITS[name], group, task=Tokens(samples=2))
     return fit(build(), loader, FITS[name], group, 1000 if "files" in name else None)
 
 

@@ -20,6 +20,7 @@ from laplace_lora_fast import (
     InvalidBatchError,
     LaplaceLoRA,
     LeaveOneOut,
+    Tokens,
     UnsupportedAdapterError,
 )
 from laplace_lora_fast import Rows as RowStructure
@@ -145,6 +146,23 @@ def test_token_level_labels_from_the_trainers_collator(tmp_path: Path, way: str)
     loaded = LaplaceLoRA.load(tmp_path, model)
     assert loaded.prior_precision == callback.laplace.prior_precision
     assert_close(loaded.predict(HELD_OUT), callback.laplace.predict(HELD_OUT), 1e-6)
+
+
+@ignore_grid_edges
+def test_every_token_of_what_the_trainer_learns(tmp_path: Path) -> None:
+    held_out = HeldOut([collate(examples(HELD_OUT))], grid=(1, 100, 1e4), n_samples=4)
+    callback = LaplaceCallback(Tokens(samples=2), tuning=held_out)
+    run = trainer(tmp_path, callback)
+    run.train()
+    expected = LaplaceLoRA(run.model, Tokens(samples=2)).fit([collate(examples(TRAIN))], progress=False)
+    expected.optimize_prior_precision(held_out, progress=False)
+    assert callback.laplace is not None
+    assert callback.laplace.prior_precision == expected.prior_precision
+    batch = collate(examples(HELD_OUT))
+    for got, wanted in zip(
+        callback.laplace.sequence_log_prob(batch), expected.sequence_log_prob(batch), strict=True
+    ):
+        assert_close(got, wanted, 1e-4)
 
 
 @ignore_grid_edges

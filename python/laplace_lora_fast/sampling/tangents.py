@@ -173,7 +173,7 @@ class StepHooks:
 def forward_mode() -> Iterator[None]:
     """What forward-mode derivatives need; says of a model that has none what it is that has not."""
     try:
-        with _PlainAttention():  # the fused kernels have no forward mode
+        with _ForwardMode():
             yield
     except (NotImplementedError, RuntimeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -186,12 +186,21 @@ def forward_mode() -> Iterator[None]:
         ) from error
 
 
-class _PlainAttention(TorchFunctionMode):
-    """Attention by matrix products. Of this thread alone, which `torch.nn.attention.sdpa_kernel` is not."""
+class _ForwardMode(TorchFunctionMode):
+    """Functions in a form that forward mode has, or has at less cost.
+
+    Attention by matrix products, as fused kernels have no forward mode: of this thread alone, which
+    `torch.nn.attention.sdpa_kernel` is not. Linear layers on a matrix of all tokens: on [S, 1, d] forward mode copies
+    their weights S times.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and args and args[0].dim() > 2:
+            x, *rest = args
+            flat = func(x.reshape(-1, x.shape[-1]), *rest, **(kwargs or {}))
+            return flat.view(*x.shape[:-1], flat.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -329,5 +338,6 @@ def _of_rows(output: Tensor, at: Step, dora: Dora | None = None) -> Tensor:
         growth = dora.norm.growth(at.da, at.db)[:, None]  # type: ignore[attr-defined]
         step = dora.norm.gain * step - dora.plain.reshape(step.shape) * growth
     step = step.view(output.shape).to(output.dtype)
-    moved: Tensor = output + forward_ad.make_dual(torch.zeros_like(step), step)
+    value, before = forward_ad.unpack_dual(output)
+    moved: Tensor = forward_ad.make_dual(value, step if before is None else before + step)
     return moved
