@@ -259,11 +259,13 @@ def main() -> None:
     warnings.simplefilter("ignore", LaplaceWarning)  # the grid's edge is an answer here
     names = ("train", "held_out", "test", "epochs", "rate", "seeds")
     given = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in names[:-1])
+    seeds = " ".join(map(str, arguments.seeds))
+    source = "" if arguments.arc is None else "--arc FOLDER "
     results: Row = {
         "title": "Options of ARC-Easy"
         if arguments.what == "options"
         else "Rewards from pairs of movie reviews",
-        "command": f"python -m bench.answers {arguments.what} {given} --seeds {' '.join(map(str, arguments.seeds))}",
+        "command": f"python -m bench.answers {arguments.what} {source}{given} --seeds {seeds}",
         "setting": {name: getattr(arguments, name) for name in names},
         "environment": provenance(("torch", "transformers", "peft")),
         "runs": [],

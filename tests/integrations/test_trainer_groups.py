@@ -101,7 +101,7 @@ def test_an_adapter_of_trls_reward_trainer(tmp_path: Path) -> None:
     trainer = trl.RewardTrainer(
         model=model,
         args=trl.RewardConfig(
-            str(tmp_path), max_steps=2, report_to=[], use_cpu=True, per_device_train_batch_size=2
+            str(tmp_path), max_steps=2, report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=2
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -114,5 +114,6 @@ def test_an_adapter_of_trls_reward_trainer(tmp_path: Path) -> None:
     assert_close(callback.laplace.predict(batches[0]), own.predict(batches[0]), 1e-4)
     base = tiny.tiny_llama_classifier(1, torch.float32).unload()
     base.config.pad_token_id = tokenizer.pad_token_id
+    base.config.eos_token_id = model.config.eos_token_id  # which TRL takes from the tokenizer
     again = LaplaceLoRA.load(tmp_path, peft.PeftModel.from_pretrained(base, str(tmp_path)))
     assert_close(again.predict(batches[0]), own.predict(batches[0]), 1e-4)
