@@ -45,7 +45,7 @@ SUBJECT = subjects.Subject(
     "tiny",
     load,
     {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
-    {"over-trained": 3},
+    {"long": 3},
     learning_rate=1e-2,
 )
 
@@ -70,13 +70,13 @@ def test_a_cell_is_filled_once_and_drawn(small, monkeypatch):
     for seed in (0, 1):
         for name in ("main", *(f"fold{k}" for k in range(train.FOLDS))):
             train.ensure(SUBJECT, seed, name)
-        run.fill(methods.Cell(SUBJECT, seed, 3), "over-trained", GROUPS)
-    cell = json.loads((small / "tiny.over-trained.0.json").read_text())
+        run.fill(methods.Cell(SUBJECT, seed, 3), "long", GROUPS)
+    cell = json.loads((small / "tiny.long.0.json").read_text())
     assert {"MAP", "temperature, held-out", "exact rows, cross-fitted", "refit, leave-one-out"} <= set(
         cell["methods"]
     )
     monkeypatch.setattr(methods.Cell, "model", lambda *_: pytest.fail("computed again"))
-    run.fill(methods.Cell(SUBJECT, 0, 3), "over-trained", GROUPS)
+    run.fill(methods.Cell(SUBJECT, 0, 3), "long", GROUPS)
     monkeypatch.undo()
 
     cells = [json.loads(file.read_text()) for file in sorted(small.glob("*.json"))]
@@ -96,7 +96,7 @@ def test_a_cell_is_filled_once_and_drawn(small, monkeypatch):
     assert apart.low <= apart.value <= apart.high
     draw.draw(small)
     text = (small.parent / "table.md").read_text()
-    assert "## tiny, over-trained: 3 epochs" in text
+    assert "## tiny, long: 3 epochs" in text
     assert f"{float(torch.stack([draw.losses(c, 'MAP', 'one').mean() for c in cells]).mean()):.3f}" in text
     assert (small.parent / "table.png").exists()
 
@@ -111,6 +111,6 @@ def _trained(small) -> nn.Module:
 
 def test_what_a_regime_has_not_is_said(small):
     train.ensure(SUBJECT, 0, "main")
-    run.fill(methods.Cell(SUBJECT, 0, 1), "over-trained", ["checkpoints"])
-    (facts,) = json.loads((small / "tiny.over-trained.0.json").read_text())["methods"].values()
+    run.fill(methods.Cell(SUBJECT, 0, 1), "long", ["checkpoints"])
+    (facts,) = json.loads((small / "tiny.long.0.json").read_text())["methods"].values()
     assert "at least one model" in facts["left_out"]

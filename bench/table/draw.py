@@ -52,7 +52,8 @@ def draw(folder: Path) -> None:
         "Written by `python -m bench.table.run --draw` from the files in `table/`. NLL on each test set: mean over "
         "seeds; behind it the difference to temperature scaling with held-out examples, and to temperature scaling by "
         "cross-fitting, with 95 % intervals (1,000 bootstrap draws of seeds and test examples, paired). Intervals "
-        "of one seed say nothing about other trainings. Methods marked * see held-out examples.",
+        "of one seed say nothing about other trainings. Methods marked * see held-out examples. Folds are trained for "
+        "as many epochs as the model, which are fewer steps.",
     ]
     for (model, regime), some in sections.items():
         lines += ["", *_section(model, regime, some)]

@@ -1,6 +1,6 @@
 """Fills the table, cell by cell and method by method, and redraws it.
 
-    python -m bench.table.run --model MiniLM --regimes over-trained --seeds 0 1 2
+    python -m bench.table.run --model MiniLM --regimes long --seeds 0 1 2
 
 Resumable: what a file in bench/results/table has is not computed again. `bench.table.train` trains what is missing.
 """

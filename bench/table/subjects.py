@@ -22,7 +22,7 @@ from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
 
 Batch = dict[str, Tensor]
-REGIMES = {"under-trained": 1, "well-trained": 3, "over-trained": 8}  # epochs
+REGIMES = {"short": 1, "middle": 3, "long": 8}  # epochs
 TESTS = (task.IN_DISTRIBUTION, *task.OUT_OF_DISTRIBUTION)
 KEPT = 3  # snapshots of a checkpoint ensemble, an epoch apart
 
@@ -148,7 +148,7 @@ SUBJECTS = {
             "SmolLM2-135M",
             _smollm2,
             {**_ATTENTION, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
-            {"under-trained": 1, "well-trained": 2, "over-trained": 6},
+            {"short": 1, "middle": 2, "long": 6},
             batch_size=8,
         ),
     )

@@ -146,7 +146,7 @@ class Bins:
 def bin_of(confidence: Tensor) -> Tensor:
     """The bin, 0 to 14, of each confidence, fp64: a value on an edge belongs below it."""
     edges = [index / ECE_BINS for index in range(1, ECE_BINS)]
-    return torch.bucketize(confidence, torch.tensor(edges, dtype=torch.float64))
+    return torch.bucketize(confidence.contiguous(), torch.tensor(edges, dtype=torch.float64))
 
 
 def bin_by_confidence(predictions: Judged) -> Bins:

@@ -37,7 +37,8 @@ class CrossFit(Tuning):
 
     Args:
         train: (rows) -> model: trains on these rows, from where the model in question started and in the same way, and
-            returns it with its adapter. A transformers Trainer inside does as well as a loop.
+            returns it with its adapter. A transformers Trainer inside does as well as a loop. For as many steps, not
+            epochs: after fewer, a model is less sure of its answers than the one in question.
         data: the training rows: examples, or whole batches; any objects that `train` and `batches` take.
         folds: K, 2 to the number of rows.
         batches: (rows) -> loader of labelled batches as for `fit`; None where the rows are batches themselves.
