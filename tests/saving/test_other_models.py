@@ -185,7 +185,7 @@ def test_the_original_of_a_trained_head_does_not_matter(tmp_path):
     with torch.no_grad():
         weight = model.base_model.model.score.modules_to_save["default"].weight
         weight[[0, 1]] = weight[[1, 0]]
-    with pytest.raises(StateError, match=r"score.modules_to_save.default.weight"):
+    with pytest.raises(StateError, match=r"score.modules_to_save.default"):
         LaplaceLoRA.load(tmp_path, model)
 
 

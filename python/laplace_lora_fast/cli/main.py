@@ -113,7 +113,7 @@ def fit(
         str | None,
         typer.Option(
             help="all (default): one prior precision; side: one for lora_A, one for lora_B (held_out, evidence); "
-            "layer: one a LoRA layer (evidence)."
+            "head: one for LoRA, one for trained heads (both); layer: one a layer (evidence)."
         ),
     ] = None,
     grid: Annotated[

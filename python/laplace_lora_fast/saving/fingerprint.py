@@ -19,7 +19,7 @@ from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.saving.surroundings import Place, Surroundings, read, settings_of
 from laplace_lora_fast.saving.watch import Watch
 from laplace_lora_fast.structures.base import Curvature
-from laplace_lora_fast.weights import matrices
+from laplace_lora_fast.weights import SIDES, matrices
 
 _SINCE = "changed since fit: fit again"
 
@@ -130,9 +130,9 @@ def require_shapes(curvature: Curvature, layers: Sequence[Treated], error: type[
     """Raises `error` unless the adapter's weights have the shapes of the curvature's means; names the layer."""
     for name, mean, weight in zip(curvature.names, curvature.means, _weights(layers), strict=True):
         if weight.shape != mean.shape:
+            what = f"lora_{name.side}" if name.side in SIDES else "a weight"
             raise error(
-                f"layer {name.layer!r} has a weight {str(name)!r} of shape {tuple(weight.shape)}, not "
-                f"{tuple(mean.shape)}"
+                f"layer {name.layer!r} has {what} of shape {tuple(weight.shape)}, not {tuple(mean.shape)}"
             )
 
 
