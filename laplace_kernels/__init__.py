@@ -48,8 +48,10 @@ from laplace_kernels.dispatch import (
 from laplace_kernels.halves import halves
 from laplace_kernels.op import Op
 from laplace_kernels.ops.checks import accumulation_dtype, members
+from laplace_kernels.precision import FULL_PRECISION
 
 __all__ = [
+    "FULL_PRECISION",
     "OPS",
     "Backend",
     "Choice",

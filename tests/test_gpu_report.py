@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench.gpu import gate
+import laplace_kernels as lk
+from bench.gpu import gate, output, smoke, tree
 from bench.gpu.isolated import run_cases
 from bench.gpu_report import begin
+from laplace_kernels import dispatch
 
 LOG = """
 [gw1] [  1%] PASSED tests/gpu/test_kernels.py::test_gram[reference-0-8-False-dtype0]
@@ -82,3 +85,57 @@ def test_only_a_report_of_the_same_commit_is_extended(tmp_path: Path) -> None:
     assert begin(dry=True, commit="abc", earlier=path)["ops"] == [1, 2]
     with pytest.raises(SystemExit, match="commit"):
         begin(dry=True, commit="def", earlier=path)
+
+
+def test_the_packages_of_the_tree_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree.require()
+    monkeypatch.setattr(tree, "ROOT", Path("/elsewhere"))
+    with pytest.raises(SystemExit, match="is not of /elsewhere"):
+        tree.require()
+
+
+def test_a_smoke_test_tells_wrong_from_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op is right; one that is not, or breaks, is noticed, and its backend refused."""
+    for case in smoke.cases(dry=True):
+        (record,) = smoke.measure(case, "cpu")
+        assert record["right"]
+        assert record["error"] < 1e-5
+    case = smoke.cases(dry=True)[0]
+
+    def wrong(Z: Any, X: Any, W: Any) -> None:
+        Z.fill_(float("nan"))
+
+    def broken(Z: Any, X: Any, W: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    for kernel in (wrong, broken):
+        lk.register_backend(
+            lk.Backend("mine", lambda op, device, dtype: "no fp64" if dtype == torch.float64 else "")
+        )
+        lk.register_kernel("mine", "project_", kernel)
+        try:
+            records = list(smoke.measure(case, "cpu"))
+        finally:
+            dispatch._backends.pop("mine")
+            dispatch.reconsider()
+        assert [(record["backend"], record["right"]) for record in records] == [
+            ("mine", False),
+            ("reference", True),
+        ]
+        assert smoke.refused(records) == {"mine": "project_ is wrong"}
+
+
+def test_tables_of_what_a_fit_costs() -> None:
+    spread = {"median": 0.2, "p20": 0.1, "p80": 0.3}
+    common = {"model": "m", "targets": "q, v", "batch": "b", "seconds": spread, "host_seconds": spread}
+    fits = [common | {"job": job, "end_seconds": 1.5} for job in ("bare passes", "fit, rows")]
+    fits[1] |= {
+        "seconds": {name: 2 * value for name, value in spread.items()},
+        "kernels": 70,
+        "busy_seconds": 0.05,
+    }
+    text = output.markdown(
+        {"dry": False, "environment": {}, "fits": [*fits, {"model": "m", "targets": "t", "failed": "x"}]}
+    )
+    assert "| fit, rows | 400.0 (200.0-600.0) | +100.0% | 200.0 | 50.0 | 70 | 1.50 |  |" in text
+    assert "failed: x" in text

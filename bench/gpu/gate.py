@@ -33,7 +33,7 @@ def run_tests(log: Path) -> dict[str, Any]:
     stuck = [f"faulthandler_timeout={STUCK_SECONDS}", "faulthandler_exit_on_timeout=true"]
     command = [sys.executable, "-m", "pytest", "-v", "tests/gpu", "-o", stuck[0], "-o", stuck[1]]
     command += ["-p", "no:cacheprovider", "-n", str(min(WORKERS, os.cpu_count() or 1))]
-    finished = _run(command, log, TEST_SECONDS, {}) is not None
+    finished = run(command, log, TEST_SECONDS, {}) is not None
     return outcomes(log.read_text(encoding="utf-8", errors="replace")) | {"finished": finished}
 
 
@@ -93,12 +93,12 @@ def sanitize(log: Path, seconds: float) -> str:
         "-k",
         f"({SMALL}) and not ({BIG})",
     ]
-    code = _run(command, log, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    code = run(command, log, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     verdicts = {0: "clean", 9: "errors", None: "out of time"}
     return f"{verdicts.get(code, f'pytest exits with {code}')}: see {log.name}"
 
 
-def _run(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
+def run(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
     """The exit code of a command that writes to `log`; None if it had to be stopped."""
     with log.open("w") as out:
         run = subprocess.Popen(

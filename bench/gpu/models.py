@@ -86,7 +86,7 @@ def measure_model(case: Case, device: str, dry: bool, refused: Mapping[str, str]
     short = [make_batch(SHAPES[name], 1, tokens // 4) for _ in range(BATCHES)]
     own = {
         "forward": partial(_forward, model, on),
-        "forward + backward": partial(_forward_backward, model, on),
+        "forward + backward": partial(forward_backward, model, on),
     }
     training = {"training step": partial(_training_step, model, on)}
     for job_name, passes in (own | training).items():
@@ -120,7 +120,6 @@ def _jobs(model: nn.Module) -> dict[str, Job]:
     fit = partial(_fit, model)
     both = "forward + backward"
     at_once = partial(mock.patch.object, factors, "tokens_worth_an_update", return_value=0)
-    jacobian = ("jacobian_stats",)
     expand = KFAC(tokens="expand")  # dense factors up to the budget: all of them for q and v
     sketches = KFAC(tokens="expand", factors="sketch")
     both_ops = ("gram_", "gram_sketch_")
@@ -132,7 +131,7 @@ def _jobs(model: nn.Module) -> dict[str, Job]:
         "fit, KFAC expand, short batches": Job(partial(fit, expand), both, (*both_ops, "gram_group_")),
         "fit, KFAC expand, short batches, no token waits": Job(partial(fit, expand), both, both_ops, at_once),
         "predict, rows (default)": Job(partial(_predict, model, Rows()), both),
-        "predict, KFAC of rank 64": Job(partial(_predict, model, KFAC(rank=64)), both, jacobian),
+        "predict, KFAC of rank 64": Job(partial(_predict, model, KFAC(rank=64)), both),
     }  # fmt: skip
 
 
@@ -204,7 +203,7 @@ def _forward(model: nn.Module, device: torch.device, laps: Laps) -> None:
             _answers(model, batch, device)
 
 
-def _forward_backward(model: nn.Module, device: torch.device, laps: Laps) -> None:
+def forward_backward(model: nn.Module, device: torch.device, laps: Laps) -> None:
     """Back to the output of the first LoRA layer, with no weight gradient: what a fit cannot do without."""
     first = next(module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
     start = first.register_forward_hook(lambda *args: args[-1].clone().requires_grad_())

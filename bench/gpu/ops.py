@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ class Problem:
         operands: Makes one set of inputs.
         baseline: What a user would write with the library's products.
         run: The op on one set of inputs; None for a ceiling, which has a baseline only.
+        others: More that a user might write.
         capture: Whether the op may be captured in a CUDA graph.
     """
 
@@ -36,18 +37,22 @@ class Problem:
     operands: Callable[[], tuple[Any, ...]]
     baseline: Callable[..., object]
     run: Callable[..., object] | None = None
+    others: Mapping[str, Callable[..., object]] = field(default_factory=dict)
     capture: bool = True
 
 
 def cases(widths: tuple[int, ...], tokens: tuple[int, ...]) -> list[Case]:
-    """What the machine reaches at most, then every op over all sizes; variations of lesser weight at one T only."""
+    """What the machine reaches at most, then every op over all sizes; variations of lesser weight at one T only.
+
+    In the order of how much a fit depends on them.
+    """
     ceilings = [(name, widths[-1], tokens[-1]) for name in ("bf16 product", "copy")]
-    everywhere = ("gram_", "gram_ masked", "gram_sketch_", "jacobian_stats")
-    found = [(op, d, T) for d in widths for T in tokens for op in everywhere]
-    found += [("kron_apply", d, 0) for d in widths]
+    everywhere = ("project_", "gram_", "gram_ masked", "gram_sketch_", "jacobian")
+    found = [(op, d, T) for op in everywhere for d in widths for T in tokens]
     found += [("gram_group_", widths[0] // 4, T) for T in tokens]
-    extra = ("gram_sketch_ of 64 columns", "jacobian_stats of 4 classes", "jacobian_stats of 16-bit rows")
-    return ceilings + found + [(op, d, tokens[-2]) for d in widths for op in extra]
+    found += [("kron_apply", d, 0) for d in widths]
+    extra = ("gram_sketch_ of 64 columns", "jacobian_stats", "jacobian_stats of 4 classes")
+    return ceilings + found + [(op, d, tokens[-1]) for op in extra for d in widths]
 
 
 def describe(case: Case) -> dict[str, Any]:
@@ -66,7 +71,8 @@ def measure_op(case: Case, device: str, rounds: int, refused: Mapping[str, str])
     """
     problem = make_problem(case, torch.device(device))
     sets = [problem.operands() for _ in range(inputs_beyond_cache(int(problem.nbytes), torch.device(device)))]
-    variants = {"baseline": Variant([_bind(problem.baseline, operands) for operands in sets])}
+    written = {"baseline": problem.baseline, **problem.others}
+    variants = {name: Variant([_bind(call, operands) for operands in sets]) for name, call in written.items()}
     unavailable = {}
     for backend in lk.backends() if problem.run else ():
         with lk.use_backend(backend):
@@ -98,9 +104,9 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         return _gram_sketch(d, T, 64 if variation else SKETCH, device)
     if name == "jacobian_stats":
         classes = CLASSES if variation == "of 4 classes" else 1
-        small = torch.bfloat16 if variation == "of 16-bit rows" else torch.float32
-        return _jacobian_stats(d, T, classes, small, device)
+        return _jacobian_stats(d, T, classes, device)
     makers = {"kron_apply": _kron_apply, "gram_group_": _gram_group, "bf16": _product, "copy": _copy}
+    makers |= {"project_": _project, "jacobian": _jacobian}
     return makers[name](d, T, device)
 
 
@@ -142,7 +148,15 @@ def _gram(d: int, T: int, device: torch.device, masked: bool) -> Problem:
         X = X if keep is None else torch.where(keep[:, None], X, 0)
         C.add_(_mm(X.mT, X))
 
-    return Problem(2.0 * T * d * d, 2.0 * T * d + 4.0 * d * d, operands, baseline, lk.gram_)
+    def in_place(C: Tensor, X: Tensor, keep: Tensor | None) -> None:
+        X = X if keep is None else torch.where(keep[:, None], X, 0)
+        if X.is_cuda:
+            torch.addmm(C, X.mT, X, out_dtype=torch.float32, out=C)
+        else:
+            C.addmm_(X.float().mT, X.float())
+
+    others = {"addmm": in_place}
+    return Problem(2.0 * T * d * d, 2.0 * T * d + 4.0 * d * d, operands, baseline, lk.gram_, others)
 
 
 def _gram_group(d: int, T: int, device: torch.device) -> Problem:
@@ -165,24 +179,59 @@ def _gram_sketch(d: int, T: int, m: int, device: torch.device) -> Problem:
         return torch.zeros(d, m, device=device), _random(T, d, device=device), omega
 
     def baseline(Y: Tensor, X: Tensor, omega: Tensor) -> None:
-        Y.add_(_mm(X.mT, X @ omega.bfloat16()))
+        Y.add_(_mm(X.mT, _mm(X, omega.bfloat16()).bfloat16()))
 
     return Problem(4.0 * T * d * m, 2.0 * T * d, operands, baseline, lk.gram_sketch_)
 
 
-def _jacobian_stats(d: int, T: int, classes: int, small_dtype: torch.dtype, device: torch.device) -> Problem:
+def _project(d: int, T: int, device: torch.device) -> Problem:
+    """What a fit of rows asks of an output gradient: 16 columns of maps and a sketch's."""
+    n = 2 * RANK + SKETCH
+
+    def operands() -> tuple[Any, ...]:
+        return torch.empty(T, n, device=device), _random(T, d, device=device), _random(n, d, device=device).mT
+
+    def baseline(Z: Tensor, X: Tensor, W: Tensor) -> Tensor:
+        return _mm(X, W)
+
+    return Problem(2.0 * T * d * n, 2.0 * T * d + 2.0 * d * n + 4.0 * T * n, operands, baseline, lk.project_)
+
+
+def _jacobian(d: int, T: int, device: torch.device) -> Problem:
+    tokens = max(1, T // EXAMPLES)
+
+    def operands() -> tuple[Any, ...]:
+        small = _random(EXAMPLES, tokens, RANK, device=device, dtype=torch.float32)
+        return small, _random(EXAMPLES, tokens, d, device=device)
+
+    def baseline(small: Tensor, large: Tensor) -> Tensor:
+        return _bmm(small.mT, large)
+
+    return Problem(2.0 * T * d * RANK, 2.0 * T * d, operands, baseline, lk.jacobian)
+
+
+def _bmm(small: Tensor, large: Tensor) -> Tensor:
+    """A fp32 matrix times a bf16 one: two halves, with a fp32 result, where the library has one."""
+    if not large.is_cuda:
+        return torch.bmm(small, large.float())
+    high = small.to(large.dtype)
+    both = torch.bmm(torch.cat([high, (small - high).to(large.dtype)], 1), large, out_dtype=torch.float32)
+    return both[:, : small.shape[1]] + both[:, small.shape[1] :]
+
+
+def _jacobian_stats(d: int, T: int, classes: int, device: torch.device) -> Problem:
     """A prediction asks for it one contrast at a time, with the small side in fp32."""
     tokens = T // EXAMPLES
 
     def operands() -> tuple[Any, ...]:
-        small = _random(EXAMPLES, classes, tokens, RANK, device=device, dtype=small_dtype)
+        small = _random(EXAMPLES, classes, tokens, RANK, device=device, dtype=torch.float32)
         basis = _random(d, BASIS, device=device, dtype=torch.float32) / d**0.5
         return small, _random(EXAMPLES, 1, tokens, d, device=device), basis
 
     def baseline(small: Tensor, large: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         stacked = small.mT.reshape(EXAMPLES, classes * RANK, tokens)
-        jacobian = torch.bmm(stacked, large[:, 0].to(small.dtype)).view(EXAMPLES, classes, RANK, d)
-        return jacobian @ basis.to(small.dtype), torch.einsum("ncji,neji->njce", jacobian, jacobian)
+        jacobian = _bmm(stacked, large[:, 0]).view(EXAMPLES, classes, RANK, d)
+        return jacobian @ basis, torch.einsum("ncji,neji->njce", jacobian, jacobian)
 
     flops = 2.0 * EXAMPLES * classes * RANK * d * (tokens + BASIS + classes)
     return Problem(flops, 2.0 * T * d, operands, baseline, lk.jacobian_stats)

@@ -13,6 +13,10 @@ def markdown(report: Report) -> str:
     lines = [f"# {'Dry run, not a measurement' if report['dry'] else 'GPU report'}", ""]
     lines += [f"{name}: {value}  " for name, value in report["environment"].items()]
     lines += ["", *_verdicts(report)]
+    if "smoke" in report:
+        lines += ["", *_smoke(report["smoke"])]
+    if "fits" in report:
+        lines += ["", *_fits(report["fits"])]
     if "ops" in report:
         lines += ["", *_ops(report["ops"])]
     if "models" in report:
@@ -21,13 +25,56 @@ def markdown(report: Report) -> str:
 
 
 def _verdicts(report: Report) -> list[str]:
-    lines = []
+    lines = [f"{report['build']}  "] if "build" in report else []
     if "tests" in report:
         tests = report["tests"]
         state = "" if tests["finished"] else ", stopped before the end"
         lines.append(f"tests/gpu: {tests['passed']} passed, {len(tests['failed'])} failed{state}  ")
     lines += [f"{name} is not measured: {why}  " for name, why in report.get("refused", {}).items()]
-    return lines + ([f"compute-sanitizer: {report['sanitize']}  "] if "sanitize" in report else [])
+    named = {"profile": "ncu", "sanitize": "compute-sanitizer"}
+    return lines + [f"{name}: {report[part]}  " for part, name in named.items() if part in report]
+
+
+def _smoke(records: list[Report]) -> list[str]:
+    """Whether each op is right, by whom."""
+    lines = [
+        "| op | d | T | backend | right | largest error | first call, s |",
+        "|---|---:|---:|---|---|---:|---:|",
+    ]
+    for record in records:
+        where = f"| {record['op']} | {record['d']} | {record['T'] or ''} | {record.get('backend', '')} "
+        if what := _missing(record):
+            lines.append(f"{where}| {what} | | |")
+        else:
+            right = "yes" if record["right"] else "NO"
+            lines.append(f"{where}| {right} | {record['error']:.1e} | {record['seconds']:.2f} |")
+    return lines
+
+
+def _fits(records: list[Report]) -> list[str]:
+    """Cost of a batch of each fit, and over the bare passes before it; Python waits where host and GPU take as long."""
+    lines = [
+        "| model | LoRA on | batch | job | ms a batch (p20-p80) | over its passes | host ms | busy ms | kernels "
+        "| end, s | peak GB |"
+    ]
+    lines += ["|---|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    bare = 0.0
+    for record in records:
+        where = f"| {record['model']} | {record['targets']} | {record.get('batch', '')} | {record.get('job', '')} "
+        if what := _missing(record):
+            lines.append(f"{where}| {what} | | | | | | |")
+            continue
+        ms = {name: record["seconds"][name] * 1e3 for name in ("median", "p20", "p80")}
+        bare = ms["median"] if record["job"] == "bare passes" else bare
+        over = f"{ms['median'] / bare - 1:+.1%}" if bare and record["job"] != "bare passes" else ""
+        busy = f"{record['busy_seconds'] * 1e3:.1f}" if "busy_seconds" in record else ""
+        peak = f"{record['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in record else ""
+        lines.append(
+            f"{where}| {ms['median']:.1f} ({ms['p20']:.1f}-{ms['p80']:.1f}) | {over} "
+            f"| {record['host_seconds']['median'] * 1e3:.1f} | {busy} | {record.get('kernels', '')} "
+            f"| {record['end_seconds']:.2f} | {peak} |"
+        )
+    return lines
 
 
 def _ops(cases: list[Report]) -> list[str]:

@@ -64,7 +64,7 @@ def measure(
             with variants[name].context():
                 variants[name].calls[-1]()  # here the choice of a backend takes its time
                 times[name].append(_seconds(replay, device) * 1e6 / len(variants[name].calls))
-    return {name: _spread(values) for name, values in times.items()}, failed
+    return {name: spread(values) for name, values in times.items()}, failed
 
 
 @contextmanager
@@ -116,7 +116,7 @@ class Laps:
 
     def spread(self) -> Spread:
         """Without the first batch, on which kernels are compiled and buffers allocated."""
-        return _spread(self.seconds()[1:])
+        return spread(self.seconds()[1:])
 
     def _stamp(self) -> None:
         if self._device.type != "cuda":
@@ -169,7 +169,8 @@ def _seconds(call: Call, device: torch.device) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Median and fifths of values."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")

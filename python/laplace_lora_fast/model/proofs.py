@@ -26,7 +26,7 @@ from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import Tapped
 
-_WAITING_BYTES = 2**24  # of tokens at pads
+_WAITING_BYTES, _WAITING_BYTES_ON_CPU = 2**26, 2**22  # of tokens at pads
 _LEAVE_OUT = "or leave them out: LaplaceLoRA(.., layers=lambda name: ..)"
 
 
@@ -186,7 +186,8 @@ class PadTokens:
         width, device = stream.shape[-1], stream.device
         kind = width, stream.dtype, device
         if kind not in self._waiting:
-            room = _WAITING_BYTES // (len(self._pads) * width * stream.itemsize)
+            most = _WAITING_BYTES_ON_CPU if device.type == "cpu" else _WAITING_BYTES
+            room = most // (len(self._pads) * width * stream.itemsize)
             self._waiting[kind] = stream.new_empty(min(max(room, 1), 64), len(self._pads), width), []
         tokens, keys = self._waiting[kind]
         pads = self._pads if device == self._pads.device else self._pads.to(device, non_blocking=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Listener, Step
@@ -21,6 +22,12 @@ from laplace_lora_fast.weights import LayerWeights, by_layer, in_order, position
 def jacobian(small: Tensor, large: Tensor) -> Tensor:
     """Sum over tokens of small (x) large: [S, Ks, T, r], [S, Kl, T, d] -> [S, K, r, d]."""
     n, _, tokens, r = small.shape
+    if not lk.sums_in_fp32(large):
+        large = large.to(small.dtype)
+        with lk.FULL_PRECISION:
+            if small.shape[1] > 1 and large.shape[1] == 1:
+                return (small.mT.reshape(n, -1, tokens) @ large[:, 0]).view(n, -1, r, large.shape[3])
+            return small.mT @ large
     if large.shape[1] == 1:  # one read of it for all K
         stacked = small.mT.reshape(n, -1, tokens)
         return lk.jacobian(stacked.mT, large[:, 0]).view(n, -1, r, large.shape[3])
@@ -50,7 +57,8 @@ class JacobianListener(Listener):
         self._normalised = in_order([layer.norm is not None] * len(layer.sides) for layer in layers)
         self._rotations = by_layer(rotations, layers)
         self._aligned: dict[int, Tensor] = {}
-        self._columns: dict[tuple[object, ...], Columns] = {}  # for 16-bit streams
+        self._wide_maps: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._columns: dict[tuple[object, ...], Columns] = {}  # of several maps, for 16-bit streams of a GPU
         self._inputs: dict[int, Tensor] = {}
         self._small_of_inputs: dict[int, Tensor] = {}
         self._shared_inputs: Sequence[int] = []
@@ -101,6 +109,10 @@ class JacobianListener(Listener):
         Returns:
             [S, 1, T, r] each, in the accumulation dtype.
         """
+        if not lk.sums_in_fp32(stream):
+            wide = lk.accumulation_dtype(stream.dtype)
+            with lk.FULL_PRECISION:
+                return [linear(stream.to(wide), self._map(*each, wide))[:, None] for each in maps]
         key = (stream.dtype, *maps)
         if key not in self._columns:
             parts = [self._maps[layer][side].mT.to(stream.device) for layer, side in maps]
@@ -111,6 +123,12 @@ class JacobianListener(Listener):
         lk.project_(products.flatten(0, 2), stream.flatten(0, 1), columns.matrix)
         add_halves_(products, [columns])
         return [columns.part(products[0], index)[:, None] for index in range(len(maps))]
+
+    def _map(self, layer: int, side: int, dtype: torch.dtype) -> Tensor:
+        key = (layer, side, dtype)
+        if key not in self._wide_maps:  # once
+            self._wide_maps[key] = self._maps[layer][side].to(dtype)
+        return self._wide_maps[key]
 
     @abstractmethod
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:

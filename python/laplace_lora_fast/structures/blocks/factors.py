@@ -17,7 +17,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.blocks.spectrum import Spectrum, spectrum_of_rows, truncated
+from laplace_lora_fast.structures.blocks.spectrum import Spectrum, left_pairs, spectrum_of_rows, truncated
 from laplace_lora_fast.structures.blocks.waiting import WaitingRows
 from laplace_lora_fast.structures.state import State
 
@@ -305,8 +305,12 @@ class SketchFactor(Factor):
         core = omega.mT @ sketch
         weights, basis = torch.linalg.eigh((core + core.mT) / 2)
         root = (sketch @ basis) / weights.clamp_min(shift).sqrt()  # C ~ root root^T
-        vectors, sigma, _ = torch.linalg.svd(root, full_matrices=False)
-        values = (sigma.square() - shift).clamp_min(0)
+        if root.device.type == "cpu":
+            vectors, sigma, _ = torch.linalg.svd(root, full_matrices=False)
+            values = sigma.square()
+        else:
+            values, vectors = left_pairs(root)
+        values = (values - shift).clamp_min(0)
         rank = max(1, self._size // 4) if rank is None else rank
         return truncated(values, vectors, self._trace, rank, self.dtype)
 
