@@ -297,7 +297,7 @@ def autocast_on_meta() -> Iterator[None]:
 
 
 def _no_values(dim: int, columns: int, seed: int, like: Tensor) -> Tensor:
-    return torch.empty(dim, min(columns, dim), device=like.device)
+    return torch.empty(dim, min(columns, dim), device=like.device, dtype=torch.bfloat16)
 
 
 def cases() -> list[Case]:
