@@ -84,6 +84,9 @@ class Screen(Listener):
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         self._show(partial(self._inner.observe_alignment, layer, aligned))
 
+    def observe_parameters(self, gradients: Sequence[Tensor | None]) -> None:
+        self._show(partial(self._inner.observe_parameters, gradients))
+
     def finish_pass(self) -> None:
         if self._latest is not None and not self._reads(self._latest[1]):
             layer, g, mask = self._latest
