@@ -6,7 +6,7 @@ BARE := .venv-bare
 # Where there is an nvcc the tests insist on the CUDA library; elsewhere it is left out, visibly.
 BUILD_CUDA := $(if $(shell command -v nvcc),1,0)
 
-.PHONY: bench demo docs matrix quick test
+.PHONY: bench demo docs matrix quick test wheels
 
 # A first run installs; stamp files keep later ones from doing so again. On a machine with other work, set
 # OMP_WAIT_POLICY=PASSIVE: threads then sleep, rather than spin, while they wait.
@@ -36,6 +36,10 @@ quick: $(VENV)/.test-stamp
 matrix: $(VENV)/.test-stamp
 	-$(BIN)/pip install bitsandbytes torchao optimum-quanto hqq
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.table
+
+# sdist and wheel, installed in a clean environment of each Python from 3.10 to 3.13 that is there; minutes and gigabytes.
+wheels:
+	bench/wheels.sh
 
 # The site, from docs/, examples/ and docstrings, into site/; broken links are errors.
 docs: $(VENV)/.test-stamp

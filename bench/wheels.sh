@@ -1,0 +1,50 @@
+#!/bin/sh
+# Builds sdist and wheel, and installs the wheel in a clean environment of each Python that is there: `make wheels`.
+# PYTHONS="python3.10 python3.13" names them; EXTRAS="cli,evaluate" what is installed beside the package; TORCH comes
+# first, as the package's looser requirement could fetch another, much larger build.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+pythons=${PYTHONS:-"python3.10 python3.11 python3.12 python3.13"}
+extras=${EXTRAS:-cli,evaluate}
+first=
+for python in $pythons; do
+    if command -v "$python" >/dev/null; then first=${first:-$python}; else echo "$python is not there: left out"; fi
+done
+test -n "$first"
+
+"$first" -m venv "$work/build"
+"$work/build/bin/pip" install -q build
+# the wheel is made from the sdist, so that what the sdist lacks shows
+LAPLACE_KERNELS_BUILD_CUDA=0 "$work/build/bin/python" -m build -o "$work/dist" "$root" >"$work/log" 2>&1 || { tail -40 "$work/log"; exit 1; }
+wheel=$(echo "$work"/dist/*.whl)
+echo "built $(basename "$wheel") and $(basename "$work"/dist/*.tar.gz)"
+case $wheel in *-py3-none-any.whl) ;; *) echo "a wheel without CUDA kernels has to be pure Python"; exit 1 ;; esac
+"$work/build/bin/python" - "$wheel" "$root/pyproject.toml" <<'PY'
+import re, sys, zipfile
+wheel, project = sys.argv[1:]
+names = zipfile.ZipFile(wheel).namelist()
+for wanted in ("laplace_lora_fast/py.typed", "laplace_kernels/py.typed", "laplace_lora_fast/demo/data/"):
+    assert any(name.startswith(wanted) for name in names), f"{wanted} is not in the wheel"
+strange = [name for name in names if name.startswith(("tests", "bench", "docs")) or name.endswith((".so", ".cu"))]
+assert not strange, strange
+version = re.search(r'^version = "(.+)"', open(project).read(), re.M)[1]
+assert f"-{version}-" in wheel, version
+PY
+
+for python in $pythons; do
+    command -v "$python" >/dev/null || continue
+    "$python" -m venv "$work/$python"
+    bin=$work/$python/bin
+    "$bin/pip" install -q "${TORCH:-torch==2.13.0}"
+    "$bin/pip" install -q "$wheel[$extras]"
+    "$bin/pip" check
+    cd "$work"  # not in the checkout: what is imported is what was installed
+    "$bin/laplace-lora" --version
+    "$bin/laplace-lora" doctor >/dev/null
+    cp -r "$root/examples" "$work/examples-$python"
+    OMP_NUM_THREADS=1 "$bin/python" "$work/examples-$python/answers.py" >/dev/null
+    cd "$root"
+    echo "$("$bin/python" --version): installs, pip check, doctor and an example run"
+done
