@@ -3,8 +3,7 @@
     python -m bench.leave_one_out --rows 1000 2000 --out bench/results
 
 Random features with labels that follow them: a kernel [R, R] and R two-class examples, as `Rows(refit=True)` has them.
-The
-old way is timed at every `--every`-th value of the grid and scaled to all of it; both in one run.
+The old way is timed at every `--every`-th value of the grid and scaled to all of it; both in one run.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class LaplaceLoRA(LaplaceText):
             ranks=ranks,
         )
         wanted = self.structure if isinstance(self.structure, Structure) else None
-        structure, reason, train_loader = choose(subject, wanted, problem, train_loader, progress)
+        structure, reason, problem, train_loader = choose(subject, wanted, problem, train_loader, progress)
         facts |= {"the chosen structure": repr(structure), "non_finite": non_finite}
         with recording(checkpoint, facts, ranks) as recorder:
             fitted = fit(

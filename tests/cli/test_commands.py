@@ -83,7 +83,7 @@ def test_the_refit_needs_no_held_out_rows(files, tmp_path, options):
     data = ["--data", folder / "train.jsonl", "--out", tmp_path]
     result = invoke("fit", *common, *data, *options.split())
     assert result.exit_code == 0, result.output
-    assert "Fitted Rows(columns=128, refit=True, fisher='exact') on 12 rows" in result.output
+    assert "Fitted Rows(columns=None, refit=True, fisher='exact') on 12 rows" in result.output
     assert "chosen by leave_one_out" in result.output
     model, answers, loader = api(folder)
     expected = LaplaceLoRA(model, Answers(answers), structure=Rows(refit=True))
@@ -99,7 +99,7 @@ def test_a_number_is_the_prior_precision(files, tmp_path):
     result = invoke("fit", *common, "--data", folder / "train.jsonl", "--out", tmp_path, "--prior", "7.5")
     assert result.exit_code == 0, result.output
     assert LaplaceLoRA.load(tmp_path, api(folder)[0]).prior_precision == 7.5
-    assert "Fitted Rows(columns=128, refit=False" in result.output
+    assert "Fitted Rows(columns=None, refit=False" in result.output
     assert "prior precision 7.5." in result.output
 
 

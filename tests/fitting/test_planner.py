@@ -198,7 +198,7 @@ def test_plan_without_weights(name, tmp_path):
         "KFAC",
         "EKFAC",
         "Diagonal",
-        "structure='auto' takes KFAC",
+        "structure='auto' takes LowRank",
         "--tflops-fp64: not measured",
     ):
         assert word in text

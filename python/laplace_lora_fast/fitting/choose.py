@@ -48,7 +48,7 @@ def first_batch(loader: Loader) -> tuple[Batch | None, Loader]:
 
 def choose(
     subject: Subject, structure: Structure | None, problem: Problem, loader: Loader, progress: bool
-) -> tuple[Structure, str, Loader]:
+) -> tuple[Structure, str, Problem, Loader]:
     """The structure of a fit, priced: one line to whoever waits says what it takes.
 
     Args:
@@ -59,7 +59,8 @@ def choose(
         progress: say what it takes.
 
     Returns:
-        It, why, and the loader, of which a first batch may have been looked at.
+        It, why, the problem with its size where that is known, and the loader, of which a first batch may have been
+        looked at.
 
     Raises:
         ValueError: the budget is too small for it in its smallest form.
@@ -73,7 +74,7 @@ def choose(
     plan = price(structure, problem)
     require_budget(plan)
     say(plan.line(), progress and problem.ranks.rank == 0)
-    return structure, reason, loader
+    return structure, reason, problem, loader
 
 
 def _first_that_suits(problem: Problem) -> tuple[Structure, str]:

@@ -52,6 +52,8 @@ class LowRank(Structure):
     def __post_init__(self) -> None:
         if self.rank is not None:
             object.__setattr__(self, "rank", positive_integer("rank", self.rank))
+        if checked_columns(self.columns) is None:
+            raise ValueError("columns must be an integer: their number does not depend on that of the rows")
         object.__setattr__(self, "columns", checked_columns(self.columns))
         object.__setattr__(self, "fisher", checked_fisher(self.fisher))
 
@@ -85,7 +87,7 @@ class LowRank(Structure):
         directions, kept, projections = min(rank, rows), [], 0
         for layer in problem.layers:
             widths = kept_widths(layer, self.columns)
-            own = sum(width * columns for width, columns in widths) * item
+            own = sum(width * columns for width, columns in widths) * (2 if item == 4 else item)
             rows_of_layer = directions * layer.rank * sum(columns for _, columns in widths) * item
             kept.append(own + rows_of_layer + layer.rank * sum(width for width, _ in widths) * item)
             projections += own

@@ -18,7 +18,7 @@ from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.listener import RowListener
 from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
-from laplace_lora_fast.structures.rows.sketch import random_projection
+from laplace_lora_fast.structures.rows.sketch import in_16_bits, random_projection
 from laplace_lora_fast.structures.rows.store import RowStore
 from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LayerWeights, kept_columns, matrices, weight_names
@@ -193,6 +193,7 @@ class RowAccumulator(RowListener, Accumulator):
         """
         rows, layout = self._store.matrices(), self._layout()
         require_finite(self._names, rows, "Jacobian")
+        rows = in_16_bits(rows, self._projections)
         means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
         roots = BlockDiagonal(layout, self._pieces["roots"].joined(layout.block_sizes))
         return RowCurvature(self._names, means, rows, self._projections, roots)

@@ -21,7 +21,7 @@ from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulat
 from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.refit import LeftOut, RefittedCurvature
-from laplace_lora_fast.structures.rows.sketch import checked_columns
+from laplace_lora_fast.structures.rows.sketch import checked_columns, columns_for
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
 _MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
@@ -33,7 +33,8 @@ class Rows(Structure):
     """The exact GGN in row space, for training sets with fewer rows than there are weights.
 
     Args:
-        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on.
+        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many as the
+            number of rows and of LoRA weights ask for, 128 where the loader does not tell it.
         refit: whether the outputs are centred on the linearised model's own optimum under the prior, starting from the
             model without its adapter (Immer, Korzepa and Bauer 2021), rather than on the trained model. It needs
             labels, costs one more forward pass a batch, and can choose its prior precision by `LeaveOneOut`.
@@ -45,7 +46,7 @@ class Rows(Structure):
             the exact one.
     """
 
-    columns: int = 128
+    columns: int | None = None
     refit: bool = False
     fisher: Fisher = "exact"
     rank: InitVar[int | None] = None
@@ -53,13 +54,17 @@ class Rows(Structure):
     preference = 10
 
     def __new__(
-        cls, columns: int = 128, refit: bool = False, fisher: Fisher = "exact", rank: int | None = None
+        cls,
+        columns: int | None = None,
+        refit: bool = False,
+        fisher: Fisher = "exact",
+        rank: int | None = None,
     ) -> Any:
         if rank is None:
             return super().__new__(cls)
         if refit:
             raise ValueError("refit=True needs all rows: leave out rank, or refit")
-        return LowRank(rank, columns, fisher)
+        return LowRank(rank, 128 if columns is None else columns, fisher)
 
     def __post_init__(self, rank: int | None) -> None:
         object.__setattr__(self, "columns", checked_columns(self.columns))
@@ -88,7 +93,7 @@ class Rows(Structure):
             return Verdict(False, "the loader has no length, so the number of rows is unknown")
         if self.fisher != "exact":
             rows = problem.n_examples * fisher_passes(self.fisher, 1)
-        row_bytes = 4 * rows * kept_features(problem.layers, self.columns)
+        row_bytes = 4 * rows * kept_features(problem.layers, self._columns(problem))
         kernel_bytes = 3 * 8 * rows**2  # K, its factor and its eigenvectors
         facts = (
             f"about {rows} rows, {problem.n_parameters} weights, {(row_bytes + kernel_bytes) / 2**20:.0f} MiB"
@@ -101,19 +106,23 @@ class Rows(Structure):
         if rows is None or examples is None:
             return None
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
-        kept, largest, features = [], 0, 0
+        most, widest = self._columns(problem), max(width for _, width in shapes_of(problem))
+        omega = 2 if item == 4 else item  # bytes of a number: of sketches, and of their rows
+        kept_item = 2 if item == 4 and most < widest else item
+        kept, chunks, largest, features = [], 0, 0, 0
         for layer in problem.layers:
             bytes_of_layer = 0
-            for width, columns in kept_widths(layer, self.columns):
-                block = rows * layer.rank * columns * item
-                largest, features = max(largest, block), features + layer.rank * columns
-                bytes_of_layer += block + (width * columns + layer.rank * width) * item
+            for width, columns in kept_widths(layer, most):
+                entries = rows * layer.rank * columns
+                chunks += entries * (item - kept_item)
+                largest, features = max(largest, entries * item), features + layer.rank * columns
+                bytes_of_layer += entries * kept_item + width * (columns * omega + layer.rank * item)
             kept.append(bytes_of_layer)
         roots, kernel = rows * rows // examples * item, 8 * rows**2
         in_fp64 = largest * 8 // item
         return Cost(
             layers=kept,
-            fitting=sum(kept) + roots + largest,  # chunks become one matrix, weight by weight
+            fitting=sum(kept) + chunks + roots + largest,  # chunks become one matrix, weight by weight
             solving=sum(kept) + roots + max(4 * kernel, 2 * kernel + in_fp64),
             least=0,
             backward=rows / examples,
@@ -126,9 +135,12 @@ class Rows(Structure):
             return problem.n_functions
         return problem.n_examples * fisher_passes(self.fisher, 1)
 
+    def _columns(self, problem: Problem) -> int:
+        return columns_for(self._rows(problem), shapes_of(problem)) if self.columns is None else self.columns
+
     def stages(self, problem: Problem) -> list[Stage]:
         def accumulator(_: object) -> RowAccumulator:
-            rest = self.columns, problem.budget, problem.seed
+            rest = self._columns(problem), problem.budget, problem.seed
             if self.refit:
                 return RefitAccumulator(problem.layers, problem.likelihood, *rest)
             return RowAccumulator(problem.layers, problem.likelihood, self.fisher, *rest)
@@ -155,3 +167,8 @@ class Rows(Structure):
     ) -> RowCurvature:
         rows = RowCurvature.from_tensors(names, tensors, devices)
         return RefittedCurvature.refitted_from(rows, tensors, likelihood) if self.refit else rows
+
+
+def shapes_of(problem: Problem) -> list[tuple[int, int]]:
+    """Rank and width of every LoRA weight."""
+    return [(layer.rank, width) for layer in problem.layers for width, _ in kept_widths(layer, 2)]
