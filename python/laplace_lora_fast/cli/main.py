@@ -132,8 +132,7 @@ def fit(
     columns: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Of rows' or kfac's sketches; more are more exact. Default: by the number of rows; kfac: 128.",
+            min=1, help="Of rows' or kfac's sketches; more are more exact. Default: by the rows; kfac 128."
         ),
     ] = None,
     refit: Annotated[
