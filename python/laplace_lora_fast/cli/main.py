@@ -131,9 +131,7 @@ def fit(
     ] = checks.AUTO,
     columns: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Of rows' or kfac's sketches; more are more exact. Default: by the rows; kfac 128."
-        ),
+        typer.Option(min=1, help="Of rows' or kfac's sketches; more are more exact. Default: 128."),
     ] = None,
     refit: Annotated[
         bool | None,
