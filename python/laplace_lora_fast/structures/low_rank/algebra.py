@@ -70,18 +70,16 @@ def nystrom(sketch: Tensor, omega: Tensor) -> Tensor:
     norm = float(torch.linalg.vector_norm(sketch, dtype=torch.float64))
     if norm == 0:
         return sketch.new_zeros(1, len(sketch))
-    shift = (
-        len(omega) ** 0.5 * torch.finfo(sketch.dtype).eps * norm / float(torch.linalg.vector_norm(omega)) * 4
-    )
+    shift = 2 * torch.finfo(sketch.dtype).eps * norm / float(torch.linalg.vector_norm(omega))
     sketch.add_(omega, alpha=shift)
     core = _product(omega, sketch)
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    sound = values > values[-1] * len(values) * torch.finfo(sketch.dtype).eps
+    sound = values > values[-1] * torch.finfo(sketch.dtype).eps
     whitening = vectors[:, sound] * values[sound].rsqrt()
     gram = whitening.mT @ _product(sketch, sketch) @ whitening  # B^T B
     energies, turn = torch.linalg.eigh((gram + gram.mT) / 2)
     energies, turn = energies.flip(0), turn.flip(1)
-    kept = energies > 100 * shift
+    kept = energies > 10 * shift
     shrunk = ((energies[kept] - shift) / energies[kept]).sqrt()
     if not len(shrunk):
         return sketch.new_zeros(1, len(sketch))
