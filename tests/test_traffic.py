@@ -49,7 +49,7 @@ def test_what_is_counted() -> None:
         lambda: x + y: 8 * 4 * 2 + 4,
         lambda: x.add_(1): 8 * 4 * 2,
         lambda: x.copy_(y): 8 * 4 + 4,
-        lambda: torch.mm(x, x.mT, out=torch.empty(8, 8, device="meta")): 8 * 4 + 64,
+        lambda: torch.mm(x, x.mT, out=torch.empty(8, 8, device="meta")): 2 * 8 * 4 + 64,
         lambda: x.view(32)[3:]: 0,
         lambda: torch.ones(3) + 1: 0,
     }.items():
