@@ -19,7 +19,7 @@ test: $(VENV)/.test-stamp $(BARE)/.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -c "import laplace_kernels._cuda" || test $(BUILD_CUDA) = 0
-	$(BARE)/bin/python -m bench.gpu_report --dry
+	$(BARE)/bin/python -m bench.gpu_report --dry --quick
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels/interpreted
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/compiled
 	OMP_NUM_THREADS=1 PYTHONPATH=.:python $(BARE)/bin/python -m pytest -n auto tests/kernels/compiled -k sm_90

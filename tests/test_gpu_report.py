@@ -59,6 +59,7 @@ def describe(case: str) -> dict[str, Any]:
     return {"case": case}
 
 
+@pytest.mark.slow
 def test_what_breaks_a_process_is_recorded_and_the_rest_goes_on() -> None:
     cases = ["one", "two", "raises", "crashes", "hangs", "three"]
     records = list(run_cases(cases, describe, behave, 40.0, time.monotonic() + 600))

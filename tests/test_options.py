@@ -18,6 +18,7 @@ from laplace_lora_fast import (
     Answers,
     AnyOf,
     Classes,
+    CrossFit,
     Diagonal,
     DirectPreference,
     Evidence,
@@ -79,8 +80,12 @@ EXAMPLES = [
     Evidence(per="layer"),
     LeaveOneOut(grid=(0.1, 1.0, 10.0), link_approx="mc", n_samples=50),
 ]
-WITH_CODE = [Outputs(outputs, Gaussian(noise=0.3)), HeldOut([], "side", (1.0, 2.0), "mc", 7)]
-CODE = {Outputs: ("fn",), HeldOut: ("loader",)}
+WITH_CODE = [
+    Outputs(outputs, Gaussian(noise=0.3)),
+    HeldOut([], "side", (1.0, 2.0), "mc", 7, group=object()),
+    CrossFit(outputs, [1, 2, 3], 3, outputs, "side", (1.0, 2.0), "mc", 7, seed=1),
+]
+CODE = {Outputs: ("fn",), HeldOut: ("loader", "group"), CrossFit: ("train", "data", "batches")}
 
 
 def test_there_is_an_example_of_every_option() -> None:
@@ -251,7 +256,7 @@ def test_positive_numbers() -> None:
 
 def test_rows_with_a_rank_are_low_rank() -> None:
     assert Rows(rank=7, columns=9, fisher="empirical") == LowRank(7, 9, "empirical")
-    assert Rows(rank=None) == Rows() == replace(Rows(), columns=128)
+    assert Rows(rank=None) == Rows() == replace(Rows(columns=9), columns=None)
     with pytest.raises(ValueError, match="refit"):
         Rows(rank=7, refit=True)
     with pytest.raises(ValueError, match="rank"):

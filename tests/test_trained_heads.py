@@ -222,7 +222,7 @@ def test_samples_have_the_heads_covariance_and_are_written(tmp_path):
     drawn = la.posterior.sample(4000, torch.Generator().manual_seed(0))[-1]
     covariance = la.posterior.covariance(*head)
     assert_close(torch.cov(drawn.flatten(1).mT), covariance, 0.15)
-    (folder,) = la.sample_adapters(tmp_path, 1)
+    (folder,) = la.sample_adapters(tmp_path, 1, force=True)
     state = peft.utils.load_peft_weights(str(folder), device="cpu")
     draw = la.posterior.sample(1, torch.Generator().manual_seed(0))[-1][0]
     weight, bias = (

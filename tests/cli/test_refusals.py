@@ -24,7 +24,10 @@ BAD = {
     "dtype": ("--dtype int8", "--dtype must be"),
     "device": ("--device nowhere", "--device nowhere cannot be used"),
     "device of another build": ("--device xpu", "--device xpu cannot be used"),
-    "prior": ("--prior best", "--prior must be a number, evidence, held_out or leave_one_out, got 'best'"),
+    "prior": (
+        "--prior best",
+        "--prior must be a number, cross_fit, evidence, held_out or leave_one_out, got 'best'",
+    ),
     "negative prior": ("--prior -1", "--prior must be positive"),
     "no prior": ("--prior 0", "--prior must be positive"),
     "prior nan": ("--prior nan", "--prior must be positive"),
@@ -34,22 +37,25 @@ BAD = {
     ),
     "one left out of kfac": ("--prior leave_one_out --structure kfac", "needs --structure rows --refit"),
     "per": ("--prior evidence --per weight", "per must be one of"),
-    "per layer held out": ("--val train.jsonl --per layer", "per must be one of ['all', 'side']"),
+    "per layer held out": ("--val train.jsonl --per layer", "per must be one of ['all', 'side', 'head']"),
     "per side left out": (
         "--prior leave_one_out --per side",
-        "--per is an option of --prior evidence or held_out, not of --prior leave_one_out",
+        "--per is an option of --prior cross_fit, evidence or held_out, not of --prior leave_one_out",
     ),
     "per side of a number": (
         "--prior 1 --per side",
-        "--per is an option of --prior evidence or held_out, not",
+        "--per is an option of --prior cross_fit, evidence or held_out, not",
     ),
     "per side refitted": ("--structure rows --refit --prior evidence --per side", "--per must be all with"),
     "grid": ("--prior leave_one_out --grid 2 1", "--grid must be two ascending"),
     "grid of the evidence": (
         "--prior evidence --grid 1 2",
-        "--grid is an option of --prior held_out or leave_one_out, not of --prior evidence",
+        "--grid is an option of --prior cross_fit, held_out or leave_one_out, not of --prior evidence",
     ),
-    "grid of a number": ("--prior 1 --grid 1 2", "--grid is an option of --prior held_out or leave_one_out"),
+    "grid of a number": (
+        "--prior 1 --grid 1 2",
+        "--grid is an option of --prior cross_fit, held_out or leave_one_out",
+    ),
     "held out without val": ("--prior held_out", "--prior held_out needs --val"),
     "val of the evidence": (
         "--prior evidence --val train.jsonl",

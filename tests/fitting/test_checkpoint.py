@@ -205,7 +205,7 @@ OTHERS = {
     "option": (
         lambda: laplace(Rows(columns=5)),
         data(),
-        "differs in options, structure, Rows, columns: 128 then, 5",
+        "differs in options, structure, Rows, columns: null then, 5",
     ),
     "seed": (lambda: laplace(Rows(), seed=1), data(), "differs in options, seed: 0 then, 1 now"),
     "task": (lambda: laplace(Rows(), task=Answers((5, 11))), data(), "differs in options, task"),

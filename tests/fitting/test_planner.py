@@ -218,7 +218,7 @@ def test_plan_by_hand(tmp_path):
     rates = planner.Rates(1e9, 1e30)
     found = plan(path, "q_proj,v_proj", 4, 100, 3, 10, 2**30, rates)
     rows = {row[0]: dict(zip(found.rows[0], row, strict=True)) for row in found.rows[1:]}
-    bytes_of_rows = 2 * 2 * (200 * 4 * 64 * 2 + 64 * 64 * 2 + 4 * 64 * 2) * 4
+    bytes_of_rows = 2 * 2 * ((200 * 4 * 64 * 2 + 4 * 64 * 2) * 4 + 64 * 64 * 2 * 2)  # Omega in bf16
     assert rows["Rows"]["kept"] == planner.size(bytes_of_rows)
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64 + 2 * 50 * 64
     assert f"{weights / 1e9:.3g}e9" in found.title

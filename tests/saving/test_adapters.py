@@ -207,7 +207,9 @@ def test_saved_modules_and_dtypes_are_kept(tmp_path):
     saved = model.get_parameter("base_model.model.score.modules_to_save.default.weight")
     assert not torch.equal(head, saved)  # drawn, as the others are
     la = LaplaceLoRA(model, Classes(), layers=lambda name: "modules_to_save" not in name)
-    (folder,) = la.fit([tiny.batch(4, classes=2)], progress=False).sample_adapters(tmp_path / "lora", 1)
+    (folder,) = la.fit([tiny.batch(4, classes=2)], progress=False).sample_adapters(
+        tmp_path / "lora", 1, force=True
+    )
     (head,) = (v for k, v in peft.utils.load_peft_weights(str(folder), device="cpu").items() if "score" in k)
     assert torch.equal(head, saved)
 

@@ -86,6 +86,7 @@ def _first_that_suits(problem: Problem) -> tuple[Structure, str]:
         reasons.append(verdict.reason)
         if verdict.suits:
             break
+    structure = structure.adapted_to(problem)
     # The last one suits everything: what speaks is why those before it do not.
     return structure, reasons[-1] if len(reasons) == 1 else "; ".join(reasons[:-1])
 

@@ -261,9 +261,10 @@ def answer_batch(batch: Mapping[str, Any], token_ids: Sequence[int | Sequence[in
     ]
     classes, tokens = torch.tensor(spelled, device=labels.device).unbind(1)
     is_answer = first == tokens
+    shown = [a if hasattr(a, "__index__") else a[0] if len(a) == 1 else list(a) for a in token_ids]
     _refuse(
         ~is_answer.any(1),
-        "has token {} as its first labelled one, which is none of the answers " + f"{list(token_ids)}: "
+        "has token {} as its first labelled one, which is none of the answers " + f"{shown}: "
         "labels must be -100 before the answer, and with and without a space before it a word is not the same token",
         first,
     )

@@ -108,11 +108,12 @@ class Recorder:
             return None
         header, tensors = checked.read(path, FORMAT, f"delete {self._folder} to start again")
         try:
-            self._refuse_other_fit(header["facts"])
+            facts = header["facts"]
             run, parts = str(header["run"]), int(header["parts"])
             values, names = header["values"], set(header["lists"])
         except checked.MALFORMED as error:
             raise self._damaged(path, error) from error
+        self._refuse_other_fit(facts)
         grown: dict[str, list[Path]] = {}
         for part in range(parts):
             own = self._path(stage, part)

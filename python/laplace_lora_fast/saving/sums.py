@@ -157,7 +157,8 @@ def _mixed(words: Tensor) -> Tensor:
 
 def _words(tensor: Tensor) -> Tensor:
     """The bits as int64, the last word filled up with zeros."""
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.contiguous()
+    raw = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)  # one element may have any stride
     if raw.numel() % 8 or raw.storage_offset() % 8 or raw.data_ptr() % 8:
         raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).clone()
     return raw.view(torch.int64)

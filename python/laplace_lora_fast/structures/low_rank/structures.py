@@ -79,7 +79,7 @@ class LowRank(Structure):
 
     def cost(self, problem: Problem) -> Cost | None:
         rows, examples = problem.n_functions, problem.n_examples
-        if rows is None or examples is None:
+        if rows is None or not examples:
             return None
         rows = rows if self.fisher == "exact" else examples * fisher_passes(self.fisher, 1)
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize

@@ -103,18 +103,21 @@ class Rows(Structure):
 
     def cost(self, problem: Problem) -> Cost | None:
         rows, examples = self._rows(problem), problem.n_examples
-        if rows is None or examples is None:
+        if rows is None or not examples:
             return None
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         most, widest = self._columns(problem), max(width for _, width in shapes_of(problem))
         omega = 2 if item == 4 else item  # bytes of a number: of sketches, and of their rows
         kept_item = 2 if item == 4 and most < widest else item
-        kept, chunks, largest, features = [], 0, 0, 0
+        kept, chunks, largest, features, wide = [], 0, 0, 0, 0
         for layer in problem.layers:
             bytes_of_layer = 0
             for width, columns in kept_widths(layer, most):
                 entries = rows * layer.rank * columns
                 chunks += entries * (item - kept_item)
+                wide += (
+                    width * columns * item if omega < item else 0
+                )  # sketches for streams that are not of 16 bits
                 largest, features = max(largest, entries * item), features + layer.rank * columns
                 bytes_of_layer += entries * kept_item + width * (columns * omega + layer.rank * item)
             kept.append(bytes_of_layer)
@@ -122,7 +125,7 @@ class Rows(Structure):
         in_fp64 = largest * 8 // item
         return Cost(
             layers=kept,
-            fitting=sum(kept) + chunks + roots + largest,  # chunks become one matrix, weight by weight
+            fitting=sum(kept) + chunks + wide + roots + largest,  # chunks become one matrix, weight by weight
             solving=sum(kept) + roots + max(4 * kernel, 2 * kernel + in_fp64),
             least=0,
             backward=rows / examples,

@@ -17,7 +17,7 @@ from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.precisions.lines import lines
 from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
 from laplace_lora_fast.structures.rows.sketch import random_projection
-from laplace_lora_fast.weights import weight_names
+from laplace_lora_fast.weights import SIDES, WeightName
 from tests import tiny
 from tests.oracle import assert_close
 from tests.structures.dense import TEST, TRAIN, fitted, model_of
@@ -48,7 +48,7 @@ def curvature(columns: int, seed: int = 0) -> RowCurvature:
     rows = [(each @ omega).flatten(1) for each, omega in zip(TRAINED, projections, strict=True)]
     layout = Layout(torch.ones(ROWS))
     roots = BlockDiagonal(layout, [torch.full((ROWS, 1, 1), 0.5, dtype=torch.float64)])
-    names = weight_names(str(layer) for layer in range(LAYERS))
+    names = [WeightName(str(layer), side) for layer in range(LAYERS) for side in SIDES]
     means = [torch.ones(RANK, WIDTH, dtype=torch.float64) / 8 for _ in names]
     return RowCurvature(names, means, rows, projections, roots)
 
