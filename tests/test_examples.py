@@ -27,6 +27,7 @@ APART = [
 APART += ["vllm_samples"]
 
 
+@pytest.mark.filterwarnings("default")  # as a script has it
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in APART])
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

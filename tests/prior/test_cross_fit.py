@@ -14,6 +14,9 @@ from laplace_lora_fast.prior.cross_fit import split
 from tests import tiny
 from tests.oracle import Logits, examples, jacobians, softmax_hessian
 
+# Of a small grid's edges.
+pytestmark = pytest.mark.filterwarnings("ignore::laplace_lora_fast.errors.LaplaceWarning")
+
 TOKENS = tiny.ANSWERS[:2]
 GRID = (0.03, 0.3, 3.0, 30.0)
 EXACT = Rows(columns=64)
