@@ -105,3 +105,12 @@ def test_json_gives_them_back():
     ):
         assert Sums.from_json(json.loads(json.dumps(of(x)))) == of(x)
     assert of(torch.empty(3, device="meta")) is None
+
+
+def test_one_element_may_have_any_stride() -> None:
+    """A column of a one-row matrix is contiguous for torch, whatever its stride: the bias of a head of one output."""
+    matrix = torch.arange(33.0)[None]
+    column = matrix[:, -1]
+    assert column.is_contiguous()
+    assert column.stride() == (33,)
+    assert sums({"w": column}) == sums({"w": torch.tensor([32.0])})
