@@ -256,3 +256,10 @@ def test_plan_refuses(options, words, tmp_path):
     result = CliRunner().invoke(app, ["plan", "--config", str(path), *options], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert words in result.output
+
+
+def test_no_examples_are_not_priced():
+    """An empty loader: what is wrong is said by the first pass."""
+    layers = [layer.weights for layer in LaplaceLoRA(wide(), ANSWERS).layers]
+    for each in planner.priced(problem(layers, 0)):
+        assert each.cost is None or each.cost.fitting > 0

@@ -70,7 +70,7 @@ def kfac_cost(
         fisher: whose cotangents are sent back.
     """
     layers, examples, functions = problem.layers, problem.n_examples, problem.n_functions
-    if examples is None or functions is None:
+    if not examples or functions is None:
         return None
     passes = functions / examples if fisher == "exact" else fisher_passes(fisher, 1)
     item = lk.accumulation_dtype(layers[0].matrices[0].dtype).itemsize

@@ -178,7 +178,7 @@ class Diagonal(BlockStructure):
         return Verdict(False, "it is a baseline")
 
     def cost(self, problem: Problem) -> Cost | None:
-        if problem.n_functions is None or problem.n_examples is None:
+        if problem.n_functions is None or not problem.n_examples:
             return None
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         sums = [sum(each.numel() for each in layer.matrices) * item for layer in problem.layers]
