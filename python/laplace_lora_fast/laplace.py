@@ -77,6 +77,10 @@ class LaplaceLoRA(LaplaceText):
         layers: which LoRA layers and trained heads get a posterior; the others keep their MAP value. None for all,
             "last" (the trained or adapted output head, or else the last decoder or encoder layer), a list of names, or
             a predicate on names: `lambda name: "modules_to_save" not in name` leaves trained heads out.
+        trained: which of these layers' weights were trained, and so have a posterior; the others keep their values.
+            None goes by `requires_grad` where any weight of the adapter requires gradients, as after training (LoRA-FA
+            freezes every lora_A), and takes all where none does, as in an adapter that was loaded for inference. "all",
+            a list of names as `summary` has them, or a predicate on those: `lambda name: name.endswith("lora_B")`.
         budget: bytes that the structure may keep on the device; None for 4 GiB.
         seed: of sampled labels, sketches, Monte-Carlo predictions and posterior samples.
 
@@ -237,6 +241,7 @@ class LaplaceLoRA(LaplaceText):
             self.task,
             structure=structure,
             layers=self._selection,
+            trained=self._trained,
             budget=self.budget if structure.uses_budget else None,
             seed=self.seed,
         )
@@ -352,6 +357,7 @@ class LaplaceLoRA(LaplaceText):
             repr(fitted.structure),
             fitted.reason,
             fitted.n_skipped,
+            self._untrained,
         )
 
 

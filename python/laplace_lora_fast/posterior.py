@@ -13,7 +13,7 @@ from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.options import check_choice
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.structures.base import Curvature
-from laplace_lora_fast.weights import WeightName, by_layer, is_head, stored
+from laplace_lora_fast.weights import SIDES, WeightName, by_layer, is_head, stored
 
 DIRECTIONS = ("all", "data")
 
@@ -88,10 +88,10 @@ class WeightFactors:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """The factors of one LoRA layer."""
+    """The factors of one LoRA layer; None of a weight without a posterior."""
 
-    A: WeightFactors
-    B: WeightFactors
+    A: WeightFactors | None
+    B: WeightFactors | None
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,16 @@ class HeadFactors:
 def layer_factors(curvature: Curvature, layers: Sequence[Treated]) -> dict[str, LayerFactors | HeadFactors]:
     """Factors by layer name. Raises ValueError for a structure without Kronecker factors."""
     factors: dict[str, LayerFactors | HeadFactors] = {}
-    for layer, (first, *second) in zip(layers, by_layer(curvature.dense_factors(), layers), strict=True):
+    for layer, pairs in zip(layers, by_layer(curvature.dense_factors(), layers), strict=True):
         if is_head(layer):
-            factors[layer.name] = HeadFactors(WeightFactors(*first))
+            factors[layer.name] = HeadFactors(WeightFactors(*pairs[0]))
             continue
-        (b,), square = second, layer.scaling**2
-        factors[layer.name] = LayerFactors(WeightFactors(*first), WeightFactors(b[1] * square, b[0] / square))
+        square, of = layer.scaling**2, dict(zip(layer.sides, pairs, strict=True))
+        a, b = (of.get(side) for side in SIDES)
+        factors[layer.name] = LayerFactors(
+            None if a is None else WeightFactors(*a),
+            None if b is None else WeightFactors(b[1] * square, b[0] / square),
+        )
     return factors
 
 
@@ -131,6 +135,7 @@ def summarise(
     structure: str,
     reason: str,
     n_skipped: int = 0,
+    untrained: Sequence[str] = (),
 ) -> Summary:
     """What was done, a table with one row a weight, and lines of totals.
 
@@ -143,6 +148,7 @@ def summarise(
         structure: repr of the structure.
         reason: why it was chosen, where that was left open.
         n_skipped: batches that the fit left out.
+        untrained: weights of the adapter that were not trained.
     """
     curvature = posterior.curvature
     gammas = posterior.effective_parameters().tolist()
@@ -163,10 +169,20 @@ def summarise(
     ]
     if n_skipped:
         lines.append(f"{n_skipped} batches of the training data were not finite and are left out")
+    if untrained:
+        lines.append(
+            f"{len(untrained)} weights of the adapter were not trained (trained=..) and have no posterior: "
+            f"{_some(untrained)}"
+        )
     if left_alone:
-        names = ", ".join(left_alone[:4]) + (", ..." if len(left_alone) > 4 else "")
-        lines.append(f"{len(left_alone)} trained parameters outside keep their MAP value: {names}")
+        lines.append(
+            f"{len(left_alone)} trained parameters outside keep their MAP value: {_some(left_alone)}"
+        )
     return Summary("\n".join(lines))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _table(rows: Sequence[dict[str, str]]) -> list[str]:

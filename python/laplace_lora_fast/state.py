@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from laplace_lora_fast.errors import LaplaceError, LaplaceWarning, NotFittedError, UnsupportedAdapterError
+from laplace_lora_fast.errors import LaplaceError, NotFittedError, UnsupportedAdapterError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
@@ -27,6 +26,7 @@ from laplace_lora_fast.model.lora import (
 )
 from laplace_lora_fast.model.observer import Layers
 from laplace_lora_fast.model.storage import refuse_meta
+from laplace_lora_fast.model.trained import ALL, Trained
 from laplace_lora_fast.options import integer, named, positive_integer, positive_number
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.prediction import LinearisedModel
@@ -37,7 +37,7 @@ from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.tasks import Task
-from laplace_lora_fast.weights import by_layer, is_head, matrices, weight_names
+from laplace_lora_fast.weights import LoraWeights, by_layer, is_head, matrices, weight_names
 
 AUTO = "auto"
 # PEFT's initialisations that take the adapter's start out of the base weights, or quantise them
@@ -56,6 +56,7 @@ class LaplaceState:
         prior_precision: PriorPrecision = 1.0,
         prior_mean: str | PathLike[str] | Mapping[str, Tensor] | None = None,
         layers: Layers = None,
+        trained: Trained = None,
         budget: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -77,14 +78,13 @@ class LaplaceState:
         self._head = self.task.head(self._peft_model)
         self._head.seed = self.seed
         self._refuse_estimate_of_estimate()
-        self._selection = layers
-        self.layers = trained_layers(self._peft_model, self._head, layers)
+        self._selection, self._trained = layers, trained
+        self.layers = trained_layers(self._peft_model, self._head, layers, trained)
         self._fit: Fit | None = None
         self._fitted_on: FittedOn | None = None
         self.prior_precision = prior_precision
         self._prior_mean = None if prior_mean is None else self._read_prior_mean(prior_mean)
         self._refuse_residual_base(self.layers)
-        self._warn_of_frozen(self.layers)
         self._noise = self.likelihood.noise
         self._given_prior_mean = self._prior_mean
 
@@ -151,6 +151,7 @@ class LaplaceState:
             arguments.append("prior_mean=..")
         for name, value in (
             ("layers", self._selection),
+            ("trained", self._trained),
             ("budget", self.budget),
             ("seed", self.seed or None),
         ):
@@ -170,7 +171,7 @@ class LaplaceState:
                 f"are not loaded as they may be code: save it as safetensors ({str(error).splitlines()[0]})"
             ) from error
         refits = isinstance(self.structure, Structure) and self.structure.starts_without_adapter
-        if refits and any(bool(layer.matrices[1].any()) for layer in weights if not is_head(layer)):
+        if refits and any(bool(layer.B.any()) for layer in weights if isinstance(layer, LoraWeights)):
             raise ValueError(
                 "refit=True starts from the model without its adapter: prior_mean must have lora_B = 0"
             )
@@ -189,23 +190,16 @@ class LaplaceState:
             mean = matrices(layer.before_training() for layer in layers)
         return starting(layers, mean), mean
 
-    def _warn_of_frozen(self, layers: Sequence[Treated]) -> None:
-        """Warns where some LoRA weights require gradients and others do not: those were not trained, it seems."""
-        trained = {
-            name: self._peft_model.get_parameter(name).requires_grad
-            for layer in layers
-            for name in layer.parameter_names.values()
-        }
-        frozen = [name for name, requires_grad in trained.items() if not requires_grad]
-        if 0 < len(frozen) < len(trained):
-            warnings.warn(
-                f"{len(frozen)} of {len(trained)} LoRA weights do not require gradients, {frozen[0]!r} for example. "
-                "They get a posterior like the others, which makes predictions too uncertain if they were not trained. "
-                "Leave whole layers out with layers=[..]; a side that is frozen everywhere stays at its value with a "
-                "large prior precision: prior_precision={'A': 1e12, 'B': ..}",
-                LaplaceWarning,
-                stacklevel=3,
-            )
+    @property
+    def _untrained(self) -> list[str]:
+        """Weights of the selected layers that were not trained."""
+        whole = trained_layers(self._peft_model, self._head, self._selection)
+        treated = set(weight_names(self.layers))
+        return [str(name) for name in weight_names(whole) if name not in treated]
+
+    def _trained_names(self) -> str | list[str]:
+        """The weights under the posterior, as `trained` takes them: flags on another model may say otherwise."""
+        return list(map(str, weight_names(self.layers))) if self._untrained else ALL
 
     def _settings(self) -> dict[str, Any]:
         """What this was made with, as JSON. Raises TypeError for an option without a JSON form."""
@@ -215,6 +209,7 @@ class LaplaceState:
             self.prior_precision,
             self._noise,
             None if self._selection is None else [layer.name for layer in self.layers],
+            self._trained_names(),
             self.budget,
             self.seed,
         )
@@ -248,7 +243,7 @@ class LaplaceState:
 
     def _current_layers(self) -> list[Treated]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
-        layers = trained_layers(self._peft_model, self._head, self._selection)
+        layers = trained_layers(self._peft_model, self._head, self._selection, self._trained)
         now, former = ([layer.parameter_names for layer in each] for each in (layers, self.layers))
         if now != former:
             if self._given_prior_mean is not None:

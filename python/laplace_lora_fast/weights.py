@@ -63,11 +63,11 @@ class LayerWeights(Named, Protocol):
 
     @property
     def matrices(self) -> Sequence[Tensor]:
-        """[r, d] each; the first one's long side is the layer's input, a second one's its output."""
+        """[r, d] each; their long sides are the layer's input, of lora_B its output."""
 
     @property
     def small_maps(self) -> Sequence[Tensor]:
-        """What makes the short sides of the Jacobians, fp64: [r, d_out] of g, for a second weight [r, d_in] of x."""
+        """What makes the short sides of the Jacobians, fp64: [r, d_out] of g, for lora_B [r, d_in] of x."""
 
     @property
     def norm(self) -> RowNorm | None:
@@ -164,6 +164,7 @@ class LoraWeights:
         B: lora_B's weight [d_out, r], detached; of an adapted language-model head the answers' rows only.
         scaling: s.
         norm: DoRA's, or None.
+        sides: those under the posterior.
     """
 
     name: str
@@ -171,12 +172,11 @@ class LoraWeights:
     B: Tensor
     scaling: float
     norm: RowNorm | None = None
-
-    sides: ClassVar[Sequence[str]] = SIDES
+    sides: Sequence[str] = SIDES
 
     @property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        return self.A, self.B.mT
+    def matrices(self) -> list[Tensor]:
+        return self._of_sides(self.A, self.B.mT)
 
     @property
     def rank(self) -> int:
@@ -191,9 +191,12 @@ class LoraWeights:
         return self.B.shape[0]
 
     @property
-    def small_maps(self) -> tuple[Tensor, Tensor]:
+    def small_maps(self) -> list[Tensor]:
         """Of g s B^T [r, d_out], of x s A [r, d_in], fp64."""
-        return self.scaling * self.B.double().mT, self.scaling * self.A.double()
+        return self._of_sides(self.scaling * self.B.double().mT, self.scaling * self.A.double())
+
+    def _of_sides(self, of_a: Tensor, of_b: Tensor) -> list[Tensor]:
+        return [dict(zip(SIDES, (of_a, of_b), strict=True))[side] for side in self.sides]
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,11 @@ def positions(layers: Sequence[Named]) -> list[Sequence[int]]:
 def long_side_is_input(side: str) -> bool:
     """Whether the long side of a weight is the layer's input, not its output (lora_B)."""
     return side != SIDES[1]
+
+
+def is_whole(layer: Named) -> bool:
+    """Whether both weights of a LoRA layer are under the posterior."""
+    return len(layer.sides) == len(SIDES)
 
 
 def is_head(layer: Named) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -25,7 +25,8 @@ from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.linear import TrainedHead, in_state, trained_linears, whole_rows
 from laplace_lora_fast.model.observer import Layers, selected
 from laplace_lora_fast.model.storage import refuse_storage
-from laplace_lora_fast.weights import SIDES, LayerWeights, LoraWeights, RowNorm
+from laplace_lora_fast.model.trained import ALL, Trained, refuse_tied, restricted
+from laplace_lora_fast.weights import HEAD, SIDES, LayerWeights, LoraWeights, RowNorm, WeightName, stored
 
 # Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
 _PLAIN_IN_EVALUATION = ("Montecl", "Velora", "DoraLinear")  # DoRA's norm is known: see weights.RowNorm
@@ -43,6 +44,7 @@ class LoraLayer:
         module: the LoRA layer.
         adapter: name of the active adapter.
         scaling: s, alpha / r (or alpha / sqrt(r) for rsLoRA).
+        sides: those of its weights that are under the posterior.
         features: [C] indices of the output features that carry gradient, or None for all of them. Set for an adapted
             language-model head with answer tokens: only the answers' rows of lora_B see the data.
     """
@@ -52,18 +54,19 @@ class LoraLayer:
     adapter: str
     scaling: float
     features: Tensor | None = None
+    sides: Sequence[str] = SIDES
 
     @property
     def weights(self) -> LoraWeights:
         """The weights as they are now, detached; lora_B restricted to `features`."""
         a, b = (self._side(side).weight.detach() for side in SIDES)  # type: ignore[operator]
         b = b if self.features is None else b[self.features.to(b.device)]
-        return LoraWeights(self.name, a, b, self.scaling, self._norm(a, b))
+        return LoraWeights(self.name, a, b, self.scaling, self._norm(a, b), self.sides)
 
     @property
     def parameter_names(self) -> dict[str, str]:
-        """Names of the weights in `model.named_parameters()`, by side."""
-        return {side: f"{self.name}.lora_{side}.{self.adapter}.weight" for side in SIDES}
+        """Names of the weights under the posterior in `model.named_parameters()`, by side."""
+        return {side: self._parameter_name(side) for side in self.sides}
 
     def shape(self, side: str) -> torch.Size:
         """Of the parameter."""
@@ -80,7 +83,6 @@ class LoraLayer:
         _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
 
     adapted: ClassVar[bool] = True
-    sides: ClassVar[Sequence[str]] = SIDES
 
     @property
     def outer(self) -> nn.Module:
@@ -99,15 +101,18 @@ class LoraLayer:
 
     def of_parameters(self, values: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Matrices [.., r, d] by the names of the parameters they are of, and which of those' rows (None: all)."""
-        a, b = values
-        name_a, name_b = self.parameter_names.values()
-        return {name_a: (a, None), name_b: (b.mT, self.features)}
+        rows = dict(zip(SIDES, (None, self.features), strict=True))
+        pairs = zip(self.sides, values, strict=True)
+        return {self._parameter_name(side): (stored(side, value), rows[side]) for side, value in pairs}
 
     def steps(self, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Steps of the weights [n, r, d] as those of its parameters: dA [n, r, d_in], dB [n, d_out, r]."""
-        a, b = deltas
+        """Steps of its weights [n, r, d] as those of both parameters: dA [n, r, d_in], dB [n, d_out, r]."""
+        own, given = self.weights, dict(zip(self.sides, deltas, strict=True))
+        still = {
+            side: deltas[0].new_zeros(len(deltas[0]), *each.shape) for side, each in self._both(own).items()
+        }
+        a, b = (given.get(side, still[side]) for side in SIDES)
         b = whole_rows(b.mT, self.features, self.shape(SIDES[1])[0])
-        own = self.weights
         return a.to(own.A), b.to(own.B).contiguous()
 
     def starting_from(self, means: Sequence[Tensor]) -> LoraLayer:
@@ -117,7 +122,7 @@ class LoraLayer:
     def before_training(self) -> LoraWeights:
         """Zeros: all that matters of a start is that B A is."""
         now = self.weights
-        return LoraWeights(self.name, torch.zeros_like(now.A), torch.zeros_like(now.B), self.scaling)
+        return replace(now, A=torch.zeros_like(now.A), B=torch.zeros_like(now.B), norm=None)
 
     def seen(self, x: Tensor) -> Tensor:
         """The input itself."""
@@ -127,10 +132,10 @@ class LoraLayer:
         """Its weights in an adapter's state. Raises UnsupportedAdapterError for one that is missing or does not fit."""
         a, b = (
             in_state(state, name, name.replace(f".{self.adapter}.weight", ".weight"), tuple(self.shape(side)))
-            for side, name in self.parameter_names.items()
+            for side, name in ((side, self._parameter_name(side)) for side in SIDES)
         )
         b = b if self.features is None else b[self.features.to(b.device)]
-        return LoraWeights(self.name, a, b, self.scaling)
+        return LoraWeights(self.name, a, b, self.scaling, sides=self.sides)
 
     @property
     def adapter_parts(self) -> Sequence[nn.Module]:
@@ -176,6 +181,13 @@ class LoraLayer:
 
         return self._side(SIDES[1]).register_forward_pre_hook(zero)
 
+    def _parameter_name(self, side: str) -> str:
+        return f"{self.name}.lora_{side}.{self.adapter}.weight"
+
+    @staticmethod
+    def _both(own: LoraWeights) -> dict[str, Tensor]:
+        return dict(zip(SIDES, (own.A, own.B.mT), strict=True))
+
     def _side(self, side: str) -> nn.Module:
         layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")
         return layers[self.adapter]
@@ -184,13 +196,16 @@ class LoraLayer:
 Treated = LoraLayer | TrainedHead
 
 
-def trained_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[Treated]:
+def trained_layers(
+    model: nn.Module, head: Head, layers: Layers = None, trained: Trained = ALL
+) -> list[Treated]:
     """Lists what has an active adapter and linear weights, in the order of `model.named_modules()`.
 
     Args:
         model: a PEFT model.
         head: says whether the language-model head is restricted to answer tokens.
         layers: see `selected`.
+        trained: see `restricted`.
 
     Returns:
         LoRA layers, and the linear layers of `modules_to_save`, but those that are too large or share a weight.
@@ -207,15 +222,15 @@ def trained_layers(model: nn.Module, head: Head, layers: Layers = None) -> list[
     found = [heads[name] if name in heads else _lora_layer(name, active[name], head) for name in chosen]
     for each in found:
         each.check()
-    _refuse_tied(found)
-    return found
+    refuse_tied(found)
+    return restricted(found, trained, _flags(active, heads.values()))
 
 
 def lora_layers(model: nn.Module, head: Head) -> list[LoraLayer]:
     """The LoRA layers alone: see `trained_layers`."""
     refuse_storage(model)
     found = [_lora_layer(name, module, head) for name, module in _active(model).items()]
-    _refuse_tied(found)
+    refuse_tied(found)
     return found
 
 
@@ -229,6 +244,22 @@ def _active(model: nn.Module) -> dict[str, Any]:
     if not found:
         raise UnsupportedAdapterError(_why_none(model))
     return found
+
+
+def _flags(active: Mapping[str, Any], heads: Iterable[TrainedHead]) -> dict[WeightName, bool]:
+    """For every weight of the active adapter whether it requires gradients."""
+    flags = {
+        WeightName(layer, side): parameter.requires_grad
+        for layer, module in active.items()
+        for side in SIDES
+        for adapter in module.active_adapters
+        for name, parameter in module.named_parameters()
+        if name == f"lora_{side}.{adapter}.weight"
+    }
+    return flags | {
+        WeightName(head.name, HEAD): any(p.requires_grad for p in head.module.parameters(recurse=False))
+        for head in heads
+    }
 
 
 def _lora_layer(name: str, module: Any, head: Head) -> LoraLayer:
@@ -270,20 +301,6 @@ def _why_none(model: nn.Module) -> str:
     if any(isinstance(module, lora.LoraLayer) for module in model.modules()):
         return "model has LoRA layers, but no adapter is active: call model.set_adapter(name)"
     return "model has no LoRA layer with an active adapter: pass a peft.PeftModel with a LoRA adapter"
-
-
-def _refuse_tied(layers: Sequence[Treated]) -> None:
-    """A weight of two layers would be two weights here."""
-    owners: dict[int, str] = {}
-    for layer in layers:
-        for part in layer.adapter_parts:
-            weight: Tensor = part.weight  # type: ignore[assignment]
-            key = weight.data_ptr()
-            if key and owners.setdefault(key, layer.name) != layer.name:
-                raise UnsupportedAdapterError(
-                    f"layers {owners[key]!r} and {layer.name!r} share a LoRA weight: leave one of them out with "
-                    "`layers`"
-                )
 
 
 def _has_active(module: lora.LoraLayer) -> bool:

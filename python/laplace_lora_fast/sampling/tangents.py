@@ -96,12 +96,13 @@ class StepHooks:
             UnsupportedAdapterError: something in the model has no forward-mode derivative.
         """
         steps = self._stored(deltas)
-        flat = [each for own in steps for each in own]
+        flat, counts = [each for own in steps for each in own], [len(own) for own in steps]
         zeros = [torch.zeros_like(each[0]) for each in flat]
 
         def of(*primals: Tensor) -> Any:
             ours, theirs = primals[: len(flat)], primals[len(flat) :]
-            with self._set(by_layer(ours, self.layers), _derivative):
+            rest = iter(ours)
+            with self._set([[next(rest) for _ in range(count)] for count in counts], _derivative):
                 return function(*theirs)
 
         def along(*directions: Tensor) -> Any:

@@ -15,6 +15,7 @@ from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.lora import Treated
+from laplace_lora_fast.model.trained import ALL
 from laplace_lora_fast.options import from_json, kinds, to_json
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.saving import checked, fingerprint
@@ -75,6 +76,7 @@ def settings_of(
     prior_precision: PriorPrecision,
     noise: float | None,
     layers: Sequence[str] | None,
+    trained: str | Sequence[str],
     budget: int | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def settings_of(
         "prior_precision": prior_precision,
         "noise": noise,
         "layers": layers,
+        "trained": trained,
         "budget": budget,
         "seed": seed,
     }
@@ -109,7 +112,8 @@ class Saved:
             StateError: a setting is unknown or not valid.
             ValueError: `task` is needed and missing, or not that of the fit.
         """
-        settings = dict(self.header["settings"])
+        settings: dict[str, Any] = {"trained": ALL}  # which files of before do not have
+        settings |= self.header["settings"]
         data = settings.pop("task")
         if task is None:
             task = self._task(data)

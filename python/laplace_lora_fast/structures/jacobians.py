@@ -16,7 +16,14 @@ from torch.nn.functional import linear
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Listener, Step
 from laplace_lora_fast.structures.columns import Columns, add_halves_
-from laplace_lora_fast.weights import LayerWeights, by_layer, in_order, positions
+from laplace_lora_fast.weights import (
+    SIDES,
+    LayerWeights,
+    by_layer,
+    in_order,
+    long_side_is_input,
+    positions,
+)
 
 
 def jacobian(small: Tensor, large: Tensor) -> Tensor:
@@ -52,7 +59,14 @@ class JacobianListener(Listener):
                 (layer.small_maps for layer in layers), by_layer(rotations, layers), strict=True
             )
         ]
-        self._positions = positions(layers)
+        self._positions, self._sides = positions(layers), [layer.sides for layer in layers]
+        # of layers with a weight whose long side is their output, which one
+        self._of_outputs = {
+            layer: index
+            for layer, sides in enumerate(self._sides)
+            for index, side in enumerate(sides)
+            if not long_side_is_input(side)
+        }
         self._norms = [layer.norm for layer in layers]
         self._normalised = in_order([layer.norm is not None] * len(layer.sides) for layer in layers)
         self._rotations = by_layer(rotations, layers)
@@ -73,27 +87,25 @@ class JacobianListener(Listener):
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
         group = self._shared_inputs[layer]
         x, g = self._inputs[group], _real_tokens(g, mask)
-        two = len(self._maps[layer]) > 1
-        if two and layer not in self._small_of_inputs:  # the same in every backward pass
+        if (
+            layer in self._of_outputs and layer not in self._small_of_inputs
+        ):  # the same in every backward pass
             layers = [layer]
             if lk.sums_in_fp32(x):  # bound by reading x: once for all
-                layers = [other for other, leader in enumerate(self._shared_inputs) if leader == group]
-            shorts = self._short_sides(x, [(other, 1) for other in layers])
+                layers = [other for other in self._of_outputs if self._shared_inputs[other] == group]
+            shorts = self._short_sides(x, [(other, self._of_outputs[other]) for other in layers])
             self._small_of_inputs.update(zip(layers, shorts, strict=True))
         norm = self._norms[layer]
         if norm is not None:
             g = g * norm.gain.to(g.dtype)
-        (of_gradient,) = self._short_sides(g, [(layer, 0)])
-        pairs = [(of_gradient, x[:, None])]
-        if two:
-            pairs.append((self._small_of_inputs[layer], g[:, None]))
-        if norm is not None:
-            added = norm.jacobians(self._aligned.pop(layer))
-            pairs = [
-                _with_rows(*pair, rows, turn)
-                for pair, rows, turn in zip(pairs, added, self._rotations[layer], strict=True)
-            ]
-        for weight, (small, large) in zip(self._positions[layer], pairs, strict=True):
+            added = dict(zip(SIDES, norm.jacobians(self._aligned.pop(layer)), strict=True))
+        for index, (side, weight) in enumerate(zip(self._sides[layer], self._positions[layer], strict=True)):
+            if long_side_is_input(side):
+                (small,), large = self._short_sides(g, [(layer, index)]), x[:, None]
+            else:
+                small, large = self._small_of_inputs[layer], g[:, None]
+            if norm is not None:
+                small, large = _with_rows(small, large, added[side], self._rotations[layer][index])
             self.observe_jacobian(weight, small, large)
 
     def is_normalised(self, weight: int) -> bool:
@@ -104,7 +116,7 @@ class JacobianListener(Listener):
         self._aligned[layer] = aligned
 
     def _short_sides(self, stream: Tensor, maps: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """A stream [S, T, d] times maps (of which layer; 0 of its gradient, 1 of its input), in one product.
+        """A stream [S, T, d] times maps (of which layer and weight of it), in one product.
 
         Returns:
             [S, 1, T, r] each, in the accumulation dtype.

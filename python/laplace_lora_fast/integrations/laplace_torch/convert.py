@@ -58,7 +58,8 @@ def to_kron(la: LaplaceLoRA) -> Kron:
                 f"{name!r} is a trained head, which laplace-torch has no factors of with its bias: leave it out with "
                 'layers=lambda name: "modules_to_save" not in name'
             )
-        pairs += [[weight.gradient_factor, weight.input_factor] for weight in (factors.A, factors.B)]
+        both = [weight for weight in (factors.A, factors.B) if weight is not None]
+        pairs += [[weight.gradient_factor, weight.input_factor] for weight in both]
     return Kron(pairs)
 
 

@@ -45,7 +45,7 @@ from laplace_lora_fast.structures.blocks.factors import (
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum
 from laplace_lora_fast.structures.blocks.waiting import zero
 from laplace_lora_fast.structures.state import State
-from laplace_lora_fast.weights import LayerWeights, in_order, is_head, weight_names
+from laplace_lora_fast.weights import LayerWeights, in_order, is_head, long_side_is_input, weight_names
 
 
 class TokenSharing(str, Enum):
@@ -223,12 +223,13 @@ class KfacAccumulator(Accumulator):
         divisor = float(self._divisors[group]) or 1.0  # 0 where the layer never ran
         if group not in spectra:
             spectra[group] = x.spectrum(self._rank).scaled(1 / divisor)
-        of_gradient, *of_input = layer.small_maps
-        first, *second = layer.matrices
-        blocks = [KronBlock.kfac(spectra[group], g.quadratic(of_gradient.mT), first)]
-        for small, matrix in zip(of_input, second, strict=True):
-            z = x.quadratic(small.mT) * (1 / divisor)
-            blocks.append(KronBlock.kfac(g.spectrum(self._rank), z, matrix))
+        blocks = []
+        for side, small, matrix in zip(layer.sides, layer.small_maps, layer.matrices, strict=True):
+            if long_side_is_input(side):
+                blocks.append(KronBlock.kfac(spectra[group], g.quadratic(small.mT), matrix))
+            else:
+                z = x.quadratic(small.mT) * (1 / divisor)
+                blocks.append(KronBlock.kfac(g.spectrum(self._rank), z, matrix))
         return blocks
 
     def _create(self, shared_inputs: list[int], dtype: torch.dtype) -> None:
@@ -240,11 +241,11 @@ class KfacAccumulator(Accumulator):
             members = [
                 layer for layer, group in zip(self._layers, shared_inputs, strict=True) if group == leader
             ]
-            maps = [small for member in members for small in member.small_maps[1:]]
-            exact = torch.cat(maps) if maps else self._layers[leader].matrices[0][:0]
+            exact = _maps(members, of_gradients=False)
             self._inputs[leader] = self._factor(position, dense, exact.mT, dtype)
         for position, layer in enumerate(self._layers, len(leaders)):
-            self._gradients.append(self._factor(position, dense, layer.small_maps[0].mT, dtype))
+            exact = _maps([layer], of_gradients=True)
+            self._gradients.append(self._factor(position, dense, exact.mT, dtype))
 
     def _all_factors(self) -> list[Factor]:
         return [*self._inputs.values(), *self._gradients]
@@ -277,6 +278,14 @@ class OmegaAccumulator(KfacAccumulator):
     def result(self) -> dict[int, Tensor]:  # type: ignore[override]
         """Omega of every sketched factor."""
         return self._shared
+
+
+def _maps(layers: Sequence[LayerWeights], of_gradients: bool) -> Tensor:
+    """The maps of layers' gradients, or of their common input, one below the other, [.., d]: there may be none."""
+    first = layers[0]
+    none = first.matrices[0].new_zeros(0, first.d_out if of_gradients else first.d_in, dtype=torch.float64)
+    pairs = [pair for layer in layers for pair in zip(layer.sides, layer.small_maps, strict=True)]
+    return torch.cat([none, *(small for side, small in pairs if long_side_is_input(side) is of_gradients)])
 
 
 def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | None) -> Tensor | int:

@@ -12,7 +12,7 @@ from laplace_lora_fast.structures.base import Step
 from laplace_lora_fast.structures.jacobians import JacobianListener
 from laplace_lora_fast.structures.rows import products
 from laplace_lora_fast.structures.rows.sketch import sketched
-from laplace_lora_fast.weights import LayerWeights, is_head
+from laplace_lora_fast.weights import LayerWeights, is_whole
 
 
 class RowListener(JacobianListener):
@@ -29,8 +29,8 @@ class RowListener(JacobianListener):
     def __init__(self, layers: Sequence[LayerWeights], projections: Sequence[Tensor]) -> None:
         super().__init__(layers, [None] * len(projections))
         self._projections = list(projections)
-        # DoRA adds what no such product gives; a head has one weight, and is read at few tokens
-        self._is_plain = [layer.norm is None and not is_head(layer) for layer in layers]
+        # DoRA adds what no such product gives, which are of both weights; a head is read at few tokens
+        self._is_plain = [layer.norm is None and is_whole(layer) for layer in layers]
         self._streams = products.ProjectedStreams(layers, self._projections)
         self._wide: dict[tuple[int, torch.dtype], Tensor] = {}  # Omega as it is multiplied with fp32 or fp64
         self._kept: set[int] = set()  # groups of the other way
