@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 import laplace_kernels as lk
 from laplace_lora_fast.errors import DeferredChecks, NumericalError
 from laplace_lora_fast.structures.base import Accumulator, Listener, Step
+from laplace_lora_fast.structures.pads import PadImage
 
 NON_FINITE = ("raise", "skip")
+Shown = TypeVar("Shown")
 _REMEDY = (
     "load the model in bfloat16 or float32, or pad on the other side; fit(.., non_finite='skip') leaves such batches "
     "out and counts them"
@@ -45,7 +48,7 @@ class Screen(Listener):
         self.skipped, self.first_skipped, self.dropped = 0, "", False
         self._checks = DeferredChecks()
         self._wrong = ""  # of this batch
-        self._held: list[Callable[[], None]] = []  # what the accumulator is to be shown yet
+        self._held: list[Callable[[], object]] = []  # what the accumulator is to be shown yet
         self._latest: tuple[int, Tensor, Tensor | None] | None = None
 
     def wrong_input(self) -> str:
@@ -68,18 +71,18 @@ class Screen(Listener):
             raise NumericalError(self._message(self._wrong))
         return self._inner.start(step)
 
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         if self._reads(x) and not self._wrong and not _is_finite(x, mask):
             self._wrong = f"the input of layer {self._names[group]!r}"
-        self._show(partial(self._inner.observe_input, group, x, mask))
+        return self._show(partial(self._inner.observe_input, group, x, mask))
 
-    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
         self._latest = layer, g, mask
         if self._reads(g) and not self._wrong and not _is_finite(g, mask):
             self._wrong = f"the gradient at the output of layer {self._names[layer]!r}"
             if not self._skip:
                 raise NumericalError(self._message(self._wrong))
-        self._show(partial(self._inner.observe_gradient, layer, g, mask))
+        return self._show(partial(self._inner.observe_gradient, layer, g, mask))
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         self._show(partial(self._inner.observe_alignment, layer, aligned))
@@ -110,11 +113,12 @@ class Screen(Listener):
         self._held, self._latest, self._wrong = [], None, ""
         self._index += 1
 
-    def _show(self, what: Callable[[], None]) -> None:
-        if self._skip:
-            self._held.append(what)
-        else:
-            what()
+    def _show(self, what: Callable[[], Shown]) -> Shown | None:
+        """Now, or once it is known that the batch is sound."""
+        if not self._skip:
+            return what()
+        self._held.append(what)
+        return None
 
     def _drop(self, what: str) -> None:
         self.dropped = True

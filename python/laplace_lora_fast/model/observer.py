@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
+from laplace_lora_fast.structures.pads import PadImage
 
 _COMPARED = 64  # tokens of a first batch
 
@@ -71,11 +72,15 @@ class Tapped(Protocol):
 class Observer(Protocol):
     """What listens to a tap. Called without autograd and autocast; `mask` is None where every token is real."""
 
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        """Input x [S, T, d_in] of every layer in `group` (layers fed by one tensor), with its mask [S, T]."""
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
+        """Input x [S, T, d_in] of every layer in `group` (layers fed by one tensor), with its mask [S, T].
 
-    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
-        """Gradient g [S, T, d_out] at the output of a layer, with its mask [S, T]."""
+        Returns:
+            What is known of its pads, or None: then the tap looks at them.
+        """
+
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
+        """Gradient g [S, T, d_out] at the output of a layer, with its mask [S, T]. Returns likewise."""
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         """Of a layer with DoRA, before its gradient: sum_t g_t * (y_t - b), feature by feature, [S, d_out]."""

@@ -25,6 +25,7 @@ from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import Tapped
+from laplace_lora_fast.structures.pads import PadImage
 
 _WAITING_BYTES, _WAITING_BYTES_ON_CPU = 2**26, 2**22  # of tokens at pads
 _LEAVE_OUT = "or leave them out: LaplaceLoRA(.., layers=lambda name: ..)"
@@ -227,17 +228,24 @@ class Leaks:
         self._padded: set[int] = set()  # groups with the batch's own mask
         self._nonzero: dict[int, Tensor] = {}  # of other groups: at which pads their input is not zero
         self._reached: list[tuple[int, str]] = []  # by this pass: group and layer
+        self._images: dict[int, PadImage] = {}  # of inputs whose pads the observer knows
+        self._norms: dict[int, Tensor] = {}  # [n, S] of those, by their id
+        self._pairs: list[
+            tuple[PadImage, PadImage, str]
+        ] = []  # by this pass: images of g and x, and the layer
 
     def start_batch(self, inputs: Inputs) -> None:
         """Forgets the last batch."""
         self._mask = inputs.mask
         self._pads = None if inputs.pads is None else PadTokens(inputs.pads)
-        for held in (self._padded, self._nonzero, self._reached):
+        for held in (self._padded, self._nonzero, self._reached, self._images, self._norms, self._pairs):
             held.clear()
 
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        """Input x [S, T, d] of the layers in `group`."""
-        if mask is not None and mask is self._mask and self._pads is not None:
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None, image: PadImage | None) -> None:
+        """Input x [S, T, d] of the layers in `group`, and what the observer knows of its pads."""
+        if image is not None:
+            self._images[group] = image
+        elif mask is not None and mask is self._mask and self._pads is not None:
             self._pads.add(("x", group), x)
             self._padded.add(group)
         elif (
@@ -245,9 +253,14 @@ class Leaks:
         ):  # on the device, or of a layer that runs several times: the host does not know the pads
             self._nonzero[group] = ~mask & _nonzero(x)
 
-    def observe_gradient(self, group: int, g: Tensor, layer: str) -> None:
-        """Gradient g [S, T, d] of a layer in `group`."""
-        if group in self._padded:
+    def observe_gradient(self, group: int, g: Tensor, layer: str, image: PadImage | None) -> None:
+        """Gradient g [S, T, d] of a layer in `group`, and what the observer knows of its pads."""
+        if group in self._images:
+            if image is None:
+                assert self._mask is not None
+                image = PadImage(_nonzero(g).where(~self._mask, False)[None].to(g.dtype), 0)
+            self._pairs.append((image, self._images[group], layer))
+        elif group in self._padded:
             assert self._pads is not None
             self._pads.add(("g", layer), g)
             self._reached.append((group, layer))
@@ -263,6 +276,26 @@ class Leaks:
             messages = [_pads_are_read(layer) for _, layer in self._reached]
             self._checks.require_each(~(gradients & inputs).any(1), messages)
             self._reached.clear()
+        kinds: dict[tuple[int, int], list[tuple[PadImage, PadImage, str]]] = {}
+        for pair in self._pairs:
+            kinds.setdefault((id(pair[0].images), id(pair[1].images)), []).append(pair)
+        for pairs in kinds.values():
+            self._require_silent(sorted(pairs, key=lambda pair: pair[0].place))
+        self._pairs.clear()
+
+    def _require_silent(self, pairs: Sequence[tuple[PadImage, PadImage, str]]) -> None:
+        """Of layers alike: no sequence has both a gradient and an input at its pads."""
+        (of_g, of_x, _), places = pairs[0], [g.place for g, _, _ in pairs]
+        if id(of_x.images) not in self._norms:
+            self._norms[id(of_x.images)] = _norms(of_x.images)
+        inputs = self._norms[id(of_x.images)]
+        gradients = _norms(of_g.images)
+        if places != list(range(len(gradients))):
+            gradients = torch.stack([gradients[place] for place in places])
+        inputs = torch.stack([inputs[x.place] for _, x, _ in pairs])
+        # NaN is neither above 0 nor passed over by the minimum
+        silent = ~(torch.minimum(gradients, inputs) > 0).any(1)
+        self._checks.require_each(silent, [_pads_are_read(layer) for _, _, layer in pairs])
 
     def require_own_row(self, g: Tensor, mask: Tensor | None, layer: str) -> None:
         """The gradient g [S, T, d] of the first sequence's outputs is zero in all rows but the first.
@@ -296,5 +329,9 @@ def _pads_are_read(layer: str) -> str:
 
 def _nonzero(x: Tensor) -> Tensor:
     """Which tokens of x [..., d] are not zero, [...]; NaN counts as zero. The 2-norm is one fast pass over x."""
+    return _norms(x) > 0
+
+
+def _norms(x: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norms > 0
+    return norms

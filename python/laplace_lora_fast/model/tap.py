@@ -304,8 +304,8 @@ class Tap:
     @torch.no_grad()
     def _deliver_input(self, observer: Observer, index: int) -> None:
         tokens, mask = _joined(self._streams.pop(index))
-        self._leaks.observe_input(index, tokens, mask)
-        observer.observe_input(index, tokens, mask)
+        image = observer.observe_input(index, tokens, mask)
+        self._leaks.observe_input(index, tokens, mask, image)
 
     def _observe_gradient(self, index: int, use: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
@@ -330,12 +330,13 @@ class Tap:
         g, mask = _joined([uses[use] for use in sorted(uses)])
         assert self.shared_inputs is not None
         assert self.observer is not None
-        self._leaks.observe_gradient(self.shared_inputs[index], g, layer.name)
+        whole = g
         if layer.normalised:
             self.observer.observe_alignment(index, _aligned(g, _joined(self._outputs[index])[0], mask))
         if layer.features is not None:
             g = g.index_select(-1, layer.features.to(g.device))
-        self.observer.observe_gradient(index, g, mask)
+        image = self.observer.observe_gradient(index, g, mask)
+        self._leaks.observe_gradient(self.shared_inputs[index], whole, layer.name, image)
 
     def _tokens(self, index: int, use: int, x: Tensor) -> Stream:
         assert self._inputs is not None

@@ -24,6 +24,7 @@ from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.cost import Cost
+from laplace_lora_fast.structures.pads import PadImage
 from laplace_lora_fast.structures.search import evidence_noise
 from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LayerWeights, WeightName, matrices
@@ -69,12 +70,16 @@ class Listener(ABC):
         """After the forward pass of a batch. Returns the cotangents [S, U, P] of u to send back, one pass each."""
 
     @abstractmethod
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
-        """Input x [S, T, d_in] of every layer that shares it with layer `group`; mask [S, T] or None for no pads."""
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
+        """Input x [S, T, d_in] of every layer that shares it with layer `group`; mask [S, T] or None for no pads.
+
+        Returns:
+            What is known of its pads until the batch is over, or None: then the tap looks at them.
+        """
 
     @abstractmethod
-    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
-        """Gradient g [S, T, d_out] at the output of a layer, with its mask."""
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
+        """Gradient g [S, T, d_out] at the output of a layer, with its mask. Returns as above, until the next pass."""
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         """Of a layer with DoRA, before its gradient: sum_t g_t * (y_t - b), feature by feature, [S, d_out].

@@ -43,7 +43,9 @@ from laplace_lora_fast.structures.blocks.factors import (
     join,
 )
 from laplace_lora_fast.structures.blocks.spectrum import Spectrum
+from laplace_lora_fast.structures.blocks.token_sums import PaddedTokens, TokenSums
 from laplace_lora_fast.structures.blocks.waiting import zero
+from laplace_lora_fast.structures.pads import PadImage
 from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LayerWeights, in_order, is_head, long_side_is_input, weight_names
 
@@ -128,18 +130,20 @@ class KfacAccumulator(Accumulator):
         self._inputs_of_heads: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._shared_inputs: list[int] = []  # of the factors, once they are there
         self._found: list[int] = []
+        self._padded = PaddedTokens()
+        self._sums: dict[str, TokenSums] = {}  # of inputs and of gradients
 
     def start(self, step: Step) -> Tensor:
         self._found = step.shared_inputs
         return step.functions.spread(step.fisher(self._fisher))
 
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         if self._shared_inputs:
-            self._add_input(group, x, mask)
-        else:
-            self._first_inputs.append((group, x, mask))
+            return self._add_input(group, x, mask)
+        self._first_inputs.append((group, x, mask))
+        return None
 
-    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
         """Creates the factors, once the first forward pass has told which layers share their input."""
         if not self._shared_inputs:
             self._create(self._found, lk.accumulation_dtype(self._first_inputs[0][1].dtype))
@@ -152,11 +156,19 @@ class KfacAccumulator(Accumulator):
             if layer in self._inputs_of_heads:  # before the first pass
                 x, real = self._inputs_of_heads.pop(layer)
                 self._count(layer, add_input(self._inputs[layer], tokens, x, _read_tokens(g, real)))
+        elif tokens is TokenSharing.REDUCE and self._padded.are_multiplied(mask, g):
+            return self._sums["gradients"].take(layer, g, mask)
         add_gradient(self._gradients[layer], tokens, g, mask)
+        return None
 
     def finish_pass(self) -> None:
         """Makes room for the next pass, in all factors together."""
+        for sums in self._sums.values():
+            sums.finish()
         flush_full(self._all_factors())
+
+    def finish(self) -> None:
+        self._padded.finish()
 
     def omegas(self) -> dict[int, Tensor]:
         """Omega of every sketched factor: accumulators with the same ones, over other data, add up."""
@@ -166,6 +178,9 @@ class KfacAccumulator(Accumulator):
     def forget(self) -> None:
         self._first_inputs.clear()
         self._inputs_of_heads.clear()
+        self._padded.forget()
+        for sums in self._sums.values():
+            sums.forget()
 
     def state(self) -> State:
         if not self._shared_inputs:
@@ -246,6 +261,10 @@ class KfacAccumulator(Accumulator):
         for position, layer in enumerate(self._layers, len(leaders)):
             exact = _maps([layer], of_gradients=True)
             self._gradients.append(self._factor(position, dense, exact.mT, dtype))
+        self._sums = {
+            "inputs": TokenSums(self._inputs, self._padded, mean=True),
+            "gradients": TokenSums(dict(enumerate(self._gradients)), self._padded, mean=False),
+        }
 
     def _all_factors(self) -> list[Factor]:
         return [*self._inputs.values(), *self._gradients]
@@ -257,11 +276,15 @@ class KfacAccumulator(Accumulator):
         seed, omega, size = self._plan.seed + index, self._omegas.get(index), self._plan.sketch_size
         return SketchFactor(max(size - exact.shape[1], size // 2, 1), exact, dtype, seed, omega)
 
-    def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+    def _add_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         if is_head(self._layers[group]):
             self._inputs_of_heads[group] = x, mask
+        elif self._tokens is TokenSharing.REDUCE and self._padded.are_multiplied(mask, x):
+            self._count(group, len(x))
+            return self._sums["inputs"].take(group, x, mask)
         else:
             self._count(group, add_input(self._inputs[group], self._tokens, x, mask))
+        return None
 
     def _count(self, group: int, number: Tensor | int) -> None:
         """Of what the factor of an input is the mean; on the device, if anywhere: nothing waits for it."""
