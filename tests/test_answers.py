@@ -91,6 +91,7 @@ def test_methods_are_compared_and_drawn(tmp_path):
     value, low, high = found[LEFT_OUT]["nll_difference"]
     assert value == pytest.approx(float(apart), abs=1e-5)
     assert low <= value <= high
+    assert found[MAP]["ece_difference"][0] == pytest.approx(found[MAP]["ece"] - found[TEMPERATURE]["ece"])
     assert found[MAP]["nll"] == pytest.approx(
         float(torch.stack([nll(r, MAP).mean() for r in runs]).mean()), 1e-4
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.answers.compare import MAP, TEMPERATURE
 from laplace_lora_fast.evaluation.intervals import RESAMPLES, Interval, of_means
+from laplace_lora_fast.evaluation.metrics import bin_of
 from laplace_lora_fast.evaluation.predictions import Predictions
 
 Run = dict[str, Any]
@@ -98,21 +99,28 @@ def ece_difference(pairs: Sequence[tuple[Predictions, Predictions]], resamples: 
     """ECE of the first minus that of the second, mean over seeds; seeds, then examples, drawn with replacement."""
     generator = torch.Generator().manual_seed(0)
 
-    def one(pair: tuple[Predictions, Predictions], index: Tensor | None = None) -> float:
-        found = []
-        for each in pair:
-            chosen = slice(None) if index is None else index
-            found.append(Predictions(each.probs[chosen], each.known_labels[chosen]).metrics().ece)
-        return found[0] - found[1]
-
+    listed = [[_binned(each) for each in pair] for pair in pairs]
     drawn = []
     for _ in range(resamples):
-        seeds = torch.randint(len(pairs), (len(pairs),), generator=generator).tolist()
-        sizes = [len(pairs[seed][0].known_labels) for seed in seeds]
-        indices = [torch.randint(size, (size,), generator=generator) for size in sizes]
-        drawn.append(statistics.mean(one(pairs[s], index) for s, index in zip(seeds, indices, strict=True)))
+        seeds = torch.randint(len(listed), (len(listed),), generator=generator).tolist()
+        found = []
+        for pair in (listed[seed] for seed in seeds):
+            count = len(pair[0][0])
+            index = torch.randint(count, (count,), generator=generator)
+            first, second = (_ece(bins[index], gaps[index]) for bins, gaps in pair)
+            found.append(first - second)
+        drawn.append(statistics.mean(found))
     low, high = torch.quantile(torch.tensor(drawn), torch.tensor([0.025, 0.975])).tolist()
-    return Interval(statistics.mean(map(one, pairs)), low, high)
+    return Interval(statistics.mean(_ece(*first) - _ece(*second) for first, second in listed), low, high)
+
+
+def _binned(predictions: Predictions) -> tuple[Tensor, Tensor]:
+    """The bin of each example's confidence, and by how much that is too large."""
+    return bin_of(predictions.confidence), predictions.confidence - predictions.correct.double()
+
+
+def _ece(bins: Tensor, gaps: Tensor) -> float:
+    return float(torch.bincount(bins, gaps).abs().sum() / len(gaps))
 
 
 def _picked(runs: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
