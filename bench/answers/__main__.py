@@ -36,7 +36,7 @@ from laplace_lora_fast.demo import task as demo
 from laplace_lora_fast.evaluation.provenance import provenance
 from laplace_lora_fast.saving.atomic import replacing
 
-BATCH, TEST_BATCH, GROUP, MOST_GROUPS = 4, 20, 8, 50
+BATCH, TEST_BATCH, GROUP, MOST_GROUPS = 4, 20, 8, 25
 
 
 def options(arguments: Any, seed: int, known: dict[Any, Any]) -> dict[str, Any]:

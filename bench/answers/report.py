@@ -153,7 +153,8 @@ def markdown(what: str, model: str, runs: Sequence[Run], found: dict[str, Any]) 
         f"{environment['machine']}, 1 thread, {environment['date']}; CPU seconds a seed: "
         f"{', '.join(f'{key} {statistics.mean(values):.0f}' for key, values in seconds.items())}.",
         f"Command: `python -m bench.answers {what} {own}{given} --seeds {seeds}`.",
-        "Brackets: 95 % paired bootstrap intervals over seeds and examples of the difference to the temperature.",
+        f"Brackets: 95 % paired bootstrap intervals, over {'seeds and ' if len(runs) > 1 else ''}examples, of the "
+        f"difference to the temperature; {len(runs)} {'seeds' if len(runs) > 1 else 'seed'}.",
         "",
     ]
     for name, methods in found["tests"].items():
@@ -181,12 +182,13 @@ def _short(setting: Run) -> str:
 
 def _table(methods: dict[str, Any], chosen: dict[str, list[float]]) -> list[str]:
     lines = [
-        "| | accuracy | NLL | NLL - temperature's | ECE-15 | ECE - | Brier | Brier - | chosen |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | accuracy | - temperature's | NLL | - temperature's | ECE-15 | - temperature's | Brier | - temperature's | "
+        "chosen |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, row in methods.items():
-        cells = [f"{row['accuracy']:.3f}"]
-        for key in ("nll", "ece", "brier"):
+        cells = []
+        for key in ("accuracy", "nll", "ece", "brier"):
             cells += [f"{row[key]:.3f}", _shown(row.get(f"{key}_difference"))]
         picked = "" if method == MAP else ", ".join(f"{value:.3g}" for value in chosen[method])
         lines.append(f"| {method} | {' | '.join(cells)} | {picked} |")
