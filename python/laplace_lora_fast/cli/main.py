@@ -364,9 +364,10 @@ def plan(
     tflops_fp64: Annotated[float, typer.Option(help="Sustained in fp64 algebra, 1e12 a second.")] = 10.0,
 ) -> None:
     """Price the structures for a model from its configuration alone: bytes, seconds, and what to choose."""
-    from laplace_lora_fast.cli.plan import show
+    from laplace_lora_fast.cli.plan import Setting, show
 
-    show(console, config, targets, rank, examples, classes, tokens, int(budget * 2**30), tflops, tflops_fp64)
+    setting = Setting(config, targets, rank, examples, classes, tokens, int(budget * 2**30))
+    show(console, setting, tflops, tflops_fp64)
 
 
 @app.command()

@@ -38,19 +38,11 @@ class Plan:
     advice: str
 
 
-def plan(
-    config: Path,
-    targets: str,
-    rank: int,
-    examples: int,
-    classes: int,
-    tokens: int,
-    budget: int,
-    rates: planner.Rates,
-) -> Plan:
-    """The plan.
+@dataclass(frozen=True)
+class Setting:
+    """What is planned.
 
-    Args:
+    Attributes:
         config: a configuration of transformers, the file or its folder.
         targets: "all-linear", or names of modules with commas between them.
         rank: of the adapter.
@@ -58,21 +50,33 @@ def plan(
         classes: C.
         tokens: of an example.
         budget: bytes.
-        rates: of the machine.
+    """
+
+    config: Path
+    targets: str
+    rank: int
+    examples: int
+    classes: int
+    tokens: int
+    budget: int
+
+
+def plan(setting: Setting, rates: planner.Rates) -> Plan:
+    """The plan at the rates of a machine.
 
     Raises:
         ValueError: no linear layer has such a name; or the configuration is none.
     """
-    model = on_meta(config)
-    names = target_names(model, targets)
+    model = on_meta(setting.config)
+    names = target_names(model, setting.targets)
     problem = Problem(
-        layers=[_weights(name, model.get_submodule(name), rank) for name in names],
+        layers=[_weights(name, model.get_submodule(name), setting.rank) for name in names],
         likelihood=Categorical(),
-        budget=budget,
+        budget=setting.budget,
         seed=0,
         ranks=Ranks(None),
-        n_examples=examples,
-        n_functions=examples * (classes - 1),
+        n_examples=setting.examples,
+        n_functions=setting.examples * (setting.classes - 1),
         shared_inputs=shared_inputs(model, names),
     )
     plans = planner.priced(problem)
@@ -81,34 +85,24 @@ def plan(
     why = "; ".join(f"{type(each.structure).__name__}: {each.verdict.reason}" for each in plans)
     title = (
         f"{type(model).__name__}, {weights / 1e9:.3g}e9 weights ({planner.size(2 * weights)} in 16 bits, beside all "
-        f"that follows); {len(names)} LoRA layers of rank {rank}, {problem.n_parameters / 1e6:.3g}e6 LoRA weights; "
-        f"{examples:,} examples of {tokens} tokens, {classes} classes; budget {planner.size(budget)}"
+        f"that follows); {len(names)} LoRA layers of rank {setting.rank}, {problem.n_parameters / 1e6:.3g}e6 LoRA "
+        f"weights; {setting.examples:,} examples of {setting.tokens} tokens, {setting.classes} classes; budget "
+        f"{planner.size(setting.budget)}"
     )
     advice = f"structure='auto' takes {best.structure!r}. {why}."
-    if best.structure.uses_budget and best.cost is not None and best.cost.least > budget:
+    if best.structure.uses_budget and best.cost is not None and best.cost.least > setting.budget:
         advice += (
             f" The budget is too small for it: the smallest that works is {planner.size(best.cost.least)}."
         )
-    return Plan(title, planner.table(plans, examples * tokens, weights, rates), advice)
+    return Plan(title, planner.table(plans, setting.examples * setting.tokens, weights, rates), advice)
 
 
-def show(
-    console: Console,
-    config: Path,
-    targets: str,
-    rank: int,
-    examples: int,
-    classes: int,
-    tokens: int,
-    budget: int,
-    tflops: float,
-    tflops_fp64: float,
-) -> None:
+def show(console: Console, setting: Setting, tflops: float, tflops_fp64: float) -> None:
     """Prints the plan. Raises ValueError for a rate that is not positive."""
     positive_number("--tflops", tflops)
     positive_number("--tflops-fp64", tflops_fp64)
     rates = planner.Rates(tflops * 1e12, tflops_fp64 * 1e12)
-    found = plan(config, targets, rank, examples, classes, tokens, budget, rates)
+    found = plan(setting, rates)
     shown = Table(*found.rows[0])
     for row in found.rows[1:]:
         shown.add_row(*map(escape, row))

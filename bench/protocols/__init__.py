@@ -1,0 +1,1 @@
+"""Published protocols of evaluation, one configuration a trained set: `python -m bench.protocols.run CONFIG`."""
