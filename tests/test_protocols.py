@@ -56,8 +56,8 @@ def test_prompts_are_those_of_the_published_code() -> None:
     )
     assert first("arc_challenge", 1) == (
         f"{select} The voltage is held constant in an electric circuit. What will happen to the current in this "
-        "circuit if the resistance is doubled? Choices: A. The current will be tripled. B. The current will be doubled. "
-        "C. The current will be cut in half. D. The current will stay the same. Answer:",
+        "circuit if the resistance is doubled? Choices: A. The current will be tripled. B. The current will be "
+        "doubled. C. The current will be cut in half. D. The current will stay the same. Answer:",
         "C",
     )
     text, answer = first("arc_easy", 1)
