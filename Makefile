@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # As a machine with a GPU is met: all that the packages need, the oldest Triton, and no package of this tree.
 BARE := .venv-bare
+HOSTS := .venv-hosts
 # Where there is an nvcc the tests insist on the CUDA library; elsewhere it is left out, visibly.
 BUILD_CUDA := $(if $(shell command -v nvcc),1,0)
 
-.PHONY: bench demo docs matrix quick test wheels
+.PHONY: bench demo docs integrations matrix quick test wheels
 
 # A first run installs; stamp files keep later ones from doing so again. On a machine with other work, set
 # OMP_WAIT_POLICY=PASSIVE: threads then sleep, rather than spin, while they wait.
@@ -23,6 +24,7 @@ test: $(VENV)/.test-stamp $(BARE)/.stamp
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/kernels/interpreted
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/compiled
 	OMP_NUM_THREADS=1 PYTHONPATH=.:python $(BARE)/bin/python -m pytest -n auto tests/kernels/compiled -k sm_90
+	DEPENDENCIES=$(VENV) bench/wheels.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
 
 # Under a minute on two cores, for while one works: linters, the rules of the house, frozen numbers, every plug's contract.
@@ -37,7 +39,13 @@ matrix: $(VENV)/.test-stamp
 	-$(BIN)/pip install bitsandbytes torchao optimum-quanto hqq
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.table
 
-# sdist and wheel, installed in a clean environment of each Python from 3.10 to 3.13 that is there; minutes and gigabytes.
+# Hosts that take minutes to install, in an environment of their own, and the tests that run them on small tasks.
+integrations: $(HOSTS)/.stamp
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:python $(HOSTS)/bin/python -m pytest -q -rs \
+		tests/integrations/test_lm_polygraph.py tests/integrations/test_lm_eval.py tests/integrations/test_hosts.py
+
+# sdist and wheel, installed with all that they depend on in a clean environment of each Python from 3.10 to 3.13 that is
+# there; minutes and gigabytes. `make test` does it for its own Python, with the dependencies that are there.
 wheels:
 	bench/wheels.sh
 
@@ -67,6 +75,13 @@ $(BARE)/.stamp: $(VENV)/.test-stamp
 	$(BARE)/bin/pip install "triton==3.6.0" "numpy<2.4"
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(BARE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth"
+	touch $@
+
+$(HOSTS)/.stamp: $(VENV)/.test-stamp
+	test -x $(HOSTS)/bin/python || $(BIN)/python -m venv $(HOSTS)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(HOSTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth"
+	$(HOSTS)/bin/pip install "lm-polygraph==0.7.*" "lm-eval==0.4.*"
 	touch $@
 
 $(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml bench/requirements-peers.txt

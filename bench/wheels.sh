@@ -1,14 +1,23 @@
 #!/bin/sh
 # Builds sdist and wheel, and installs each in a clean environment of each Python that is there: `make wheels`. From each
-# run `pip check`, `laplace-lora doctor` and the README's script. About 1.5 GB and two minutes a Python.
+# run `pip check`, `laplace-lora doctor` and the README's script. Gigabytes and minutes a Python, most of it torch.
 # PYTHONS="python3.10 python3.13" names them; EXTRAS="cli,evaluate" what is installed beside the package; TORCH comes
 # first, as the package's looser requirement could fetch another, much larger build.
+# DEPENDENCIES=.venv takes all dependencies from that environment in place of installing them, for the Python that it
+# is of: seconds, for what CI runs.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-pythons=${PYTHONS:-"python3.10 python3.11 python3.12 python3.13"}
+dependencies=${DEPENDENCIES:-}
 extras=${EXTRAS:-cli,evaluate}
+if [ -n "$dependencies" ]; then
+    dependencies=$(cd "$root" && cd "$dependencies" && pwd)
+    pythons=$dependencies/bin/python
+    packages=$("$pythons" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+else
+    pythons=${PYTHONS:-"python3.10 python3.11 python3.12 python3.13"}
+fi
 runs() { "$1" --version >/dev/null 2>&1; }  # a shim may be there without its Python
 
 first=
@@ -22,7 +31,8 @@ test -n "$first"
 # the wheel is made from the sdist, so that what the sdist lacks shows
 LAPLACE_KERNELS_BUILD_CUDA=0 "$work/build/bin/python" -m build -o "$work/dist" "$root" >"$work/log" 2>&1 || { tail -40 "$work/log"; exit 1; }
 wheel=$(echo "$work"/dist/*.whl)
-echo "built $(basename "$wheel") and $(basename "$work"/dist/*.tar.gz)"
+sdist=$(echo "$work"/dist/*.tar.gz)
+echo "built $(basename "$wheel") and $(basename "$sdist")"
 case $wheel in *-py3-none-any.whl) ;; *) echo "a wheel without CUDA kernels has to be pure Python"; exit 1 ;; esac
 "$work/build/bin/python" - "$wheel" "$root/pyproject.toml" <<'PY'
 import re, sys, zipfile
@@ -35,7 +45,6 @@ assert not strange, strange
 version = re.search(r'^version = "(.+)"', open(project).read(), re.M)[1]
 assert f"-{version}-" in wheel, version
 PY
-
 "$work/build/bin/python" - "$root/README.md" >"$work/readme.py" <<'PY'
 import re, sys
 blocks = re.findall(r"```python\n(.*?)```", open(sys.argv[1], encoding="utf-8").read(), flags=re.S)
@@ -43,7 +52,8 @@ print(next(block for block in blocks if "import peft" in block))  # the one that
 PY
 
 used() {  # runs what is installed in $bin, from a folder that is not the checkout
-    "$bin/pip" check
+    # shared dependencies may want of each other what is not there, which is not this package's doing
+    if [ -n "$dependencies" ]; then ! "$bin/pip" check | grep '^laplace-lora-fast '; else "$bin/pip" check; fi
     "$bin/laplace-lora" --version
     "$bin/laplace-lora" doctor >/dev/null
     (cd "$work" && OMP_NUM_THREADS=1 "$bin/python" readme.py >/dev/null)
@@ -54,11 +64,16 @@ for python in $pythons; do
     runs "$python" || continue
     "$python" -m venv "$work/clean"
     bin=$work/clean/bin
-    "$bin/pip" install -q "${TORCH:-torch==2.13.0}"
-    "$bin/pip" install -q "$wheel[$extras]"
+    if [ -n "$dependencies" ]; then
+        echo "$packages" >"$("$bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
+        "$bin/pip" install -q --no-deps --ignore-installed "$wheel"  # another may be among the dependencies
+    else
+        "$bin/pip" install -q "${TORCH:-torch==2.13.0}"
+        "$bin/pip" install -q "$wheel[$extras]"
+    fi
     used wheel
     "$bin/pip" uninstall -q -y laplace-lora-fast
-    LAPLACE_KERNELS_BUILD_CUDA=0 "$bin/pip" install -q --no-deps "$work"/dist/*.tar.gz
+    LAPLACE_KERNELS_BUILD_CUDA=0 "$bin/pip" install -q --no-deps --ignore-installed "$sdist"
     used sdist
     rm -rf "$work/clean"  # the next one needs the room
 done

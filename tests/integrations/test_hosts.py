@@ -232,6 +232,7 @@ def test_statistics_for_lm_polygraph(monkeypatch) -> None:
             monkeypatch,
             lm_polygraph__estimators__estimator={"Estimator": Estimator},
             lm_polygraph__stat_calculators__stat_calculator={"StatCalculator": StatCalculator},
+            lm_polygraph__utils__factory_stat_calculator={"StatCalculatorContainer": types.SimpleNamespace},
         )
     own = importlib.import_module(f"{PACKAGE}.lm_polygraph")
     la = LaplaceLoRA(TASKS["Tokens"][0](), Tokens()).fit([data(Tokens())], progress=False)

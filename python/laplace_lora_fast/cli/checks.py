@@ -143,10 +143,28 @@ def check_link(link_approx: str) -> None:
         raise ValueError(f"--link-approx must be {_either(names)}, got {link_approx!r}")
 
 
-def check_score(score: str | None) -> None:
-    """Raises ValueError unless it is one of those of `Options`, or left open."""
+def check_kind_of_rows(texts: bool, score: str | None, samples: int | None) -> None:
+    """Raises ValueError for a wrong score of `Options`, or an option that is for the other kind of rows."""
     if score not in (None, "sum", "mean"):
         raise ValueError(f"--score must be sum or mean, got {score!r}")
+    if texts and score is not None:
+        raise ValueError("--score is for rows with choices, not for texts")
+    if not texts and samples is not None:
+        raise ValueError("--samples is for texts, {'prompt', 'completion'}, not for rows with choices")
+
+
+def prior_of_texts(prior: str | None, held_out: bool) -> str:
+    """What chooses the prior precision of a posterior of texts: held-out ones, or the user.
+
+    Raises:
+        ValueError: neither does: their log-determinant comes from drawn labels, and there is no evidence.
+    """
+    chosen = "held_out" if prior is None and held_out else prior
+    if chosen in (None, "evidence", "leave_one_out"):
+        raise ValueError(
+            "of texts there is no evidence and no leaving one out: pass --val, or --prior and a number"
+        )
+    return chosen
 
 
 def conformal_options(

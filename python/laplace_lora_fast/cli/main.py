@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,7 +20,19 @@ try:
     from rich.console import Console
     from rich.markup import escape
 
-    from laplace_lora_fast.cli.arguments import Adapter, BatchSize, Device, Dtype, Model, Posterior
+    from laplace_lora_fast.cli.arguments import (
+        Adapter,
+        BatchSize,
+        Device,
+        Dtype,
+        JsonFile,
+        LinkApprox,
+        Model,
+        Posterior,
+        TestRows,
+        Truncate,
+    )
+    from laplace_lora_fast.cli.fit import fit
     from laplace_lora_fast.cli.generate import generate
 except ImportError as error:
     raise SystemExit(f"{error}: {INSTALL.format('cli,evaluate')}") from error
@@ -35,14 +46,6 @@ console = Console()
 errors = Console(stderr=True, highlight=False)
 
 Command = TypeVar("Command", bound=Callable[..., None])
-
-Truncate = Annotated[
-    bool,
-    typer.Option("--truncate", help="Cut prompts that are too long for the model, from the left."),
-]
-LinkApprox = Annotated[
-    str, typer.Option(help="probit, mc or bridge; map is the plain adapter without Laplace.")
-]
 
 
 def _friendly(command: Command) -> Command:
@@ -93,121 +96,7 @@ def demo(
     run(out, Recipe(seed=seed), console)
 
 
-@app.command()
-@_friendly
-def fit(
-    model: Model,
-    adapter: Adapter,
-    data: Annotated[Path, typer.Option(help='Training rows, JSON lines: {"prompt", "choices", "label"}.')],
-    out: Annotated[Path, typer.Option(help="Folder for the posterior.")] = Path("posterior"),
-    val: Annotated[Path | None, typer.Option(help="Held-out rows, for --prior held_out.")] = None,
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            help="held_out (on --val), leave_one_out (one training row at a time; the model is refitted), evidence (a "
-            "poor guide on an over-trained adapter), or a number. Default: held_out with --val, else leave_one_out "
-            "where the model can be refitted, else evidence."
-        ),
-    ] = None,
-    per: Annotated[
-        str | None,
-        typer.Option(
-            help="all (default): one prior precision; side: one for lora_A, one for lora_B (held_out, evidence); "
-            "head: one for LoRA, one for trained heads (both); layer: one a layer (evidence)."
-        ),
-    ] = None,
-    grid: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            metavar="LOW HIGH",
-            help="Prior precisions that held_out and leave_one_out try, 10 a decade; else 1e-4 to 1e6.",
-        ),
-    ] = None,
-    structure: Annotated[
-        str,
-        typer.Option(
-            help="Of the curvature: rows, kfac, ekfac or diagonal; auto takes rows where they are few."
-        ),
-    ] = checks.AUTO,
-    columns: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of rows' or kfac's sketches; more are more exact. Default: 128."),
-    ] = None,
-    refit: Annotated[
-        bool | None,
-        typer.Option(
-            help="rows: predict with the linearised model's own optimum under the prior, which moves the predictions, "
-            "not with the adapter's own. Default: with --prior leave_one_out; and without --val, --prior and --per, if "
-            "--structure is auto or rows, --fisher exact, and there are no more than "
-            f"{checks.MOST_REFIT_ROWS} rows x (choices - 1)."
-        ),
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option(help="kfac, ekfac: reduce (default), expand or paper.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="kfac, ekfac: eigenpairs kept of each large factor.")
-    ] = None,
-    factors: Annotated[
-        str | None, typer.Option(help="kfac, ekfac: dense, sketch or auto (default: dense within 4 GiB).")
-    ] = None,
-    fisher: Annotated[
-        str | None, typer.Option(help="Any but auto: exact (default), mc (sampled labels) or empirical.")
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a choice, where rows have different ones or ones of several tokens: sum (default) or mean of its "
-            "tokens' log probabilities."
-        ),
-    ] = None,
-    truncate: Truncate = False,
-    batch_size: BatchSize = 8,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: int = 0,
-) -> None:
-    """Fit the posterior of an adapter on its training rows and tune the prior precision."""
-    from laplace_lora_fast import LaplaceLoRA
-    from laplace_lora_fast.data.prompts import read_rows
-    from laplace_lora_fast.saving.posterior import FILE_NAME
-
-    rows = read_rows(data)
-    val_rows = None if val is None else read_rows(val)
-    options = {"columns": columns, "refit": refit, "tokens": tokens, "rank": rank, "factors": factors}
-    options["fisher"] = fisher
-    if prior is None:
-        few = sum(len(row.choices) - 1 for row in rows) <= checks.MOST_REFIT_ROWS
-        refits = bool(refit) or (few and per is None and checks.may_refit(structure, options))
-        prior = checks.prior_by_default(val is not None, refits)
-    tuning = checks.tuning_of(prior, {"loader": val_rows, "per": per, "grid": checks.spread(grid)})
-    chosen = checks.structure_of(structure, options, refit=prior == "leave_one_out")
-    if not isinstance(tuning, float):
-        checks.check_pair(tuning, chosen)
-    checks.check_score(score)
-    peft_model, reader = loading.load(model, adapter, device, dtype, batch_size, truncate)
-    task = reader.task(rows, score)
-    train = reader.batches(task, rows, data)
-    if val is not None:
-        tuning = replace(tuning, loader=reader.batches(task, val_rows, val).batches)  # type: ignore[type-var]
-    la = LaplaceLoRA(peft_model, task, structure=chosen, seed=seed)
-    checks.make_writable(out)
-    checks.check_output("--out", out / FILE_NAME, [data, *([] if val is None else [val])])
-    la.fit(train.batches)
-    by = ""
-    if isinstance(tuning, float):
-        la.prior_precision = tuning
-    else:
-        la.optimize_prior_precision(tuning)
-        by = f", chosen by {prior}"
-    la.save(out)
-    fitted, _ = la.snapshot()
-    for line in (
-        f"Fitted {fitted.structure} on {len(rows)} rows, {task}; "
-        f"prior precision {checks.shown(la.prior_precision)}{by}.",
-        f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. Written: {out}",
-    ):
-        console.print(escape(line), soft_wrap=True)
+app.command()(_friendly(fit))
 
 
 @app.command()
@@ -215,10 +104,10 @@ def fit(
 def evaluate(
     model: Model,
     adapter: Adapter,
-    data: Annotated[Path, typer.Option(help='Test rows, JSON lines: {"prompt", "choices", "label"}.')],
+    data: TestRows,
     posterior: Posterior = Path("posterior"),
     link_approx: LinkApprox = "probit",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    json_file: JsonFile = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write them here as a table with intervals.")
     ] = None,
@@ -300,7 +189,7 @@ def predict(
 def select(
     model: Model,
     adapter: Adapter,
-    data: Annotated[Path, typer.Option(help='Test rows, JSON lines: {"prompt", "choices", "label"}.')],
+    data: TestRows,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Rows that neither trained nor tuned anything, for conformal sets of choices."),
@@ -314,7 +203,7 @@ def select(
     ] = None,
     posterior: Posterior = Path("posterior"),
     link_approx: LinkApprox = "probit",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: JsonFile = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON lines: each row, whether it is answered, its set.")
     ] = None,

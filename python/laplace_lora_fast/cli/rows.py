@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora_fast import Answers, InvalidBatchError, Options
+from laplace_lora_fast import Answers, InvalidBatchError, Options, Tokens
 from laplace_lora_fast.data.groups import (
     Example,
     length_order,
@@ -18,8 +18,25 @@ from laplace_lora_fast.data.groups import (
     prompt_ids,
 )
 from laplace_lora_fast.data.lengths import Context, warn_of_cut
-from laplace_lora_fast.data.prompts import PromptRow, answer_token_ids, batches_from_ids
+from laplace_lora_fast.data.prompts import (
+    PromptRow,
+    answer_token_ids,
+    batches_from_ids,
+    json_of,
+    lines_of,
+)
+from laplace_lora_fast.data.texts import text_batches_from_ids, text_examples
 from laplace_lora_fast.tasks import Task
+
+
+def holds_texts(path: Path) -> bool:
+    """Whether a file's rows are texts, {"prompt", "completion"}, as its first one says.
+
+    Raises:
+        InvalidBatchError: it cannot be read.
+    """
+    first = json_of(*lines_of(path)[0])
+    return isinstance(first, dict) and "completion" in first and "choices" not in first
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,13 @@ class RowReader:
             )
         return task
 
-    def batches(self, task: Task, rows: Sequence[PromptRow], path: Path) -> RowBatches:
+    def tokens(self, samples: int | None) -> Task:
+        """Of texts. Raises ValueError where the tokenizer has no token that ends one."""
+        if getattr(self.tokenizer, "eos_token_id", None) is None:
+            raise ValueError("the tokenizer has no eos_token to end texts with")
+        return Tokens() if samples is None else Tokens(samples)
+
+    def batches(self, task: Task, rows: Sequence[Any], path: Path) -> RowBatches:
         """Batches of the rows of a file, those of like length together.
 
         Warns:
@@ -86,7 +109,10 @@ class RowReader:
             (context.fitting(prompt, options, lambda at=number: f"{path}: row {at}"), options, label)  # type: ignore[misc]
             for number, (prompt, options, label) in enumerate(examples, 1)
         ]
-        if isinstance(task, Answers):
+        if isinstance(task, Tokens):
+            texts = [(list(prompt), list(completion)) for prompt, (completion,), _ in fitting]
+            batches = text_batches_from_ids(texts, self.batch_size)
+        elif isinstance(task, Answers):
             batches = batches_from_ids(
                 [(list(ids), row.label) for (ids, _, _), row in zip(fitting, rows, strict=True)],
                 self.batch_size,
@@ -97,8 +123,15 @@ class RowReader:
         warn_of_cut(cut, len(rows), self.context, "--truncate", f" of {path}")
         return RowBatches(batches, length_order(fitting))
 
-    def _examples(self, task: Task, rows: Sequence[PromptRow]) -> list[Example]:
+    def _examples(self, task: Task, rows: Sequence[Any]) -> list[Example]:
         """Token ids; answers are no part of the sequences, so that `Answers` has no options here."""
+        if isinstance(task, Tokens):
+            if not isinstance(rows[0], dict):
+                raise ValueError(
+                    f"a posterior of {task!r} says nothing of choices: see `laplace-lora generate`"
+                )
+            pairs = text_examples(self.tokenizer, rows, end=True)
+            return [(prompt, [completion], None) for prompt, completion in pairs]
         if isinstance(task, Options):
             return option_examples(self.tokenizer, [vars(row) for row in rows])
         if not isinstance(task, Answers):

@@ -99,17 +99,9 @@ def direct_preference_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches for `DirectPreference`, as TRL's DPOTrainer reads them, but for "reference": see `add_reference`.
 
-    Args:
-        tokenizer: of the model.
-        rows: as for `preference_batches`, with a "prompt". The completion begins where the tokens of prompt and
-            completion together leave those of the prompt alone.
-        batch_size: examples in a batch; those of like length stand together.
-        ranking: whether labels are whole rankings.
-        max_length: of prompt and completion, in tokens.
-        truncate: whether longer prompts lose tokens on the left, with a warning that counts them.
-
-    Raises:
-        InvalidBatchError: a row lacks a field, a completion has no token, or one is too long; names the row.
+    Arguments and errors are those of `preference_batches`, but that rows need a "prompt", and only prompts are cut. The
+    completion begins where the tokens of prompt and completion together leave those of the prompt alone; one without a
+    token is an InvalidBatchError.
     """
     context, cut, examples = context_of(tokenizer, max_length, truncate), 0, []
     for number, row in enumerate(rows, 1):

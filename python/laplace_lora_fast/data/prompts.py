@@ -41,7 +41,7 @@ def read_rows(path: str | Path, labelled: bool = True) -> list[PromptRow]:
     Raises:
         InvalidBatchError: The file is missing, empty, or a line is wrong; names the line and the field.
     """
-    return [_parse(line, where, labelled) for line, where in _lines(path)]
+    return [_parse(line, where, labelled) for line, where in lines_of(path)]
 
 
 def read_prompts(path: str | Path) -> list[Any]:
@@ -51,10 +51,10 @@ def read_prompts(path: str | Path) -> list[Any]:
         InvalidBatchError: The file is missing, empty, or a line is wrong; names the line.
     """
     prompts = []
-    for line, where in _lines(path):
-        fields = _json_of(line, where)
+    for line, where in lines_of(path):
+        fields = json_of(line, where)
         prompt = fields.get("prompt") if isinstance(fields, dict) else None
-        if not (prompt.strip() if isinstance(prompt, str) else _are_messages(prompt)):
+        if not (prompt.strip() if isinstance(prompt, str) else are_messages(prompt)):
             raise InvalidBatchError(
                 f"{where}: field 'prompt' must be a non-empty string, or messages with a 'role' and a 'content' each"
             )
@@ -184,7 +184,7 @@ def _require_source(source: str) -> None:
         raise FileNotFoundError(f"{source} does not exist")
 
 
-def _lines(path: str | Path) -> list[tuple[str, str]]:
+def lines_of(path: str | Path) -> list[tuple[str, str]]:
     """The lines of a file that are not empty, and where each stands. Raises InvalidBatchError if there is none."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -214,14 +214,14 @@ def _pad(encoded: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
 
 def _parse(line: str, where: str, labelled: bool) -> PromptRow:
     names = ("prompt", "choices", "label") if labelled else ("prompt", "choices")
-    fields = _json_of(line, where)
+    fields = json_of(line, where)
     if not isinstance(fields, dict):
         raise InvalidBatchError(f"{where}: expected an object with fields {', '.join(names)}")
     for name in names:
         if name not in fields:
             raise InvalidBatchError(f"{where}: field {name!r} is missing")
     prompt, choices = fields["prompt"], fields["choices"]
-    if not (prompt.strip() if isinstance(prompt, str) else _are_messages(prompt)):
+    if not (prompt.strip() if isinstance(prompt, str) else are_messages(prompt)):
         raise InvalidBatchError(
             f"{where}: field 'prompt' must be a non-empty string, or messages with a 'role' and a 'content' each"
         )
@@ -244,7 +244,7 @@ def _parse(line: str, where: str, labelled: bool) -> PromptRow:
     )
 
 
-def _are_messages(prompt: Any) -> bool:
+def are_messages(prompt: Any) -> bool:
     """Whether these are a chat's messages."""
     return (
         isinstance(prompt, list)
@@ -256,7 +256,7 @@ def _are_messages(prompt: Any) -> bool:
     )
 
 
-def _json_of(line: str, where: str) -> Any:
+def json_of(line: str, where: str) -> Any:
     """The line's value. Raises InvalidBatchError where it has none, or an object names a key twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_lora_fast.data.groups import option_examples
+from laplace_lora_fast.data.prompts import are_messages, json_of, lines_of
 from laplace_lora_fast.errors import InvalidBatchError
 from laplace_lora_fast.options import positive_integer
 
 Example = tuple[list[int], list[int]]  # prompt, completion
+
+
+def read_texts(path: str | Path) -> list[dict[str, Any]]:
+    """Reads a JSON-lines file of `{"prompt": str or messages, "completion": str}`; other fields are not looked at.
+
+    Raises:
+        InvalidBatchError: the file is missing, empty, or a line is wrong; names the line and the field.
+    """
+    rows = []
+    for line, where in lines_of(path):
+        fields = json_of(line, where)
+        row = (
+            {name: fields.get(name) for name in ("prompt", "completion")} if isinstance(fields, dict) else {}
+        )
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not (prompt.strip() if isinstance(prompt, str) else are_messages(prompt)):
+            raise InvalidBatchError(
+                f"{where}: field 'prompt' must be a non-empty string, or messages with a 'role' and a 'content' each"
+            )
+        if not isinstance(completion, str) or not completion.strip():
+            raise InvalidBatchError(f"{where}: field 'completion' must be a non-empty string")
+        rows.append(row)
+    return rows
 
 
 def text_batches(

@@ -72,12 +72,7 @@ def reliability_diagram(grid: Grid, path: str | Path) -> None:
 def confidence_histogram(grid: Grid, path: str | Path) -> None:
     """Draws how confidence is spread over correct and wrong predictions, with its mean beside the accuracy.
 
-    Args:
-        grid: Data set -> method -> predictions. All rows have the same methods.
-        path: PNG to write.
-
-    Raises:
-        ValueError: The grid is empty or its rows differ in their methods.
+    Arguments and errors are those of `reliability_diagram`.
     """
     figure, axes = _panels(grid, "confidence", "predictions")
     centres = [(index + 0.5) / ECE_BINS for index in range(ECE_BINS)]
@@ -113,12 +108,7 @@ def risk_coverage(grid: Grid, path: str | Path) -> None:
     A band is the 95 % Wilson interval of the risk; the dotted line is that of answering everything. Where predictions
     are equally sure, all of them are answered or none.
 
-    Args:
-        grid: Data set -> method -> predictions. All rows have the same methods.
-        path: PNG to write.
-
-    Raises:
-        ValueError: The grid is empty or its rows differ in their methods.
+    Arguments and errors are those of `reliability_diagram`.
     """
     figure, axes = _panels(grid, "coverage", "risk")
     for ax, predictions in axes:

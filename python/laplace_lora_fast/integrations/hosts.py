@@ -25,3 +25,21 @@ def require(distribution: str, series: Sequence[str]) -> None:
             f"this integration was written for {distribution} {known}, installed is {found}, whose interface may be "
             f"another one: install '{distribution}=={series[-1]}.*'"
         )
+
+
+def require_interface(host: type, names: Sequence[str], known: str) -> None:
+    """Raises ImportError unless a host's class has what its integration overrides or calls.
+
+    For hosts that are run from a checkout, whose version no package says.
+
+    Args:
+        host: the class.
+        names: of its methods and attributes.
+        known: what the integration was written for.
+    """
+    missing = [name for name in names if not hasattr(host, name)]
+    if missing:
+        raise ImportError(
+            f"this integration was written for {known}: the {host.__name__} that is there has no "
+            f"{', '.join(missing)}; its interface is another one"
+        )

@@ -1,13 +1,17 @@
 """lm-polygraph: what the posterior says of generated answers, as a calculator of statistics and estimators.
 
-    calculator = LaplaceCalculator(la)
-    UEManager(..., estimators=[LaplaceVariance(), LaplaceMutualInformation()], ...)
+    calculators = [*register_default_stat_calculators("Whitebox"), container("posterior/")]
+    UEManager(data, model, [LaplaceVariance(), ..], BuilderEnvironmentStatCalculator(model), calculators, ..)()
 
-with the calculator among the manager's, behind the one that gives `greedy_tokens`. Written for lm-polygraph 0.7.
+The host builds the calculator by `load_stat_calculator`, on the model that it generates with, which is the PEFT model
+of the posterior. In a configuration of its command the builder is this module, by its dotted name. Written for
+lm-polygraph 0.7.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ require("lm-polygraph", ["0.7"])
 
 from lm_polygraph.estimators.estimator import Estimator  # noqa: E402  which may not be there
 from lm_polygraph.stat_calculators.stat_calculator import StatCalculator  # noqa: E402
+from lm_polygraph.utils.factory_stat_calculator import StatCalculatorContainer  # noqa: E402
 
 LOG_PROBS, VARIANCES = "laplace_log_probs", "laplace_variances"
 MUTUAL_INFORMATION, TOTALS = "laplace_mutual_information", "laplace_totals"
@@ -62,6 +67,34 @@ class LaplaceCalculator(StatCalculator):
             found[MUTUAL_INFORMATION].append(tokens.epistemic[0, here].numpy())
             found[TOTALS].append(tokens.total[0, here].numpy())
         return dict(found)
+
+
+def container(posterior: str | Path, n_samples: int = 16) -> StatCalculatorContainer:
+    """What a `UEManager` is told of the calculator.
+
+    Args:
+        posterior: the folder that `LaplaceLoRA.save` wrote, of a fit with `Tokens()`.
+        n_samples: of the weights, for the uncertainty at tokens.
+    """
+    stats, dependencies = LaplaceCalculator.meta_info()
+    options = {"posterior": str(posterior), "n_samples": n_samples}
+    return StatCalculatorContainer("LaplaceCalculator", stats, dependencies, None, __name__, options)
+
+
+def load_stat_calculator(config: Mapping[str, Any], builder: Any) -> LaplaceCalculator:
+    """Called by the host: the calculator of a configuration, on the host's own model.
+
+    Args:
+        config: "posterior", and "n_samples" unless it is 16.
+        builder: the host's environment, whose `model.model` is the PEFT model.
+
+    Raises:
+        ValueError: the posterior is none of `Tokens()`, or of another model.
+    """
+    la = LaplaceLoRA.load(config["posterior"], builder.model.model)
+    if not la.likelihood.sampled:
+        raise ValueError(f"a posterior of {la.task!r} says nothing of generated answers: fit with Tokens()")
+    return LaplaceCalculator(la, config.get("n_samples", 16))
 
 
 class LaplaceVariance(Estimator):
