@@ -13,7 +13,8 @@ J is kept rather than Phi: it does not vanish where the model is certain, and se
 kept whole: of each [r, d] Jacobian, J Omega [r, m] is, with a fixed random orthonormal Omega [d, m] times sqrt(d / m),
 one a weight. Inner products are then unbiased, and exact for m = d. Test rows use the same Omega, so that the
 covariance is one of a Gaussian: never negative. That sketches are over-confident is undone by the precision they are
-used with (precisions/equivalent.py): wherever Lambda stands here, a sketch takes its deterministic equivalent.
+used with (precisions/equivalent.py): wherever Lambda stands here, sketched rows take its deterministic equivalent, and
+whole ones the prior's own.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
-from laplace_lora_fast.structures.rows.precisions.evidence import maximise_evidence
-from laplace_lora_fast.structures.rows.precisions.lines import Line, lines, on_a_line
+from laplace_lora_fast.structures.rows.precisions.evidence import maximise_evidence, noise_of_mixed
+from laplace_lora_fast.structures.rows.precisions.lines import Line, along, lines, on_a_line
+from laplace_lora_fast.structures.rows.precisions.parts import SketchedPart
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver, shared_solvers
 from laplace_lora_fast.structures.search import noise_root
 from laplace_lora_fast.weights import WeightName, stored_covariance
@@ -63,7 +65,7 @@ class RowCurvature(Curvature):
         self.roots = roots
         self.kernels = RowKernels(rows, projections) if kernels is None else kernels
         self._latest_solver: tuple[list[float], Solver] | None = None
-        self._latest_equivalent: tuple[list[float], Equivalent] | None = None
+        self._latest_sketch: tuple[list[float], SketchedPart, Equivalent] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -88,42 +90,42 @@ class RowCurvature(Curvature):
         if not self.kernels.sketched:
             return prior_precision
         equivalent, scale = self.equivalent(prior_precision)
-        return prior_precision * (1 - float(equivalent.shrinkage(torch.tensor([scale], dtype=torch.float64))))
+        shrinkage = float(equivalent.shrinkage(torch.tensor([scale], dtype=torch.float64)))
+        return prior_precision * self.kernels.factors(shrinkage)
 
     def equivalent(self, prior_precision: Tensor) -> tuple[Equivalent, float]:
-        """The sketch's equivalent in the direction of a prior precision, and its scale; the latest is kept."""
-        direction, scale = on_a_line(prior_precision)
+        """The equivalent of the sketched part, and the scale of this prior precision in it."""
+        _, equivalent, scale = self._sketch(prior_precision)
+        return equivalent, scale
+
+    def _sketch(self, prior_precision: Tensor) -> tuple[SketchedPart, Equivalent, float]:
+        """The latest is kept."""
+        mixed = self.kernels.mixed  # then each prior has its own coordinates
+        direction, scale = (prior_precision, 1.0) if mixed else on_a_line(prior_precision)
         key = direction.tolist()
-        if self._latest_equivalent is None or self._latest_equivalent[0] != key:
-            weights, roots = (1 / direction).tolist(), self.roots_of_equivalent()
-            halves = [roots.whiten(self.kernels.part(weights, index, 2)) for index in range(2)]
-            whole = roots.whiten(self.kernels.total(weights))
-            self._latest_equivalent = key, Equivalent.of_kernels(whole, halves, self.kernels.kept(weights))
-        return self._latest_equivalent[1], scale
+        if self._latest_sketch is None or self._latest_sketch[0] != key:
+            part = SketchedPart(self.kernels, self.roots_of_equivalent(), direction)
+            self._latest_sketch = key, part, part.equivalent()
+        return *self._latest_sketch[1:], scale
 
     def estimated_error(self, prior_precision: Tensor) -> float:
         """The relative error of variances that is left, nan where there are too few columns to tell.
 
-        A half of the columns, corrected by its own halves, is off from all of them by about four times as much as they
-        are from the whole rows: what the correction leaves is of second order in the share that it corrects.
+        How far a half of the columns, corrected by its own halves, is from all of them: what is left is in inverse
+        proportion to their number, so that the whole rows are as far again. Judged by the training rows' mean variance
+        under the others, about d / (R - d) at an effective dimension d.
         """
         if self.kernels.fewest_columns < 4:
             return math.nan
-        equivalent, scale = self.equivalent(prior_precision)
-        weights, roots = (scale / prior_precision).tolist(), self.roots_of_equivalent()
-        half, *quarters = (
-            roots.whiten(self.kernels.part(weights, index, parts))
-            for index, parts in ((0, 2), (0, 4), (1, 4))
-        )
-        smaller = Equivalent.of_kernels(half, quarters, equivalent.kept / 2)
+        part, equivalent, scale = self._sketch(prior_precision)
         scales = torch.tensor([scale], dtype=torch.float64)
-        by_half, by_all = (float(each.dimension(scales)) for each in (smaller, equivalent))
-        return (by_half / (self.n_rows - by_half) * (self.n_rows - by_all) / by_all - 1) / 4
+        by_half, by_all = (float(each.dimension(scales)) for each in (part.smaller(), equivalent))
+        return by_half / (self.n_rows - by_half) * (self.n_rows - by_all) / by_all - 1
 
     def notes(self, prior_precision: Tensor) -> list[str]:
         if not self.kernels.sketched:
             return []
-        factor = float((self.effective(prior_precision) / prior_precision)[0])
+        factor = float((self.effective(prior_precision) / prior_precision).min())
         error = self.estimated_error(prior_precision)
         left = "unknown, of so few columns" if math.isnan(error) else f"{100 * error:+.1f} %"
         return [
@@ -142,8 +144,8 @@ class RowCurvature(Curvature):
     def log_det_ratio(self, prior_precision: Tensor) -> Tensor:
         if not self.kernels.sketched:
             return super().log_det_ratio(prior_precision)
-        equivalent, scale = self.equivalent(prior_precision)
-        return equivalent.log_det(scale)
+        part, equivalent, scale = self._sketch(prior_precision)
+        return part.log_det + equivalent.log_det(scale)
 
     def effective_parameters(self, prior_precision: Tensor) -> Tensor:
         roots, kernel = self.roots_at(prior_precision), self.whitened_kernel(prior_precision)
@@ -160,15 +162,20 @@ class RowCurvature(Curvature):
     def best_noise(self, prior_precision: Tensor, residuals: float, count: int) -> float:
         if not self.kernels.sketched:
             return super().best_noise(prior_precision, residuals, count)
+        if self.kernels.mixed:
+            return noise_of_mixed(self, prior_precision, residuals, count)
         equivalent, scale = self.equivalent(prior_precision)
         return noise_root(lambda variance: equivalent.dimension_and_slope(scale * variance), residuals, count)
 
     def solvers_of(self, prior_precisions: Tensor) -> tuple[list[int], Iterable[Solver]]:
         """For each weight its part, and a solver for each of G priors [n_weights, G]; that of a single one is kept.
 
-        Weights in one part have the same prior precision under each of the priors. Solvers say whose they are.
+        Weights in one part have the same prior precision under each of the priors, and are all sketched or all whole.
+        Solvers say whose they are.
         """
-        precisions, parts = prior_precisions.unique(dim=0, return_inverse=True)  # [parts, G]
+        kinds = torch.tensor(self.kernels.are_sketched, dtype=torch.float64)[:, None]
+        precisions, parts = torch.cat([kinds, prior_precisions], 1).unique(dim=0, return_inverse=True)
+        precisions = precisions[:, 1:]  # [parts, G]
         solvers: Iterable[Solver] = self._solvers(precisions, parts)
         if precisions.shape[1] == 1:  # kept, for the next batch
             key = prior_precisions[:, 0].tolist()
@@ -201,19 +208,23 @@ class RowCurvature(Curvature):
     def _solvers_on(
         self, line: Line, kernels: Tensor, parts: Tensor, roots: BlockDiagonal
     ) -> Iterator[Solver]:
-        """Of priors that differ in scale alone: one eigenbasis, as what the sketch takes in their place does too."""
+        """Of priors that differ in scale alone: one eigenbasis where all is sketched, as the equivalents do so too."""
         direction = line.direction
-        if len(line.places) == 1:
-            whole = (direction * line.scales)[parts]
-            column = (self.effective(whole) / whole)[0] * direction * line.scales
-            yield one_solver(kernels, roots, column, prior=line.places[0])
+        if self.kernels.mixed or len(line.places) == 1:
+            whole = direction[parts]
+            factors = along(
+                line.scales, lambda scale: float((self.effective(scale * whole) / scale / whole).min())
+            )
+            members = [parts.tolist().index(part) for part in range(len(kernels))]
+            for place, scale, factor in zip(line.places, line.scales.tolist(), factors.tolist(), strict=True):
+                column = scale * direction * self.kernels.factors(1 - factor)[members]
+                yield one_solver(kernels, roots, column, prior=place)
             return
         weights = (1 / direction).to(kernels.device)
         kernel = roots.whiten(torch.einsum("p,pij->ij", weights, kernels))
         values, vectors = torch.linalg.eigh(kernel)
-        values, each = values.clamp_min(0), (1 / direction[parts]).tolist()
-        halves = [roots.whiten(self.kernels.part(each, index, 2)) for index in range(2)]
-        equivalent = Equivalent.of_kernels(kernel, halves, self.kernels.kept(each), values)
+        values = values.clamp_min(0)
+        equivalent = SketchedPart(self.kernels, roots, direction[parts]).equivalent(values)
         shrinkages = equivalent.shrinkage(line.scales)
         basis = roots.times(vectors)
         for place, scale in zip(line.places, (line.scales * (1 - shrinkages.cpu())).tolist(), strict=True):

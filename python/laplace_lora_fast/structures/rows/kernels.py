@@ -17,15 +17,28 @@ class RowKernels:
     Args:
         rows: J Omega of every weight, [R, r m].
         projections: Omega of every weight, [d, m].
+
+    Attributes:
+        are_sketched: for each weight whether fewer columns than its width are kept.
     """
 
     def __init__(self, rows: Sequence[Tensor], projections: Sequence[Tensor]) -> None:
         self._rows, self._projections = rows, projections
+        self.are_sketched = [projection.shape[1] < projection.shape[0] for projection in projections]
 
     @property
     def sketched(self) -> bool:
         """Whether fewer columns than a layer's width are kept anywhere."""
-        return any(projection.shape[1] < projection.shape[0] for projection in self._projections)
+        return any(self.are_sketched)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are both sketched and whole rows."""
+        return self.sketched and not all(self.are_sketched)
+
+    def factors(self, shrinkage: float) -> Tensor:
+        """What precisions are multiplied with, fp64 [n_weights]: 1 - x of sketched rows, 1 of whole ones."""
+        return 1 - shrinkage * torch.tensor(self.are_sketched, dtype=torch.float64)
 
     @property
     def fewest_columns(self) -> int:

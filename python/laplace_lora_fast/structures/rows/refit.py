@@ -50,8 +50,9 @@ class Mode:
         alpha: [R].
         roots: S.
         log_evidence: of the refitted model.
-        dimension: tr[K W (I + K W)^-1], how many of the functions the data determine.
-        shrinkage: x, where the kernel is a sketch's: its precisions were (1 - x) times the prior's.
+        dimension: tr[K_s W (I + K W)^-1], how many functions the data determine of the sketched weights; nan unless
+            asked for.
+        shrinkage: x, where there is a sketch: its precisions were (1 - x) times the prior's.
     """
 
     functions: Tensor
@@ -113,7 +114,7 @@ def newton(
     kernel: Tensor,
     observed: Observations,
     start: Tensor | None = None,
-    dimension: bool = False,
+    part: Tensor | None = None,
     tolerance: float = 1e-9,
 ) -> Mode:
     """The mode of p(f | y) for f ~ N(m, kernel) (Rasmussen and Williams 2006, algorithm 3.3, with step halving).
@@ -122,7 +123,7 @@ def newton(
         kernel: K [R, R], fp64.
         observed: prior functions and targets.
         start: alpha [R] to begin from, that of a similar kernel; None for zero.
-        dimension: whether the mode's dimension is asked for, an inverse more.
+        part: K_s [R, R], the part of K whose dimension is asked for, an inverse more.
         tolerance: of the last step, relative; what is left after it is about its square.
 
     Raises:
@@ -160,38 +161,39 @@ def newton(
         if there or rounding:
             log_det = 2 * chol.diagonal().log().sum()
             gamma = math.nan
-            if dimension:
-                gamma = len(kernel) - float(
-                    torch.linalg.solve_triangular(chol, identity, upper=False).square().sum()
-                )
+            if part is not None:
+                gamma = float((torch.cholesky_inverse(chol) * roots.whiten(part)).sum())
             return Mode(f, alpha, observed.roots(f), float(value - 0.5 * log_det), gamma)
     raise NumericalError(f"the refit did not converge in {_STEPS} steps: try larger prior precisions")
 
 
 def equivalent_mode(
-    kernel: Tensor,
+    sketch: Tensor,
+    whole: Tensor,
     observed: Observations,
     equivalent: Equivalent,
     start: Tensor | None = None,
     tolerance: float = 1e-9,
 ) -> Mode:
-    """The mode where the kernel is a sketch's: that of kernel / (1 - x), x what the sketch's dimension there asks for.
+    """The mode under K_w + K_s / (1 - x), x what the dimension of the sketched part there asks for.
 
     Args:
-        kernel: K [R, R] of a sketch, fp64.
+        sketch: K_s [R, R] of sketched rows, fp64.
+        whole: K_w [R, R] of whole ones, or a scalar 0.
         observed: prior functions and targets.
         equivalent: of the sketch.
         start: as for `newton`.
         tolerance: as for `newton`.
     """
     x = 0.0
-    mode = newton(kernel, observed, start, dimension=True, tolerance=tolerance)
+    mode = newton(whole + sketch, observed, start, part=sketch, tolerance=tolerance)
     for _ in range(_ROUNDS):
         wanted = equivalent.shrinkage_at(mode.dimension)
         if abs(wanted - x) < max(1e-7, tolerance):
             break
         start = mode.alpha * (1 - wanted) / (1 - x)
-        mode = newton(kernel / (1 - wanted), observed, start, dimension=True, tolerance=tolerance)
+        part = sketch / (1 - wanted)
+        mode = newton(whole + part, observed, start, part=part, tolerance=tolerance)
         x = wanted
     correction = log_det_of_shrinkage(mode.dimension, x)
     return replace(mode, shrinkage=x, log_evidence=mode.log_evidence - 0.5 * correction)
@@ -264,14 +266,22 @@ class RefittedCurvature(RowCurvature):
         return self._latest[1]
 
     def _mode(self, prior_precision: Tensor) -> Mode:
-        kernel = self.kernels.total((1 / prior_precision).tolist())
+        sketch, whole = self.kernels_apart(prior_precision)
         if not self.kernels.sketched:
-            return newton(kernel, self.observed)
+            return newton(whole, self.observed)
         equivalent, _ = self.equivalent(prior_precision)
-        return equivalent_mode(kernel, self.observed, equivalent)
+        return equivalent_mode(sketch, whole, self.observed, equivalent)
+
+    def kernels_apart(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
+        """K_s of the sketched rows and K_w of the whole ones, fp64 [R, R]; a scalar 0 where there are none."""
+        sketched = torch.tensor(self.kernels.are_sketched)
+        apart = [(1 / prior_precision) * mine for mine in (sketched, ~sketched)]
+        none = torch.zeros((), dtype=torch.float64, device=self.rows[0].device)
+        parts = [self.kernels.total(each.tolist()) if bool(each.any()) else none for each in apart]
+        return parts[0], parts[1]
 
     def effective(self, prior_precision: Tensor) -> Tensor:
-        return prior_precision * (1 - self.mode(prior_precision).shrinkage)
+        return prior_precision * self.kernels.factors(self.mode(prior_precision).shrinkage)
 
     def roots_of_equivalent(self) -> BlockDiagonal:
         """At the prior's functions: at the trained model's they vanish where it is certain."""
@@ -336,7 +346,9 @@ class RefittedCurvature(RowCurvature):
         """A refit and a factorisation a prior."""
         for place, column in enumerate(precisions.mT):
             mode = self.mode(column[parts])
-            yield one_solver(kernels, mode.roots, column * (1 - mode.shrinkage), mode.alpha, place)
+            members = [parts.tolist().index(part) for part in range(len(kernels))]
+            own = column * self.kernels.factors(mode.shrinkage)[members]
+            yield one_solver(kernels, mode.roots, own, mode.alpha, place)
 
     def sample(self, n: int, generator: torch.Generator, prior_precision: Tensor) -> list[Tensor]:
         """Raises ValueError: the refitted mean is one of functions, there are no weights that have it."""

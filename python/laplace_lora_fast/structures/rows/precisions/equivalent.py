@@ -50,19 +50,9 @@ class Equivalent:
     kept: float
 
     @classmethod
-    def of_kernels(
-        cls, kernel: Tensor, halves: Sequence[Tensor], kept: float, values: Tensor | None = None
-    ) -> Equivalent:
-        """From whitened kernels [R, R] of the sketch and its halves.
-
-        Args:
-            kernel: of all columns.
-            halves: of half of them each.
-            kept: rho.
-            values: eigenvalues of `kernel` where they are known.
-        """
+    def of_halves(cls, values: Tensor, halves: Sequence[Tensor], kept: float) -> Equivalent:
+        """From eigenvalues [R] of a sketch's whitened kernel, and the kernels [R, R] of half of its columns each."""
         spectra = [torch.linalg.eigvalsh(each).clamp_min(0) for each in halves]
-        values = torch.linalg.eigvalsh(kernel).clamp_min(0) if values is None else values
         return cls(values, torch.stack(spectra), kept)
 
     def shrinkage(self, scales: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The prior precisions that maximise the evidence, in row space.
 
 At a maximum every group of weights has lambda ||theta - mean||^2 = gamma, its effective number of parameters (MacKay
-1992). For sketched rows gamma is that of the whole rows, as their deterministic equivalent has it.
+1992). For sketched rows gamma is that of the whole rows, as their deterministic equivalent has it. Where there are
+whole rows beside them, or several groups, the equivalent's factor and the precisions are found in turn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal
 from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
-from laplace_lora_fast.structures.search import evidence_root, gamma_root
+from laplace_lora_fast.structures.search import evidence_noise, evidence_root, gamma_root
 
 _ROUNDS = 50  # of the equivalent's factor, which settles in about five
 
@@ -39,8 +40,8 @@ def maximise_evidence(
 ) -> dict[str, float]:
     """The best prior precision of each group of weights.
 
-    One group: the root of MacKay's condition. Several: L-BFGS on the evidence in log lambda, from that root. A sketch
-    takes (1 - x) times the precisions: their maximum at a fixed x, and x at that maximum, in turn.
+    One group: the root of MacKay's condition. Several: L-BFGS on the evidence in log lambda, from that root. Kernels of
+    sketches are 1 / (1 - x) times as large: their maximum at a fixed x, and x at that maximum, in turn.
 
     Args:
         curvature: of the rows.
@@ -55,33 +56,67 @@ def maximise_evidence(
         sum(n for n, key in zip(squared_norms, keys, strict=True) if key == group) for group in groups
     ]
     name, ones = groups[0] if len(groups) == 1 else "", torch.ones(len(keys), dtype=torch.float64)
-    sketched = curvature.kernels.sketched
-    if sketched:
+    rows = curvature.kernels
+    if rows.sketched and not rows.mixed:
         equivalent, _ = curvature.equivalent(ones)
         common = gamma_root(
             equivalent.dimension_and_slope, float((equivalent.values > 0).sum()), sum(distances), name
         )
     else:
         common = evidence_root(*curvature.whitened_spectrum(ones), sum(distances), name)
-    if len(groups) == 1:
+    if len(groups) == 1 and not rows.mixed:
         return {groups[0]: common}
     roots = curvature.roots_at(ones)
-    plain = [curvature.kernels.total([float(key == group) for key in keys]) for group in groups]
-    kernels = torch.stack([roots.whiten(kernel) for kernel in plain]).cpu()
-    traces = kernels.diagonal(dim1=1, dim2=2).sum(1)
+
+    def kernels(sketched: bool) -> Tensor:
+        members = [
+            [
+                float(key == group and own == sketched)
+                for key, own in zip(keys, rows.are_sketched, strict=True)
+            ]
+            for group in groups
+        ]
+        return torch.stack([roots.whiten(rows.total(each)) for each in members]).cpu()
+
+    whole, sketches = kernels(sketched=False), kernels(sketched=True)
+    traces = (whole + sketches).diagonal(dim1=1, dim2=2).sum(1)
     for group, distance, trace in zip(groups, distances, traces, strict=True):
         evidence_root(trace[None], torch.ones(1), distance, group)  # refuses a group without a maximum
     best = torch.full((len(groups),), common, dtype=torch.float64)
-    if not sketched:
-        return dict(zip(groups, _maximum(kernels, distances, best).tolist(), strict=True))
     place = torch.tensor([groups.index(key) for key in keys])
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if rows.sketched else 1):
         before = best
-        factor = float((curvature.effective(best[place]) / best[place])[0])
-        best = _maximum(kernels, [distance / factor for distance in distances], factor * before) / factor
+        factor = float((curvature.effective(best[place]) / best[place]).min())
+        best = _maximum(whole + sketches / factor, distances, before)
         if float((best / before).log().abs().max()) < 1e-9:
             break
     return dict(zip(groups, best.tolist(), strict=True))
+
+
+def noise_of_mixed(
+    curvature: KernelCurvature, prior_precision: Tensor, residuals: float, count: int
+) -> float:
+    """The best noise of a regression where whole rows stand beside sketched ones: it and x in turn.
+
+    Args:
+        curvature: at unit noise.
+        prior_precision: fp64 [n_weights].
+        residuals: sum of squared residuals.
+        count: number of scalar observations.
+    """
+    noise = 1.0
+    roots = curvature.roots_at(prior_precision)
+    for _ in range(_ROUNDS):
+        factor = float((curvature.effective(prior_precision * noise**2) / prior_precision / noise**2).min())
+        inverse = 1 / (prior_precision * curvature.kernels.factors(1 - factor))
+        values = (
+            torch.linalg.eigvalsh(roots.whiten(curvature.kernels.total(inverse.tolist()))).clamp_min(0).cpu()
+        )
+        found = evidence_noise(values, torch.ones_like(values), residuals, count)
+        if abs(found / noise - 1) < 1e-9:
+            break
+        noise = found
+    return noise
 
 
 def _maximum(kernels: Tensor, distances: Sequence[float], start: Tensor) -> Tensor:

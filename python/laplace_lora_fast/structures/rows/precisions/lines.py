@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _DIGITS = 9  # of a direction's logarithm; scales of a grid are rounded
+_FEW, _A_DECADE = (
+    8,
+    3,
+)  # values of a smooth function that are found one by one, and where it is found for more
 
 
 @dataclass(frozen=True)
@@ -48,3 +54,24 @@ def lines(precisions: Tensor) -> list[Line]:
         )
         for some in members.values()
     ]
+
+
+def along(scales: Tensor, function: Callable[[float], float]) -> Tensor:
+    """A function that changes slowly with the logarithm of a scale: at a few places on the way, and lines between.
+
+    Args:
+        scales: [n], fp64.
+        function: of a scale.
+
+    Returns:
+        [n], fp64.
+    """
+    if len(scales) <= _FEW:
+        return torch.tensor([function(scale) for scale in scales.tolist()], dtype=torch.float64)
+    logs = scales.log10()
+    low, high = float(logs.min()), float(logs.max())
+    places = torch.linspace(low, high, 2 + math.floor(_A_DECADE * (high - low)), dtype=torch.float64)
+    values = torch.tensor([function(10**place) for place in places.tolist()], dtype=torch.float64)
+    above = torch.searchsorted(places, logs).clamp(1, len(places) - 1)
+    share = (logs - places[above - 1]) / (places[above] - places[above - 1])
+    return values[above - 1] + share * (values[above] - values[above - 1])

@@ -33,17 +33,18 @@ class LeaveOneOutPath:
 
     def __init__(self, curvature: RefittedCurvature) -> None:
         self._observed, ones = curvature.observed, torch.ones(len(curvature.names), dtype=torch.float64)
-        self._kernel = curvature.kernels.total(ones.tolist())
-        self._equivalent = curvature.equivalent(ones)[0] if curvature.kernels.sketched else None
+        self._curvature, self._ones = curvature, ones
+        self._sketch, self._whole = curvature.kernels_apart(ones)
         self._found: dict[float, Mode] = {}  # by the logarithm of the precision
-        self._spectrum = torch.linalg.eigh(self._kernel) if self._observed.likelihood.is_unit else None
+        one_basis = self._observed.likelihood.is_unit and not curvature.kernels.mixed
+        self._spectrum = torch.linalg.eigh(self._whole + self._sketch) if one_basis else None
 
     def at(self, prior_precision: float) -> list[LeftOut]:
         """For every block its examples, their mean [N_b, K] and covariance [N_b, K, K] without each, and targets."""
         layout = self._observed.layout
         if self._spectrum is None:
             mode = self._mode(prior_precision)
-            kernel = self._kernel / (prior_precision * (1 - mode.shrinkage))
+            kernel = (self._whole + self._sketch / (1 - mode.shrinkage)) / prior_precision
             blocks = leave_one_out(kernel, self._observed, mode)
         else:
             blocks = self._of_gaussian(prior_precision)
@@ -60,11 +61,12 @@ class LeaveOneOutPath:
             near = min(self._found, key=lambda each: abs(each - place))
             # K alpha stays as it is: a guess of the same functions
             start = self._found[near].alpha * math.exp(place - near)
-        kernel = self._kernel / prior_precision
-        if self._equivalent is None:
-            mode = newton(kernel, self._observed, start, tolerance=_TOLERANCE)
+        sketch, whole = self._sketch / prior_precision, self._whole / prior_precision
+        if self._curvature.kernels.sketched:
+            equivalent, _ = self._curvature.equivalent(prior_precision * self._ones)
+            mode = equivalent_mode(sketch, whole, self._observed, equivalent, start, _TOLERANCE)
         else:
-            mode = equivalent_mode(kernel, self._observed, self._equivalent, start, _TOLERANCE)
+            mode = newton(whole, self._observed, start, tolerance=_TOLERANCE)
         self._found[place] = mode
         return mode
 
@@ -90,9 +92,10 @@ class LeaveOneOutPath:
     def _shrinkage_of_gaussian(self, values: Tensor, variance: float) -> float:
         """The x that the dimension there asks for."""
         x = 0.0
-        while self._equivalent is not None:
+        while self._curvature.kernels.sketched:
             inner = values / (1 - x)
-            wanted = self._equivalent.shrinkage_at(float((inner / (inner + variance)).sum()))
+            equivalent, _ = self._curvature.equivalent(self._ones)
+            wanted = equivalent.shrinkage_at(float((inner / (inner + variance)).sum()))
             if abs(wanted - x) < 1e-9:
                 return wanted
             x = wanted
