@@ -71,6 +71,8 @@ def choose(
         structure, reason = _first_that_suits(problem)
     else:
         problem = _declared(subject, problem, loader)
+        if structure.needs_size and problem.n_functions is None:
+            problem, loader = _sized(subject, problem, loader)
     plan = price(structure, problem)
     require_budget(plan)
     say(plan.line(), progress and problem.ranks.rank == 0)

@@ -330,6 +330,7 @@ class Structure(ABC):
         preference: structure="auto" takes the first that suits, in ascending order of this; None: only when asked for.
         abilities: what it can do beside predicting.
         uses_budget: whether it looks at the memory budget.
+        needs_size: whether its options follow the number of rows, so that the first batch is looked at to tell it.
         starts_without_adapter: whether it takes the model without its adapter for the prior's function.
     """
 
@@ -342,6 +343,10 @@ class Structure(ABC):
 
     @property
     def uses_budget(self) -> bool:
+        return False
+
+    @property
+    def needs_size(self) -> bool:
         return False
 
     @property

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from laplace_lora_fast import Evidence, HeldOut, LaplaceLoRA, LowRank, MonteCarlo, Rows
+from laplace_lora_fast.structures.low_rank import algebra as low_rank
 from laplace_lora_fast.structures.low_rank.algebra import nystrom
 from tests import tiny
 from tests.oracle import assert_close
@@ -53,24 +54,39 @@ def test_the_approximation_is_below_the_matrix_and_ordered() -> None:
     rows = torch.randn(50, 80, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 80)
     omega = torch.randn(80, 20, generator=generator, dtype=torch.float64)
     whole = rows.mT @ rows
-    found = nystrom(whole @ omega, omega)
+    found = nystrom(whole @ omega, omega, torch.float64)
     gap = torch.linalg.eigvalsh(whole - found.mT @ found)
     assert gap.min() > -1e-9 * whole.trace()
     energies = found.square().sum(1)
     assert (energies.diff() <= 1e-12 * energies[0]).all()
     assert_close(found @ found.mT, torch.diag(energies), 1e-9)
     assert energies.sum() > 0.9 * whole.trace()
-    assert nystrom(torch.zeros(80, 20).double(), omega).abs().max() == 0
+    assert nystrom(torch.zeros(80, 20).double(), omega, torch.float64).abs().max() == 0
 
 
-def test_single_precision_keeps_the_leading_directions() -> None:
+def test_a_model_in_single_precision_keeps_what_small_precisions_look_at() -> None:
+    """Eigenvalues over eight decades: a sketch in fp32 lost all below 1e-6 of the largest, whatever the rank."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(30, 400, generator=generator) * torch.logspace(2, -2, 400)
-    omega = torch.randn(400, 60, generator=generator)
-    whole = rows.mT @ rows
-    found = nystrom(whole @ omega, omega)
-    assert len(found) <= 30
-    assert_close(found.mT @ found, whole, 1e-4)
+    rows = torch.randn(30, 400, generator=generator) * torch.logspace(2, -2, 30)[:, None]
+    omega = low_rank.test_matrix(400, 60, 0, torch.device("cpu"))
+    wide = rows.double()
+    found = low_rank.nystrom(wide.mT @ (wide @ omega), omega, torch.float32)
+    assert found.dtype == torch.float32
+    exact, kept = (torch.linalg.eigvalsh(each @ each.mT)[-30:] for each in (wide, found.double()))
+    assert exact[0] < 1e-7 * exact[-1]
+    assert ((kept / exact - 1).abs() < 1e-3).all()
+
+
+def test_directions_of_a_model_in_single_precision_are_its_rows() -> None:
+    """At a prior precision a millionth of the largest curvature."""
+    model = tiny.tiny_llama_classifier(3, torch.float32)
+    with torch.no_grad():
+        model.score.weight.mul_(30)
+    rows, low = (fitted(model, each) for each in (Rows(), LowRank(rank=40)))
+    largest = float(rows.posterior.curvature.whitened_spectrum(torch.ones(8).double())[0].max())
+    prior = 1e-6 * largest
+    covs = [la.logit_distribution(TEST, prior_precision=prior)[1] for la in (rows, low)]
+    assert_close(*covs, 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::laplace_lora_fast.errors.LaplaceWarning")  # the grid's edge
@@ -111,5 +127,7 @@ def test_what_is_refused() -> None:
         LaplaceLoRA(model, "classes", structure=LowRank(rank=3), budget=10**6)
     with pytest.raises(ValueError, match="holds no direction"):
         fitted(model, LowRank(), budget=100)
+    with pytest.raises(ValueError, match="columns must be at least 2"):
+        LowRank(columns=1)
     with pytest.raises(ValueError, match=r"needs structure=Rows\(refit=True\)"):
         fitted(model, LowRank(rank=3)).optimize_prior_precision("leave_one_out", progress=False)

@@ -8,29 +8,82 @@ import pytest
 import torch
 
 from laplace_lora_fast import Classes, LaplaceLoRA, LowRank, Rows
-from laplace_lora_fast.structures.rows.sketch import columns_for, in_16_bits
+from laplace_lora_fast.structures.rows.sketch import features_for, in_16_bits, mean_columns, spread
 from tests import tiny
 from tests.oracle import assert_close
 
+SMALL_DECODER = 90 * [(8, 576)] + 30 * [(8, 192)]
 
-def test_columns_follow_the_rows_and_the_weights() -> None:
-    small_decoder = 90 * [(8, 576)] + 30 * [(8, 192)]
-    assert columns_for(None, small_decoder) == 128
-    few, some, many, most = (columns_for(rows, small_decoder) for rows in (80, 1200, 4000, 20_000))
-    assert few == some == 108
-    assert many == 216
-    assert most == 576  # all of them
-    all_linear = 210 * [(16, 576)] + 210 * [(16, 1000)]
-    assert columns_for(80, all_linear) == 20
-    assert columns_for(400, 24 * [(8, 384)]) == 384
+
+def test_features_follow_the_rows_and_the_weights() -> None:
+    few, some, many = (features_for(rows, SMALL_DECODER) for rows in (80, 1200, 4000))
+    assert (few, some, many) == (25_000, 48_000, 160_000)
+    assert features_for(20_000, SMALL_DECODER) is None  # all of them
+    assert features_for(1300, 24 * [(8, 384)]) is None
+    assert [mean_columns(rows, SMALL_DECODER) for rows in (None, 80, 20_000)] == [128, 24, 576]
+
+
+def test_columns_are_spread_by_energy() -> None:
+    energies = [10 ** (-index / 30) for index in range(120)]
+    columns = spread(25_000, energies, SMALL_DECODER)
+    assert sorted(columns, reverse=True) == columns
+    assert all(each % 4 == 0 for each in columns)
+    assert columns[30] / columns[0] == pytest.approx(10**-0.4, rel=0.1)
+    assert 0.95 < 8 * sum(columns) / 25_000 <= 1
+    steep = spread(25_000, [10.0**-index for index in range(120)], SMALL_DECODER)
+    assert (steep[0], steep[-1]) == (572, 4)  # never all: what is whole would need a precision of its own
+    assert len(set(spread(25_000, [0.0] * 120, SMALL_DECODER))) == 1
+    assert spread(25_000, [2 * each for each in energies], SMALL_DECODER) == columns
+    assert min(spread(10, energies, SMALL_DECODER)) == 4  # at least
+
+
+def sketching(patch: pytest.MonkeyPatch) -> None:
+    """As if the tiny models' 500 features were many."""
+    patch.setattr("laplace_lora_fast.structures.rows.sketch._FEATURES", 200)
+    patch.setattr("laplace_lora_fast.structures.rows.sketch._A_ROW", 5)
+
+
+@pytest.mark.parametrize("structure", [Rows(), Rows(refit=True), LowRank(rank=30)], ids=repr)
+def test_a_fit_spreads_columns_by_the_energy_of_its_first_batch(
+    structure: Rows | LowRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sketching(monkeypatch)
+    model = tiny.tiny_llama_classifier(3)
+    data = tiny.split(tiny.batch(20, length=6, seed=1, padding="right", classes=3), 10)
+    la = LaplaceLoRA(model, Classes(), structure=structure).fit(data, progress=False)
+    kept = [omega.shape[1] for omega in la.posterior.curvature.projections]
+    whole = LaplaceLoRA(model, Classes(), structure=Rows(columns=999)).fit(data[:1], progress=False)
+    curvature = whole.posterior.curvature
+    energies = [float(rows.square().sum()) for rows in curvature.rows]
+    wanted = spread(200, energies, [tuple(mean.shape) for mean in curvature.means])
+    assert len(set(kept)) > 1
+    assert (
+        sum(abs(one - other) for one, other in zip(kept, wanted, strict=True)) <= 8
+    )  # squared norms of a sketch
+    assert la.snapshot()[0].n_examples == 20
+
+
+def test_energies_are_squared_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.energies._COLUMNS", 999)
+    model = tiny.tiny_llama_classifier(3)
+    data = tiny.batch(6, length=6, seed=1, padding="right", classes=3)
+    la = LaplaceLoRA(model, Classes(), structure=Rows(columns=999)).fit([data], progress=False)
+    found: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        sketching(patch)
+        patch.setattr(
+            "laplace_lora_fast.structures.rows.energies.spread",
+            lambda features, energies, shapes: found.append(energies) or [4] * len(shapes),
+        )
+        LaplaceLoRA(model, Classes(), structure=Rows()).fit([data], progress=False)
+    expected = [rows.square().sum() for rows in la.posterior.curvature.rows]
+    assert_close(torch.tensor(found[0], dtype=torch.float64), torch.stack(expected), 1e-9)
 
 
 def test_a_fit_takes_them_of_a_loader_that_tells_its_size() -> None:
     data = tiny.batch(8, length=6, seed=1, padding="right", classes=3)
     la = LaplaceLoRA(tiny.tiny_llama_classifier(3), Classes(), structure=Rows()).fit([data], progress=False)
     assert "16 of 16" in la.summary()
-    with pytest.raises(ValueError, match="columns must be an integer"):
-        LowRank(columns=None)
 
 
 def test_sketched_rows_of_a_single_precision_model_are_kept_in_16_bits(tmp_path: Path) -> None:

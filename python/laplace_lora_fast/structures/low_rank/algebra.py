@@ -16,10 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import laplace_kernels as lk
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.sketch import in_16_bits
 from laplace_lora_fast.weights import WeightName
+
+_BLOCK = 4096  # features at a time
 
 
 class LowRankCurvature(RowCurvature):
@@ -57,19 +59,20 @@ class LowRankCurvature(RowCurvature):
         return cls(rows, tensors["traces"], int(tensors["n_seen"]))
 
 
-def nystrom(sketch: Tensor, omega: Tensor) -> Tensor:
+def nystrom(sketch: Tensor, omega: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows B^T [rank, features] with B B^T the Nystrom approximation of H, orthogonal, in descending order.
 
     Args:
         sketch: Y = H Omega' [features, k]; overwritten.
         omega: Omega' [features, k].
+        dtype: of what is returned.
 
     Returns:
         No more rows than the arithmetic tells from zero; one of zeros for H = 0.
     """
     norm = float(torch.linalg.vector_norm(sketch, dtype=torch.float64))
     if norm == 0:
-        return sketch.new_zeros(1, len(sketch))
+        return sketch.new_zeros(1, len(sketch), dtype=dtype)
     shift = 2 * torch.finfo(sketch.dtype).eps * norm / float(torch.linalg.vector_norm(omega))
     sketch.add_(omega, alpha=shift)
     core = _product(omega, sketch)
@@ -82,15 +85,18 @@ def nystrom(sketch: Tensor, omega: Tensor) -> Tensor:
     kept = energies > 10 * shift
     shrunk = ((energies[kept] - shift) / energies[kept]).sqrt()
     if not len(shrunk):
-        return sketch.new_zeros(1, len(sketch))
-    rows: Tensor = (sketch @ (whitening @ turn[:, kept] * shrunk).to(sketch.dtype)).mT.contiguous()
+        return sketch.new_zeros(1, len(sketch), dtype=dtype)
+    back = (whitening @ turn[:, kept] * shrunk).to(sketch.dtype)
+    rows = sketch.new_empty(back.shape[1], len(sketch), dtype=dtype)
+    for place in range(0, len(sketch), _BLOCK):
+        rows[:, place : place + _BLOCK] = (sketch[place : place + _BLOCK] @ back).mT
     return rows
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
     """One^T other in fp64, block by block of their rows."""
     total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64, device=one.device)
-    for a, b in zip(one.split(4096), other.split(4096), strict=True):
+    for a, b in zip(one.split(_BLOCK), other.split(_BLOCK), strict=True):
         total.addmm_(a.double().mT, b.double())
     return total
 
@@ -115,15 +121,15 @@ def as_curvature(
     """
     widths = [mean.shape[0] * omega.shape[1] for mean, omega in zip(means, projections, strict=True)]
     parts = [part.to(mean.device, copy=True) for part, mean in zip(rows.split(widths, 1), means, strict=True)]
+    kept = float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
+    parts = in_16_bits(parts, projections)
     units = rows.new_ones(len(rows), 1, 1)
     layout = Layout(torch.ones(len(rows)))
-    kept = float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
     curvature = RowCurvature(names, means, parts, projections, BlockDiagonal(layout, [units]))
     return LowRankCurvature(curvature, torch.tensor([kept, traces_total], dtype=torch.float64), n_seen)
 
 
-def test_matrix(features: int, rank: int, seed: int, like: Tensor) -> Tensor:
-    """Omega' [features, rank]: normal numbers, the same on every rank."""
+def test_matrix(features: int, rank: int, seed: int, device: torch.device) -> Tensor:
+    """Omega' [features, rank], fp64: normal numbers, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(features, rank, generator=generator)
-    return drawn.to(like.device, lk.accumulation_dtype(like.dtype))
+    return torch.randn(features, rank, generator=generator, dtype=torch.float64).to(device)

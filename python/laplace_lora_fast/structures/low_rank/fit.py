@@ -23,11 +23,14 @@ _NO_LIMIT = 2**62  # bytes of one batch's rows, which stay on the device
 class LowRankAccumulator(RowAccumulator):
     """Listener that adds every batch's weighted rows to Y = H Omega', and drops them.
 
+    Y is in fp64: rounded to fp32 it would lose all directions whose curvature is less than 1e-6 of the largest one,
+    which is where small prior precisions are decided.
+
     Args:
         layers: the tapped layers.
         likelihood: of the outputs.
         fisher: exact, sampled or empirical.
-        columns: m.
+        columns: m, one for all weights or each its own.
         rank: k.
         seed: of both sketches.
     """
@@ -37,18 +40,18 @@ class LowRankAccumulator(RowAccumulator):
         layers: Sequence[LayerWeights],
         likelihood: Likelihood,
         fisher: Fisher,
-        columns: int,
+        columns: int | Sequence[int],
         rank: int,
         seed: int,
     ) -> None:
         super().__init__(layers, likelihood, fisher, columns, _NO_LIMIT, seed)
-        like = self._means[0]
         features = sum(
             mean.shape[0] * omega.shape[1] for mean, omega in zip(self._means, self._projections, strict=True)
         )
-        self._omega = test_matrix(features, min(rank, features), seed + len(self._means), like)
+        home = self._means[0].device
+        self._omega = test_matrix(features, min(rank, features), seed + len(self._means), home)
         self._sketch = torch.zeros_like(self._omega)
-        self._totals = torch.zeros(2, dtype=torch.float64, device=like.device)  # trace of H, number of rows
+        self._totals = torch.zeros(2, dtype=torch.float64, device=home)  # trace of H, number of rows
 
     def finish(self) -> None:
         super().finish()
@@ -59,7 +62,7 @@ class LowRankAccumulator(RowAccumulator):
         blocks = [block.to(home, dtype) for block in roots.blocks]
         weighted = BlockDiagonal(layout, blocks).transposed_times(rows)
         lk.gram_sketch_(self._sketch, weighted, self._omega)
-        self._totals[0] += weighted.double().square().sum()
+        self._totals[0] += weighted.square().sum()
         self._totals[1] += len(weighted)
         self._store, self._sizes = RowStore(len(self._names), _NO_LIMIT), []
         self._pieces = {"roots": Pieces()}
@@ -92,5 +95,6 @@ class LowRankAccumulator(RowAccumulator):
                 )
         trace, count = self._totals.tolist()
         means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
-        rows = nystrom(self._sketch, self._omega)
+        dtype = lk.accumulation_dtype(means[0].dtype)
+        rows = nystrom(self._sketch, self._omega, dtype)
         return as_curvature(self._names, means, self._projections, rows, trace, round(count))

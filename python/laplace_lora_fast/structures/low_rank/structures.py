@@ -17,13 +17,14 @@ from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature
 from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.energies import shapes_of, spread_stages
 from laplace_lora_fast.structures.rows.predict import RowPredictor
-from laplace_lora_fast.structures.rows.sketch import checked_columns
+from laplace_lora_fast.structures.rows.sketch import checked_columns, features_for, mean_columns
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
-_LARGEST = 1024  # rank, where the budget allows for more
+_LARGEST = 2048  # rank, where the budget allows for more
 _SMALLEST = 256  # that "auto" takes, unless there are fewer rows
-_BYTES = 12  # of a feature and a rank: the sketch, its test matrix, and the rows made of them, in fp32
+_BYTES = 24  # of a feature and a rank: the sketch, its test matrix, and the rows made of them, in fp64
 
 
 @register
@@ -35,8 +36,10 @@ class LowRank(Structure):
     those of the GGN, and are close to them from a rank of about the effective number of parameters on.
 
     Args:
-        rank: k; None for as many as half of the memory budget holds, at most 1,024.
-        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on.
+        rank: k; None for as many as the memory budget holds, at most 2,048.
+        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many over all
+            weights as the rank asks for, spread by the energy of the first batch's Jacobians: 40 features a rank and
+            at least 25,000, all of them where that is most of them.
         fisher: "exact" (GGN), "empirical", or "mc" or `MonteCarlo(samples)`.
 
     Raises:
@@ -44,7 +47,7 @@ class LowRank(Structure):
     """
 
     rank: int | None = None
-    columns: int = 128
+    columns: int | None = None
     fisher: Fisher = "exact"
 
     preference = 20
@@ -52,8 +55,6 @@ class LowRank(Structure):
     def __post_init__(self) -> None:
         if self.rank is not None:
             object.__setattr__(self, "rank", positive_integer("rank", self.rank))
-        if checked_columns(self.columns) is None:
-            raise ValueError("columns must be an integer: their number does not depend on that of the rows")
         object.__setattr__(self, "columns", checked_columns(self.columns))
         object.__setattr__(self, "fisher", checked_fisher(self.fisher))
 
@@ -67,13 +68,14 @@ class LowRank(Structure):
 
     def suits(self, problem: Problem) -> Verdict:
         """Where the budget holds a rank of 256, or of all rows."""
-        features, rank = self._features(problem), self._rank(problem)
+        rank = self._rank(problem)
+        features = self._features(problem, rank)
         rows = problem.n_functions if self.fisher == "exact" else None
         if rows is None and problem.n_examples is not None:
             rows = problem.n_examples * fisher_passes(self.fisher, 1)
         needed = min(_SMALLEST, features, features if rows is None else rows)
         size = f"rank {rank} of {features} features, {_BYTES * features * rank / 2**20:.0f} MiB"
-        if self._affordable(problem) < needed:
+        if rank < needed:
             return Verdict(False, f"the budget holds less than rank {needed} of {features} features")
         return Verdict(True, f"{size}, suits low rank")
 
@@ -83,21 +85,23 @@ class LowRank(Structure):
             return None
         rows = rows if self.fisher == "exact" else examples * fisher_passes(self.fisher, 1)
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
-        features, rank = self._features(problem), max(1, self._rank(problem))
+        rank = max(1, self._rank(problem))
+        features, columns = self._features(problem, rank), self._columns(problem, rank)
         directions, kept, projections = min(rank, rows), [], 0
+        kept_item = 2 if item == 4 and columns < max(width for _, width in shapes_of(problem)) else item
         for layer in problem.layers:
-            widths = kept_widths(layer, self.columns)
-            own = sum(width * columns for width, columns in widths) * (2 if item == 4 else item)
-            rows_of_layer = directions * layer.rank * sum(columns for _, columns in widths) * item
+            widths = kept_widths(layer, columns)
+            own = sum(width * kept for width, kept in widths) * (2 if item == 4 else item)
+            rows_of_layer = directions * layer.rank * sum(kept for _, kept in widths) * kept_item
             kept.append(own + rows_of_layer + layer.rank * sum(width for width, _ in widths) * item)
             projections += own
         square = 8 * rank**2
         return Cost(
             layers=kept,
             # the sketch, its test matrix, and what becomes of them twice
-            fitting=projections + item * features * (2 * rank + 2 * directions) + 3 * square,
+            fitting=projections + features * (16 * rank + 2 * item * directions) + 3 * square,
             solving=sum(kept) + 4 * square,
-            least=2 * _BYTES * features if self.rank is None else 0,
+            least=_BYTES * self._features(problem, 1) if self.rank is None else 0,
             backward=rows / examples,
             forward=1,
             operations=6.0 * features * rank**2 + 20.0 * rank**3,
@@ -106,28 +110,38 @@ class LowRank(Structure):
     def stages(self, problem: Problem) -> list[Stage]:
         """Raises ValueError where the budget holds no rank at all."""
         rank = self._rank(problem)
-        if self._affordable(problem) < 1 and self.rank is None:
-            least = 2 * _BYTES * self._features(problem)
+        if rank < 1:
+            least = _BYTES * self._features(problem, 1)
             raise ValueError(
                 f"a budget of {problem.budget} bytes holds no direction of the curvature: pass at least {least}"
             )
 
-        def accumulator(_: object) -> LowRankAccumulator:
+        def accumulator(columns: Sequence[int] | None) -> LowRankAccumulator:
+            own = self._columns(problem, rank) if columns is None else columns
             return LowRankAccumulator(
-                problem.layers, problem.likelihood, self.fisher, self.columns, rank, problem.seed
+                problem.layers, problem.likelihood, self.fisher, own, rank, problem.seed
             )
 
-        return [Stage("fit", accumulator)]
+        features = features_for(rank, shapes_of(problem)) if self.columns is None else None
+        return spread_stages(problem, features, accumulator)
 
-    def _features(self, problem: Problem) -> int:
-        return kept_features(problem.layers, self.columns)
+    def _columns(self, problem: Problem, rank: int) -> int:
+        """Of a weight, in the mean."""
+        return mean_columns(rank, shapes_of(problem)) if self.columns is None else self.columns
 
-    def _affordable(self, problem: Problem) -> int:
-        return problem.budget // (2 * _BYTES * self._features(problem))
+    def _features(self, problem: Problem, rank: int) -> int:
+        return kept_features(problem.layers, self._columns(problem, rank))
 
     def _rank(self, problem: Problem) -> int:
-        rank = min(_LARGEST, self._affordable(problem)) if self.rank is None else self.rank
-        return min(rank, self._features(problem))
+        """At most as many as features; 0 where the budget holds none."""
+        if self.rank is not None:
+            return min(self.rank, self._features(problem, self.rank))
+        low, high = 0, _LARGEST  # features grow with the rank
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = _BYTES * middle * self._features(problem, middle) <= problem.budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return min(low, self._features(problem, max(1, low)))
 
     def predictor(
         self, curvature: RowCurvature, layers: Sequence[LayerWeights], prior_precisions: Tensor

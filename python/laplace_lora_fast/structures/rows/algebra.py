@@ -111,9 +111,10 @@ class RowCurvature(Curvature):
     def estimated_error(self, prior_precision: Tensor) -> float:
         """The relative error of variances that is left, nan where there are too few columns to tell.
 
-        How far a half of the columns, corrected by its own halves, is from all of them: what is left is in inverse
-        proportion to their number, so that the whole rows are as far again. Judged by the training rows' mean variance
-        under the others, about d / (R - d) at an effective dimension d.
+        How far a half of the columns, corrected by its own halves, is from all of them, judged by the training rows'
+        mean variance under the others, about d / (R - d) at an effective dimension d. Where what is left is in inverse
+        proportion to the number of columns (MiniLM, SmolLM2), the whole rows are as far again; where it falls with its
+        square (random features), they are a quarter as far.
         """
         if self.kernels.fewest_columns < 4:
             return math.nan
@@ -127,7 +128,9 @@ class RowCurvature(Curvature):
             return []
         factor = float((self.effective(prior_precision) / prior_precision).min())
         error = self.estimated_error(prior_precision)
-        left = "unknown, of so few columns" if math.isnan(error) else f"{100 * error:+.1f} %"
+        left = "unknown, of so few columns"
+        if not math.isnan(error):
+            left = f"between {25 * error:+.1f} and {100 * error:+.1f} %"
         return [
             f"sketched rows take {factor:.3f} times the prior precision in its place (their deterministic equivalent); "
             f"estimated error of variances {left}"

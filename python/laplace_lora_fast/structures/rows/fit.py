@@ -73,7 +73,7 @@ class RowAccumulator(RowListener, Accumulator):
         layers: the tapped layers.
         likelihood: of the outputs.
         fisher: exact, sampled or empirical.
-        columns: m.
+        columns: m, one for all weights or each its own.
         budget: bytes of rows before they leave the device.
         seed: of Omega.
     """
@@ -85,14 +85,15 @@ class RowAccumulator(RowListener, Accumulator):
         layers: Sequence[LayerWeights],
         likelihood: Likelihood,
         fisher: Fisher,
-        columns: int,
+        columns: int | Sequence[int],
         budget: int,
         seed: int,
     ) -> None:
         self._names, self._means = weight_names(layers), matrices(layers)
+        of_weights = [columns] * len(self._names) if isinstance(columns, int) else columns
         projections = [
-            random_projection(mean.shape[1], kept_columns(name.side, mean.shape, columns), seed + index, mean)
-            for index, (name, mean) in enumerate(zip(self._names, self._means, strict=True))
+            random_projection(mean.shape[1], kept_columns(name.side, mean.shape, most), seed + index, mean)
+            for index, (name, mean, most) in enumerate(zip(self._names, self._means, of_weights, strict=True))
         ]
         super().__init__(layers, projections)
         self._likelihood, self._fisher = likelihood, fisher
@@ -205,7 +206,12 @@ class RefitAccumulator(RowAccumulator):
     pieces = ("roots", "targets", "prior")
 
     def __init__(
-        self, layers: Sequence[LayerWeights], likelihood: Likelihood, columns: int, budget: int, seed: int
+        self,
+        layers: Sequence[LayerWeights],
+        likelihood: Likelihood,
+        columns: int | Sequence[int],
+        budget: int,
+        seed: int,
     ) -> None:
         super().__init__(layers, likelihood, "exact", columns, budget, seed)
 

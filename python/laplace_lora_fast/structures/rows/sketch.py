@@ -10,8 +10,13 @@ from torch import Tensor
 import laplace_kernels as lk
 from laplace_lora_fast.options import positive_integer
 
-_UNKNOWN, _FEWEST = 128, 16  # columns
-_A_ROW, _NOISE = 50, 130_000  # features
+_UNKNOWN = 128  # columns, where the number of rows is not known
+_FEATURES, _A_ROW = 25_000, 40
+_MOST = 2 / 3  # of all features: from there on they are all kept
+_POWER, _STEP = (
+    0.4,
+    4,
+)  # of a weight's energy; columns come in fours, as quarters of them tell a sketch's error
 _LARGEST, _SMALLEST = 3e4, 1e-3  # entry, root mean square of entries, that fp16 keeps to 11 bits
 
 
@@ -25,25 +30,57 @@ def checked_columns(value: object) -> int | None:
     return columns
 
 
-def columns_for(rows: int | None, shapes: Sequence[tuple[int, int]]) -> int:
-    """How many columns of a Jacobian row to keep where that is left open: the largest width for all of them.
+def features_for(rows: int, shapes: Sequence[tuple[int, int]]) -> int | None:
+    """How many features of a Jacobian row to keep where that is left open; None for all of them.
 
-    Features, (LoRA weights) x r x m, are to be 50 for every row, so that little is to be corrected (equivalent.py),
-    and 130,000 times the share of columns that is left out, so that the variance of one prediction is within a few per
-    cent (bench/sketches.py). From half of the columns on all are kept.
+    25,000, so that the variance of one prediction is within a few per cent, and 40 a row, so that there is little to
+    correct (precisions/equivalent.py); both measured by bench/sketches.py. All of them where that is most of them.
 
     Args:
-        rows: R; None where that is unknown.
-        shapes: rank and width of every weight.
+        rows: R, or the rank that stands for them.
+        shapes: rank r and width d of every weight: r d features.
     """
+    wanted = max(_FEATURES, _A_ROW * rows)
+    return None if wanted > _MOST * sum(rank * width for rank, width in shapes) else wanted
+
+
+def mean_columns(rows: int | None, shapes: Sequence[tuple[int, int]]) -> int:
+    """The same in columns a weight, alike for all; the largest width for all of them."""
     if rows is None:
         return _UNKNOWN
-    widest, whole = max(width for _, width in shapes), sum(rank * width for rank, width in shapes)
-    for columns in range(_FEWEST, widest // 2, 4):
-        kept = sum(rank * min(width, columns) for rank, width in shapes)
-        if kept >= max(_A_ROW * rows, _NOISE * (1 - kept / whole)):
-            return columns
-    return widest
+    features = features_for(rows, shapes)
+    if features is None:
+        return max(width for _, width in shapes)
+    return max(_STEP, features // sum(rank for rank, _ in shapes) // _STEP * _STEP)
+
+
+def spread(features: int, energies: Sequence[float], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Columns of every weight, about so many features together: more where a row has more of its energy.
+
+    An inner product's error is least for columns in proportion to the energy; but what the training rows leave of a new
+    row lies elsewhere, and what is best for that is their 0.4th power (measured).
+
+    Args:
+        features: r m over all weights.
+        energies: mean squared norm of every weight's Jacobian; of any scale.
+        shapes: rank r and width d of every weight.
+    """
+    most = [max(_STEP, (width - 1) // _STEP * _STEP) for _, width in shapes]
+    each = [energy / rank for energy, (rank, _) in zip(energies, shapes, strict=True)]
+    shares = [(energy / max(each)) ** _POWER if max(each) > 0 else 1.0 for energy in each]
+
+    def at(factor: float) -> list[int]:
+        return [
+            min(limit, max(_STEP, int(factor * share) // _STEP * _STEP))
+            for share, limit in zip(shares, most, strict=True)
+        ]
+
+    low, high = 0.0, float(features)
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = sum(rank * columns for (rank, _), columns in zip(shapes, at(middle), strict=True))
+        low, high = (middle, high) if kept <= features else (low, middle)
+    return at(low)
 
 
 def in_16_bits(rows: list[Tensor], projections: Sequence[Tensor]) -> list[Tensor]:

@@ -17,11 +17,12 @@ from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure
 from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.low_rank.structures import LowRank
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
+from laplace_lora_fast.structures.rows.energies import shapes_of, spread_stages
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
 from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.refit import LeftOut, RefittedCurvature
-from laplace_lora_fast.structures.rows.sketch import checked_columns, columns_for
+from laplace_lora_fast.structures.rows.sketch import checked_columns, features_for, mean_columns
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
 _MOST_ROWS = 4096  # an eigendecomposition of R x R, which tuning takes: about a minute on two cores here
@@ -33,8 +34,9 @@ class Rows(Structure):
     """The exact GGN in row space, for training sets with fewer rows than there are weights.
 
     Args:
-        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many as the
-            number of rows and of LoRA weights ask for, 128 where the loader does not tell it.
+        columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many over all
+            weights as the number of rows asks for, spread by the energy of the first batch's Jacobians: 40 features a
+            row and at least 25,000, all of them where that is most of them; 128 where the loader has no length.
         refit: whether the outputs are centred on the linearised model's own optimum under the prior, starting from the
             model without its adapter (Immer, Korzepa and Bauer 2021), rather than on the trained model. It needs
             labels, costs one more forward pass a batch, and can choose its prior precision by `LeaveOneOut`.
@@ -64,7 +66,7 @@ class Rows(Structure):
             return super().__new__(cls)
         if refit:
             raise ValueError("refit=True needs all rows: leave out rank, or refit")
-        return LowRank(rank, 128 if columns is None else columns, fisher)
+        return LowRank(rank, columns, fisher)
 
     def __post_init__(self, rank: int | None) -> None:
         object.__setattr__(self, "columns", checked_columns(self.columns))
@@ -81,6 +83,10 @@ class Rows(Structure):
     @property
     def uses_budget(self) -> bool:
         return True
+
+    @property
+    def needs_size(self) -> bool:
+        return self.columns is None
 
     @property
     def starts_without_adapter(self) -> bool:
@@ -139,16 +145,20 @@ class Rows(Structure):
         return problem.n_examples * fisher_passes(self.fisher, 1)
 
     def _columns(self, problem: Problem) -> int:
-        return columns_for(self._rows(problem), shapes_of(problem)) if self.columns is None else self.columns
+        return mean_columns(self._rows(problem), shapes_of(problem)) if self.columns is None else self.columns
 
     def stages(self, problem: Problem) -> list[Stage]:
-        def accumulator(_: object) -> RowAccumulator:
-            rest = self._columns(problem), problem.budget, problem.seed
+        def accumulator(columns: Sequence[int] | None) -> RowAccumulator:
+            rest = self._columns(problem) if columns is None else columns, problem.budget, problem.seed
             if self.refit:
                 return RefitAccumulator(problem.layers, problem.likelihood, *rest)
             return RowAccumulator(problem.layers, problem.likelihood, self.fisher, *rest)
 
-        return [Stage("fit", accumulator)]
+        rows = self._rows(problem)
+        features = (
+            None if self.columns is not None or rows is None else features_for(rows, shapes_of(problem))
+        )
+        return spread_stages(problem, features, accumulator)
 
     def predictor(
         self, curvature: RowCurvature, layers: Sequence[LayerWeights], prior_precisions: Tensor
@@ -170,8 +180,3 @@ class Rows(Structure):
     ) -> RowCurvature:
         rows = RowCurvature.from_tensors(names, tensors, devices)
         return RefittedCurvature.refitted_from(rows, tensors, likelihood) if self.refit else rows
-
-
-def shapes_of(problem: Problem) -> list[tuple[int, int]]:
-    """Rank and width of every LoRA weight."""
-    return [(layer.rank, width) for layer in problem.layers for width, _ in kept_widths(layer, 2)]

@@ -205,13 +205,13 @@ def test_the_summary_says_what_the_sketch_costs() -> None:
 
 
 def test_the_estimated_error_is_about_the_error() -> None:
-    """Where the sketch is too small for its correction, which 12 of 64 columns are."""
+    """Where the sketch is too small for its correction, which 12 of 64 columns are: from a quarter to all of it."""
     exact = variances(curvature(WIDTH), 0.1 * ONES)
     found = [curvature(12, seed) for seed in range(6)]
     off = torch.stack([variances(each, 0.1 * ONES) / exact - 1 for each in found]).median()
     said = torch.tensor([each.estimated_error(0.1 * ONES) for each in found]).mean()
     assert off < -0.05
-    assert 0.5 < said / off < 2
+    assert said / 5 > off > said
 
 
 def test_one_column_is_refused() -> None:
