@@ -27,7 +27,12 @@ from laplace_lora_fast.evaluation.provenance import provenance
 from laplace_lora_fast.structures.low_rank.algebra import as_curvature, nystrom, test_matrix
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.sketch import features_for, in_16_bits, random_projection, spread
+from laplace_lora_fast.structures.rows.sketches.sketch import (
+    features_for,
+    in_16_bits,
+    random_projection,
+    spread,
+)
 
 FIXED = (0.1, 1.0, 10.0, 100.0)
 LARGEST = 2048  # rank that the default budget holds for both models

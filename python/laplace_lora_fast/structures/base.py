@@ -235,12 +235,8 @@ class Curvature(ABC):
         return None
 
     def best_noise(self, prior_precision: Tensor, residuals: float, count: int) -> float:
-        """The noise standard deviation of a regression that maximises the evidence at a prior precision.
-
-        Args:
-            prior_precision: fp64 [n_weights].
-            residuals: sum of squared residuals.
-            count: number of scalar observations.
+        """The noise of a regression (standard deviation) that maximises the evidence at a prior precision [n_weights],
+        from the sum of squared residuals and the number of scalar observations.
         """
         return evidence_noise(*self.whitened_spectrum(prior_precision), residuals, count)
 

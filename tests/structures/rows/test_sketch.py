@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laplace_lora_fast import Classes, LaplaceLoRA, LowRank, Rows
-from laplace_lora_fast.structures.rows.sketch import features_for, in_16_bits, mean_columns, spread
+from laplace_lora_fast.structures.rows.sketches.sketch import features_for, in_16_bits, mean_columns, spread
 from tests import tiny
 from tests.oracle import assert_close
 
@@ -39,8 +39,8 @@ def test_columns_are_spread_by_energy() -> None:
 
 def sketching(patch: pytest.MonkeyPatch) -> None:
     """As if the tiny models' 500 features were many."""
-    patch.setattr("laplace_lora_fast.structures.rows.sketch._FEATURES", 200)
-    patch.setattr("laplace_lora_fast.structures.rows.sketch._A_ROW", 5)
+    patch.setattr("laplace_lora_fast.structures.rows.sketches.sketch._FEATURES", 200)
+    patch.setattr("laplace_lora_fast.structures.rows.sketches.sketch._A_ROW", 5)
 
 
 @pytest.mark.parametrize("structure", [Rows(), Rows(refit=True), LowRank(rank=30)], ids=repr)
@@ -64,7 +64,7 @@ def test_a_fit_spreads_columns_by_the_energy_of_its_first_batch(
 
 
 def test_energies_are_squared_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laplace_lora_fast.structures.rows.energies._COLUMNS", 999)
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.sketches.energies._COLUMNS", 999)
     model = tiny.tiny_llama_classifier(3)
     data = tiny.batch(6, length=6, seed=1, padding="right", classes=3)
     la = LaplaceLoRA(model, Classes(), structure=Rows(columns=999)).fit([data], progress=False)
@@ -72,7 +72,7 @@ def test_energies_are_squared_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
         sketching(patch)
         patch.setattr(
-            "laplace_lora_fast.structures.rows.energies.spread",
+            "laplace_lora_fast.structures.rows.sketches.energies.spread",
             lambda features, energies, shapes: found.append(energies) or [4] * len(shapes),
         )
         LaplaceLoRA(model, Classes(), structure=Rows()).fit([data], progress=False)

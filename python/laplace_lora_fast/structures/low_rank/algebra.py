@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.sketch import in_16_bits
+from laplace_lora_fast.structures.rows.sketches.sketch import in_16_bits
 from laplace_lora_fast.weights import WeightName
 
 _BLOCK = 4096  # features at a time

@@ -17,9 +17,9 @@ from laplace_lora_fast.structures.cost import Cost
 from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature
 from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
-from laplace_lora_fast.structures.rows.energies import shapes_of, spread_stages
 from laplace_lora_fast.structures.rows.predict import RowPredictor
-from laplace_lora_fast.structures.rows.sketch import checked_columns, features_for, mean_columns
+from laplace_lora_fast.structures.rows.sketches.energies import shapes_of, spread_stages
+from laplace_lora_fast.structures.rows.sketches.sketch import checked_columns, features_for, mean_columns
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
 _LARGEST = 2048  # rank, where the budget allows for more

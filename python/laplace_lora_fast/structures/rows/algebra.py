@@ -176,7 +176,8 @@ class RowCurvature(Curvature):
         Weights in one part have the same prior precision under each of the priors, and are all sketched or all whole.
         Solvers say whose they are.
         """
-        kinds = torch.tensor(self.kernels.are_sketched, dtype=torch.float64)[:, None]
+        apart = self.kernels.are_sketched if self.kernels.mixed else [False] * len(self.names)
+        kinds = torch.tensor(apart, dtype=torch.float64)[:, None]
         precisions, parts = torch.cat([kinds, prior_precisions], 1).unique(dim=0, return_inverse=True)
         precisions = precisions[:, 1:]  # [parts, G]
         solvers: Iterable[Solver] = self._solvers(precisions, parts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_lora_fast.structures.base import Step
 from laplace_lora_fast.structures.jacobians import JacobianListener
 from laplace_lora_fast.structures.rows import products
-from laplace_lora_fast.structures.rows.sketch import sketched
+from laplace_lora_fast.structures.rows.sketches.sketch import sketched
 from laplace_lora_fast.weights import LayerWeights, is_whole
 
 

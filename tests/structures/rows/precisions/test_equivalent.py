@@ -16,7 +16,7 @@ from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.precisions.lines import lines
 from laplace_lora_fast.structures.rows.refit import Observations, RefittedCurvature
-from laplace_lora_fast.structures.rows.sketch import random_projection
+from laplace_lora_fast.structures.rows.sketches.sketch import random_projection
 from laplace_lora_fast.weights import SIDES, WeightName
 from tests import tiny
 from tests.oracle import assert_close

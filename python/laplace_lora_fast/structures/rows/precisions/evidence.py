@@ -68,18 +68,20 @@ def maximise_evidence(
         return {groups[0]: common}
     roots = curvature.roots_at(ones)
 
-    def kernels(sketched: bool) -> Tensor:
+    def kernels(counted: Sequence[bool]) -> Tensor:
         members = [
-            [
-                float(key == group and own == sketched)
-                for key, own in zip(keys, rows.are_sketched, strict=True)
-            ]
+            [float(key == group and mine) for key, mine in zip(keys, counted, strict=True)]
             for group in groups
         ]
         return torch.stack([roots.whiten(rows.total(each)) for each in members]).cpu()
 
-    whole, sketches = kernels(sketched=False), kernels(sketched=True)
-    traces = (whole + sketches).diagonal(dim1=1, dim2=2).sum(1)
+    fixed = (
+        kernels([not own for own in rows.are_sketched])
+        if rows.mixed
+        else torch.zeros((), dtype=torch.float64)
+    )
+    scaled = kernels(rows.are_sketched if rows.mixed else [True] * len(keys))
+    traces = (fixed + scaled).diagonal(dim1=1, dim2=2).sum(1)
     for group, distance, trace in zip(groups, distances, traces, strict=True):
         evidence_root(trace[None], torch.ones(1), distance, group)  # refuses a group without a maximum
     best = torch.full((len(groups),), common, dtype=torch.float64)
@@ -87,7 +89,7 @@ def maximise_evidence(
     for _ in range(_ROUNDS if rows.sketched else 1):
         before = best
         factor = float((curvature.effective(best[place]) / best[place]).min())
-        best = _maximum(whole + sketches / factor, distances, before)
+        best = _maximum(fixed + scaled / factor, distances, before)
         if float((best / before).log().abs().max()) < 1e-9:
             break
     return dict(zip(groups, best.tolist(), strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.base import Accumulator, Problem, Stage
 from laplace_lora_fast.structures.rows.listener import RowListener
-from laplace_lora_fast.structures.rows.sketch import random_projection, spread
+from laplace_lora_fast.structures.rows.sketches.sketch import random_projection, spread
 from laplace_lora_fast.structures.state import State
 from laplace_lora_fast.weights import LayerWeights, kept_widths, matrices
 

@@ -1,0 +1,1 @@
+"""Which columns of a Jacobian are kept, and how many."""
