@@ -235,9 +235,7 @@ class Curvature(ABC):
         return None
 
     def best_noise(self, prior_precision: Tensor, residuals: float, count: int) -> float:
-        """The noise of a regression (standard deviation) that maximises the evidence at a prior precision [n_weights],
-        from the sum of squared residuals and the number of scalar observations.
-        """
+        """The noise that maximises a regression's evidence, from its sum of squared residuals and their number."""
         return evidence_noise(*self.whitened_spectrum(prior_precision), residuals, count)
 
     def log_det_ratio(self, prior_precision: Tensor) -> Tensor:
