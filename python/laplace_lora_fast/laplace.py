@@ -358,6 +358,7 @@ class LaplaceLoRA(LaplaceText):
             fitted.reason,
             fitted.n_skipped,
             self._untrained,
+            self._alone,
         )
 
 

@@ -136,6 +136,7 @@ def summarise(
     reason: str,
     n_skipped: int = 0,
     untrained: Sequence[str] = (),
+    alone: Sequence[str] = (),
 ) -> Summary:
     """What was done, a table with one row a weight, and lines of totals.
 
@@ -149,6 +150,7 @@ def summarise(
         reason: why it was chosen, where that was left open.
         n_skipped: batches that the fit left out.
         untrained: weights of the adapter that were not trained.
+        alone: layers whose rows come from autograd, one sequence at a time.
     """
     curvature = posterior.curvature
     gammas = posterior.effective_parameters().tolist()
@@ -169,6 +171,11 @@ def summarise(
     ]
     if n_skipped:
         lines.append(f"{n_skipped} batches of the training data were not finite and are left out")
+    if alone:
+        lines.append(
+            f"{len(alone)} layers have no streams of tokens with a row a sequence, so that theirs take a backward pass "
+            f"a sequence: {_some(alone)}"
+        )
     if untrained:
         lines.append(
             f"{len(untrained)} weights of the adapter were not trained (trained=..) and have no posterior: "

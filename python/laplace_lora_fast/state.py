@@ -151,7 +151,7 @@ class LaplaceState:
             arguments.append("prior_mean=..")
         for name, value in (
             ("layers", self._selection),
-            ("trained", self._trained),
+            ("trained", None if self._trained == ALL else self._trained),
             ("budget", self.budget),
             ("seed", self.seed or None),
         ):
@@ -196,6 +196,12 @@ class LaplaceState:
         whole = trained_layers(self._peft_model, self._head, self._selection)
         treated = set(weight_names(self.layers))
         return [str(name) for name in weight_names(whole) if name not in treated]
+
+    @property
+    def _alone(self) -> list[str]:
+        """Layers whose rows come from autograd: see `model.alone`."""
+        found = self._head.layers_alone
+        return [layer.name for layer in self.layers if layer.without_streams or layer.name in found]
 
     def _trained_names(self) -> str | list[str]:
         """The weights under the posterior, as `trained` takes them: flags on another model may say otherwise."""

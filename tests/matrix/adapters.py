@@ -190,6 +190,7 @@ RIGHT: dict[str, Make] = {
     "orthogonal start": partial(lora, r=4, init_lora_weights="orthogonal"),
     "trainable_token_indices": partial(lora, trainable_token_indices=[5, 6]),
     "exclude_modules": partial(lora, target_modules="all-linear", exclude_modules=["down_proj"]),
+    "LoRA on parameters": partial(lora, target_parameters=["q_proj.weight"], target_modules=[]),
     "ensure_weight_tying": partial(lora, ensure_weight_tying=True),
     "a second adapter beside it": two_adapters,
     "add_weighted_adapter": weighted,
@@ -199,10 +200,6 @@ RIGHT: dict[str, Make] = {
 REFUSED: dict[str, tuple[Make, str]] = {
     "aLoRA": (partial(lora, alora_invocation_tokens=[5]), "ALora"),
     "LoRA on an embedding": (partial(lora, target_modules=["q_proj", "embed_tokens"]), "embed_tokens"),
-    "LoRA on parameters": (
-        partial(lora, target_parameters=["q_proj.weight"], target_modules=[]),
-        "ParamWrapper",
-    ),
     "two active adapters": (mixed, "set_adapter"),
     "merged": (merged, "unmerge_adapter"),
     "merge_and_unload": (unloaded, "no LoRA layer"),

@@ -11,12 +11,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from laplace_lora_fast import Answers
 from tests.matrix import models
 from tests.matrix.architectures import (
-    EXPERTS,
     NO_GRADIENT,
     NOT_FINITE,
     PADS,
     SIDES,
-    UNMATCHED,
     UNUSED,
     Family,
     Kind,
@@ -26,7 +24,6 @@ from tests.matrix.cells import Cell
 
 GROUP = "Causal language models"
 _MLA = {"head_dim": 4}
-_EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
 _CROSS = Kind(
     refused=UNUSED, left_out=r"encoder_attn|encoder\.layers", shifted=True
 )  # of a decoder without its encoder
@@ -49,14 +46,14 @@ KINDS = {
     **named(
         "afmoe cohere2_moe deepseek_v2 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite hunyuan_v1_moe"
         " mellum minimax minimax_m2 mixtral olmoe qwen3_moe qwen3_next solar_open",
-        _EXPERTS,
+        Kind(),
     ),
     **named("bart blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper", _CROSS),
     **dict.fromkeys(["axk2", "dots3_note_text", "hy_v4"], _SELECTS),
-    "deepseek_v3": Kind(_MLA, refused=EXPERTS, left_out=_EXPERTS.left_out),
+    "deepseek_v3": Kind(_MLA),
     "axk1": Kind(_MLA),
     "youtu": Kind(_MLA),
-    **dict.fromkeys(["deepseek_v32", "glm_moe_dsa"], Kind(refused=EXPERTS, left_out=_SELECTS.left_out)),
+    **dict.fromkeys(["deepseek_v32", "glm_moe_dsa"], _SELECTS),
     "gpt_neo": Kind({"attention_types": [[["global", "local"], 1]], "window_size": 4}),
     "gemma3n_text": Kind(
         {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
@@ -64,7 +61,7 @@ KINDS = {
     ),
     "lfm2_moe": Kind({"layer_types": ["conv", "full_attention"]}),
     "xmod": Kind({"languages": ["en"], "default_language": "en"}),
-    "zaya": Kind({"num_experts_per_tok": 1}, refused=UNMATCHED, left_out="v_proj_delayed"),
+    "zaya": Kind({"num_experts_per_tok": 1}),
     "mamba": Kind(targets=_MAMBA),
     "falcon_mamba": Kind(targets=_MAMBA),
     "mamba2": Kind({"num_heads": 4, "head_dim": 8, "n_groups": 1}, targets=("in_proj",)),
@@ -77,9 +74,9 @@ KINDS = {
     "rwkv": Kind(sides={"left": PADS}),
     "xlstm": Kind(sides={"left": PADS}),
     "xglm": Kind(fp32=tuple(SIDES)),
-    "cpmant": Kind(refused=UNMATCHED),
-    "prophetnet": Kind(refused=UNMATCHED),
-    "xlnet": Kind(refused=UNMATCHED),
+    "cpmant": Kind(),
+    "prophetnet": Kind(),
+    "xlnet": Kind(),
 }
 QUICK = frozenset(
     {"llama", "gpt2", "bloom", "mamba", "mixtral", "gemma3_text", "qwen3", "phi3", "whisper", "rwkv"}

@@ -11,11 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from laplace_lora_fast import Classes
 from tests.matrix import models
 from tests.matrix.architectures import (
-    EXPERTS,
     NO_GRADIENT,
     NOT_FINITE,
     PADS,
-    UNMATCHED,
     UNUSED,
     Family,
     Kind,
@@ -26,7 +24,6 @@ from tests.matrix.cells import Cell
 EOS = 2
 _POOLS = Kind(sides={"left": PADS})  # the first position, a pad if pads are on the left
 _MIXES = Kind(sides={"left": PADS, "right": PADS})  # tokens and pads, whatever the mask says
-_EXPERTS = Kind(refused=EXPERTS, left_out=r"\.experts|\.gate$|router")
 KINDS = {
     **named(
         "arcee diffllama doge eurobert exaone4 falcon gemma gemma3_text glm glm4 gpt_neox gpt_oss gptj"
@@ -46,7 +43,7 @@ KINDS = {
         Kind(shifted=True),
     ),
     **dict.fromkeys(["convbert", "fnet", "nystromformer", "yoso"], _MIXES),
-    **named("deepseek_v2 hunyuan_v1_moe minimax mixtral qwen3_moe qwen3_next", _EXPERTS),
+    **named("deepseek_v2 hunyuan_v1_moe minimax mixtral qwen3_moe qwen3_next", Kind()),
     **dict.fromkeys(["bloom", "mpt"], Kind(sides={"left": NOT_FINITE})),
     "gemma2": Kind(sides={"left": NOT_FINITE, "right": NOT_FINITE}),
     "big_bird": Kind(refused=NO_GRADIENT, left_out="pooler", sides={"left": PADS}),
@@ -54,9 +51,9 @@ KINDS = {
     "markuplm": Kind(refused=UNUSED, left_out="xpath", sides={"left": PADS}),
     "jamba": Kind(refused=UNUSED, left_out="dt_proj"),
     "axk2": Kind(refused=NO_GRADIENT, left_out=r"indexer|\.experts|\.gate$"),
-    "funnel": Kind(refused=UNMATCHED),
-    "longformer": Kind(refused=UNMATCHED),
-    "xlnet": Kind(refused=UNMATCHED),
+    "funnel": Kind(),
+    "longformer": Kind(),
+    "xlnet": Kind(),
 }
 QUICK = frozenset({"llama", "bert", "deberta-v2", "albert", "modernbert", "t5", "fnet", "bart", "distilbert"})
 

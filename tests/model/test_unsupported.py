@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from laplace_lora_fast import Classes, InvalidBatchError, LaplaceLoRA, Outputs, UnsupportedAdapterError
+from laplace_lora_fast import KFAC, Classes, InvalidBatchError, LaplaceLoRA, Outputs, UnsupportedAdapterError
 from tests import tiny
 from tests.model.taps import ANSWERS
 
@@ -85,10 +85,6 @@ MODELS = {
     "merged": (merged, r"'[\w.]+layers.0.self_attn.q_proj'.*unmerge_adapter"),
     "disabled": (disabled, r"'[\w.]+layers.0.self_attn.q_proj'.*disabled"),
     "two active": (with_two_adapters, r"'[\w.]+q_proj'.*\['default', 'other'\].*set_adapter"),
-    "parameters": (
-        lambda: tiny.tiny_llama(targets=[], target_parameters=["q_proj.weight"]),
-        r"'[\w.]+q_proj'.*linear",
-    ),
 }
 
 
@@ -150,15 +146,16 @@ def test_answers_are_not_at_the_last_position_of_other_language_models(name):
 
 
 @pytest.mark.parametrize("length", [1, 9])
-def test_decoder_of_another_length_than_its_encoder(length):
+def test_kfac_of_a_decoder_of_another_length_than_its_encoder(length):
+    """Rows take its Jacobian by autograd: see test_alone.py."""
     task = Outputs(lambda output, _: output.logits[:, -1, :3])
     batch = tiny.batch(4, padding="right") | {"decoder_input_ids": torch.full((4, length), 7)}
     model = tiny_t5()
     with pytest.raises(
         InvalidBatchError, match=rf"'[\w.]+decoder[\w.]+' sees {length} tokens of the decoder"
     ):
-        LaplaceLoRA(model, task).fit([batch], progress=False)
-    la = LaplaceLoRA(model, task, layers=lambda name: ".encoder." in name)
+        LaplaceLoRA(model, task, structure=KFAC()).fit([batch], progress=False)
+    la = LaplaceLoRA(model, task, structure=KFAC(), layers=lambda name: ".encoder." in name)
     assert la.fit([batch], progress=False).predict(batch).isfinite().all()
 
 

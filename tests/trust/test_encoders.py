@@ -56,8 +56,8 @@ ZOO: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "Funnel": ("funnel", {"block_sizes": [1, 1], "d_head": 8, "d_inner": 24}, ["q_head", "v_head"]),
     "Longformer": ("longformer", {"attention_window": 4}, ["query", "value"]),
 }
-# What cannot be exact in a padded batch: pads mix with tokens, or tokens are not where the mask has them.
-REFUSED_PADDED = {"FNet", "Nystromformer", "XLNet", "Funnel", "Longformer"}
+# What cannot be exact in a batch with pads on the right: there they mix with tokens.
+REFUSED_PADDED = {"FNet", "Nystromformer", "XLNet"}
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "one by one"])
@@ -79,7 +79,7 @@ def test_right_or_refused(name, padded):
     train = [{**batch, "labels": labels} for batch, labels in zip(train, targets_of, strict=True)]
     la = LaplaceLoRA(model, Classes(), structure=models.EXACT)
     if padded and name in REFUSED_PADDED:
-        with pytest.raises(LaplaceError, match=r"padded positions|cannot be matched"):
+        with pytest.raises(LaplaceError, match="padded positions"):
             la.fit(train, progress=False)
         return
     mean, covariance = oracle.posterior(model, models.classes_of, alone[:4], alone[4:])

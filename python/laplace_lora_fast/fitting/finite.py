@@ -45,6 +45,7 @@ class Screen(Listener):
 
     def __init__(self, accumulator: Accumulator, names: Sequence[str], skip: bool, first: int = 0) -> None:
         self._inner, self._names, self._skip, self._index = accumulator, names, skip, first
+        self.takes_jacobians = accumulator.takes_jacobians
         self.skipped, self.first_skipped, self.dropped = 0, "", False
         self._checks = DeferredChecks()
         self._wrong = ""  # of this batch
@@ -86,6 +87,14 @@ class Screen(Listener):
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         self._show(partial(self._inner.observe_alignment, layer, aligned))
+
+    def observe_jacobians(self, layer: int, jacobians: Sequence[Tensor]) -> None:
+        for each in jacobians:
+            if self._reads(each) and not self._wrong and not bool(each.isfinite().all()):
+                self._wrong = f"the Jacobian of layer {self._names[layer]!r}"
+                if not self._skip:
+                    raise NumericalError(self._message(self._wrong))
+        self._show(partial(self._inner.observe_jacobians, layer, jacobians))
 
     def observe_parameters(self, gradients: Sequence[Tensor | None]) -> None:
         self._show(partial(self._inner.observe_parameters, gradients))

@@ -5,7 +5,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from laplace_lora_fast.errors import UnsupportedAdapterError
+
+
+class Leaves:
+    """All that gradients of layers are on the way to.
+
+    Embeddings that were told to require grad, and an output function's own modules, are leaves beside the anchor.
+
+    Args:
+        parameters: whose gradients are wanted.
+        reentrant: whether there are reentrant checkpoints in the graphs.
+
+    Attributes:
+        anchor: starts graphs.
+        all: the leaves, the parameters first.
+        reentrant: as told, or found.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], reentrant: bool) -> None:
+        self._parameters, self.reentrant = list(parameters), reentrant
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.all: list[Tensor] = [*self._parameters, self.anchor]
+        self._elsewhere = True
+
+    def find(self, u: Tensor, but: Sequence[nn.Parameter]) -> None:
+        """Looks for them in the graph of u, while there were others than the anchor in the last one.
+
+        Args:
+            u: [S, U] with its graph.
+            but: parameters whose gradients are taken by themselves.
+
+        Raises:
+            UnsupportedAdapterError: they cannot be, for reentrant checkpoints.
+        """
+        if not (self._elsewhere or but):
+            return
+        found, reentrant = leaves_of(u)
+        if but and reentrant:
+            raise UnsupportedAdapterError(
+                "a layer without streams of tokens has its Jacobian by autograd, which reentrant checkpoints do not "
+                "allow: checkpoint with use_reentrant=False, or leave such layers out with layers=lambda name: .."
+            )
+        own = set(map(id, but))
+        self.all = [*self._parameters, *(leaf for leaf in found if id(leaf) not in own)]
+        self.reentrant = (self.reentrant and not but) or reentrant
+        known = {id(self.anchor), *map(id, self._parameters)}
+        self._elsewhere = any(id(leaf) not in known for leaf in self.all)
 
 
 def send_back(
@@ -23,6 +71,8 @@ def send_back(
         retain: whether another pass follows.
         reentrant: whether there are reentrant checkpoints in the graph.
     """
+    if not leaves:
+        return []
     if not reentrant:
         return torch.autograd.grad(u, list(leaves), cotangent, retain_graph=retain, allow_unused=True)
     outside = {id(leaf): leaf for leaf in (*leaves_of(u)[0], *leaves)}.values()

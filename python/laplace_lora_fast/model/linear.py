@@ -42,11 +42,17 @@ class LinearLayer:
     normalised: ClassVar[bool] = False
     adapter_parts: ClassVar[Sequence[nn.Module]] = ()
     base: ClassVar[None] = None
+    without_streams: ClassVar[bool] = False
+    own_parameters: ClassVar[Sequence[nn.Parameter]] = ()
 
     @property
     def outer(self) -> nn.Module:
         """The layer."""
         return self.module
+
+    def matrices_of(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """It has none."""
+        raise NotImplementedError
 
     def seen(self, x: Tensor) -> Tensor:
         """The input itself."""
@@ -92,6 +98,7 @@ class TrainedHead:
     adapter_parts: ClassVar[Sequence[nn.Module]] = ()
     base: ClassVar[None] = None
     normalised: ClassVar[bool] = False
+    without_streams: ClassVar[bool] = False
     scaling: ClassVar[float] = 1.0
     current_scaling: ClassVar[float] = 1.0
 
@@ -99,6 +106,16 @@ class TrainedHead:
     def weights(self) -> HeadWeights:
         """The weight as it is now, detached, with its bias as the last column; restricted to `features`."""
         return self._of(self.module.weight, self.module.bias)
+
+    @property
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Weight, and bias if there is one."""
+        return list(self.module.parameters(recurse=False))
+
+    def matrices_of(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """[W | bias], restricted to `features`."""
+        weight, *bias = gradients
+        return [self._of(weight, bias[0] if bias else None).W]
 
     @property
     def parameter_names(self) -> dict[str, str]:

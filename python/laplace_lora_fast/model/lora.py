@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from peft.tuners.lora import dora
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import UnsupportedAdapterError
-from laplace_lora_fast.model.computes import require_plain
+from laplace_lora_fast.model.adapter_layer import AdapterLayer, ParametersAdapted
 from laplace_lora_fast.model.contexts import is_offloaded
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.linear import TrainedHead, in_state, trained_linears, whole_rows
+from laplace_lora_fast.model.linear import TrainedHead, trained_linears
 from laplace_lora_fast.model.observer import Layers, selected
 from laplace_lora_fast.model.storage import refuse_storage
 from laplace_lora_fast.model.trained import ALL, Trained, refuse_tied, restricted
-from laplace_lora_fast.weights import HEAD, SIDES, LayerWeights, LoraWeights, RowNorm, WeightName, stored
+from laplace_lora_fast.weights import HEAD, SIDES, LayerWeights, WeightName
 
 # Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.
 _PLAIN_IN_EVALUATION = ("Montecl", "Velora", "DoraLinear")  # DoRA's norm is known: see weights.RowNorm
@@ -36,42 +34,8 @@ _LEAVE_OUT = (
 
 
 @dataclass(frozen=True)
-class LoraLayer:
-    """One LoRA layer with its active adapter.
-
-    Attributes:
-        name: the layer's name in `model.named_modules()`.
-        module: the LoRA layer.
-        adapter: name of the active adapter.
-        scaling: s, alpha / r (or alpha / sqrt(r) for rsLoRA).
-        sides: those of its weights that are under the posterior.
-        features: [C] indices of the output features that carry gradient, or None for all of them. Set for an adapted
-            language-model head with answer tokens: only the answers' rows of lora_B see the data.
-    """
-
-    name: str
-    module: nn.Module
-    adapter: str
-    scaling: float
-    features: Tensor | None = None
-    sides: Sequence[str] = SIDES
-
-    @property
-    def weights(self) -> LoraWeights:
-        """The weights as they are now, detached; lora_B restricted to `features`."""
-        a, b = (self._side(side).weight.detach() for side in SIDES)  # type: ignore[operator]
-        b = b if self.features is None else b[self.features.to(b.device)]
-        return LoraWeights(self.name, a, b, self.scaling, self._norm(a, b), self.sides)
-
-    @property
-    def parameter_names(self) -> dict[str, str]:
-        """Names of the weights under the posterior in `model.named_parameters()`, by side."""
-        return {side: self._parameter_name(side) for side in self.sides}
-
-    def shape(self, side: str) -> torch.Size:
-        """Of the parameter."""
-        shape: torch.Size = self._side(side).weight.shape  # type: ignore[assignment]
-        return shape
+class LoraLayer(AdapterLayer):
+    """A linear layer with LoRA."""
 
     def check(self) -> None:
         """Raises UnsupportedAdapterError if the adapter has been switched, merged or disabled since."""
@@ -82,115 +46,14 @@ class LoraLayer:
             )
         _refuse_unsupported(self.name, self.module, self.adapter)  # type: ignore[arg-type]
 
-    adapted: ClassVar[bool] = True
-
-    @property
-    def outer(self) -> nn.Module:
-        """The layer."""
-        return self.module
-
-    @property
-    def is_present(self) -> bool:
-        """Whether the layer still has the adapter."""
-        return self.adapter in self.module.scaling  # type: ignore[operator]
-
-    @property
-    def current_scaling(self) -> float:
-        """The adapter's scaling as it is now."""
-        return float(self.module.scaling[self.adapter])  # type: ignore[index, operator]
-
-    def of_parameters(self, values: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Matrices [.., r, d] by the names of the parameters they are of, and which of those' rows (None: all)."""
-        rows = dict(zip(SIDES, (None, self.features), strict=True))
-        pairs = zip(self.sides, values, strict=True)
-        return {self._parameter_name(side): (stored(side, value), rows[side]) for side, value in pairs}
-
-    def steps(self, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Steps of its weights [n, r, d] as those of both parameters: dA [n, r, d_in], dB [n, d_out, r]."""
-        own, given = self.weights, dict(zip(self.sides, deltas, strict=True))
-        still = {
-            side: deltas[0].new_zeros(len(deltas[0]), *each.shape) for side, each in self._both(own).items()
-        }
-        a, b = (given.get(side, still[side]) for side in SIDES)
-        b = whole_rows(b.mT, self.features, self.shape(SIDES[1])[0])
-        return a.to(own.A), b.to(own.B).contiguous()
-
-    def starting_from(self, means: Sequence[Tensor]) -> LoraLayer:
-        """Itself: without its adapter it starts from zero."""
-        return self
-
-    def before_training(self) -> LoraWeights:
-        """Zeros: all that matters of a start is that B A is."""
-        now = self.weights
-        return replace(now, A=torch.zeros_like(now.A), B=torch.zeros_like(now.B), norm=None)
-
-    def seen(self, x: Tensor) -> Tensor:
-        """The input itself."""
-        return x
-
-    def read(self, state: Mapping[str, Tensor]) -> LoraWeights:
-        """Its weights in an adapter's state. Raises UnsupportedAdapterError for one that is missing or does not fit."""
-        a, b = (
-            in_state(state, name, name.replace(f".{self.adapter}.weight", ".weight"), tuple(self.shape(side)))
-            for side, name in ((side, self._parameter_name(side)) for side in SIDES)
-        )
-        b = b if self.features is None else b[self.features.to(b.device)]
-        return LoraWeights(self.name, a, b, self.scaling, sides=self.sides)
-
-    @property
-    def adapter_parts(self) -> Sequence[nn.Module]:
-        """lora_A and lora_B."""
-        return [self._side(side) for side in SIDES]
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer below the adapter."""
-        base: nn.Module = self.module.get_base_layer()  # type: ignore[operator]
-        return base
-
-    @property
-    def normalised(self) -> bool:
-        """Whether the adapter is DoRA."""
-        return bool(self.module.use_dora.get(self.adapter, False))  # type: ignore[union-attr, operator]
-
-    def _norm(self, a: Tensor, b: Tensor) -> RowNorm | None:
-        if not self.normalised:
-            return None
-        parts: nn.ModuleDict = self.module.lora_magnitude_vector  # type: ignore[assignment]
-        magnitude: Tensor = parts[self.adapter].weight.detach()  # type: ignore[operator, assignment]
-        return RowNorm(a, b, self.scaling, magnitude, self._dense_base)
-
     def _dense_base(self) -> Tensor:
         weight: Tensor = dequantize_module_weight(self.base).detach()
         return weight.mT if getattr(self.module, "fan_in_fan_out", False) else weight
 
-    def without_bias(self, output: Tensor) -> Tensor:
-        """The output y - b."""
-        bias = getattr(self.base, "bias", None)
-        return output if bias is None else output - bias.detach()
 
-    def require_plain(self, x: Tensor, base: Tensor | None, output: Tensor) -> None:
-        """Raises UnsupportedAdapterError unless output = base + s B A x: see `computes`."""
-        require_plain(self, x, base, output)
-
-    def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle:
-        """Makes B A zero until the handle is removed; a bias of lora_B, which is left alone, stays."""
-
-        def zero(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (torch.zeros_like(args[0]), *args[1:]) if is_own() else args
-
-        return self._side(SIDES[1]).register_forward_pre_hook(zero)
-
-    def _parameter_name(self, side: str) -> str:
-        return f"{self.name}.lora_{side}.{self.adapter}.weight"
-
-    @staticmethod
-    def _both(own: LoraWeights) -> dict[str, Tensor]:
-        return dict(zip(SIDES, (own.A, own.B.mT), strict=True))
-
-    def _side(self, side: str) -> nn.Module:
-        layers: nn.ModuleDict = getattr(self.module, f"lora_{side}")
-        return layers[self.adapter]
+@dataclass(frozen=True)
+class ParameterLayer(ParametersAdapted, LoraLayer):
+    """LoRA on a parameter."""
 
 
 Treated = LoraLayer | TrainedHead
@@ -269,7 +132,8 @@ def _lora_layer(name: str, module: Any, head: Head) -> LoraLayer:
     features = None if features is None else features.to(device_of(module))
     if features is not None and module.use_dora.get(adapter, False):
         raise UnsupportedAdapterError(f"layer {name!r} is an output head with DoRA: {_LEAVE_OUT}")
-    return LoraLayer(name, module, adapter, float(module.scaling[adapter]), features)
+    kind = ParameterLayer if isinstance(module, lora.ParamWrapper) else LoraLayer
+    return kind(name, module, adapter, float(module.scaling[adapter]), features)
 
 
 def _trained_heads(model: nn.Module, head: Head) -> Iterator[TrainedHead]:
@@ -342,7 +206,7 @@ def _refuse_unsupported(name: str, module: lora.LoraLayer, adapter: str) -> None
     linear = adapter in module.lora_A and all(
         isinstance(weights[adapter], nn.Linear) for weights in (module.lora_A, module.lora_B)
     )
-    if not linear or isinstance(module, lora.MultiheadAttention | lora.ParamWrapper):
+    if not linear or isinstance(module, lora.MultiheadAttention):
         raise UnsupportedAdapterError(
             f"layer {name!r} is {_method(module)} on a {kind} layer: only linear layers are supported; {_LEAVE_OUT}"
         )

@@ -7,15 +7,23 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+import laplace_kernels as lk
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.structures.pads import PadImage
 
 _COMPARED = 64  # tokens of a first batch
 
+Stream = tuple[Tensor, Tensor | None]  # [S, T, d] and its mask [S, T]
 Layers = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class Handle(Protocol):
+    """Of something that holds until it is removed."""
+
+    def remove(self) -> None:
+        """It holds no longer."""
 
 
 class Tapped(Protocol):
@@ -41,6 +49,17 @@ class Tapped(Protocol):
     def normalised(self) -> bool:
         """Whether the rows of its weight are normalised (DoRA): its output is needed too."""
 
+    @property
+    def without_streams(self) -> bool:
+        """Whether its streams are no rows of sequences in any batch: see `alone`."""
+
+    @property
+    def own_parameters(self) -> Sequence[nn.Parameter]:
+        """The parameters under the posterior; none of a layer that has no Jacobian but by its streams."""
+
+    def matrices_of(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients of these parameters as matrices [r, d], in the order of the layer's weights."""
+
     def check(self) -> None:
         """Raises UnsupportedAdapterError if the layer cannot be tapped any more."""
 
@@ -65,7 +84,7 @@ class Tapped(Protocol):
     def without_bias(self, output: Tensor) -> Tensor:
         """The output y - b of a normalised layer."""
 
-    def switch_off(self, is_own: Callable[[], bool]) -> RemovableHandle | None:
+    def switch_off(self, is_own: Callable[[], bool]) -> Handle | None:
         """Makes the layer what it was before training, in passes of one's own, until the handle is removed."""
 
 
@@ -84,6 +103,9 @@ class Observer(Protocol):
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         """Of a layer with DoRA, before its gradient: sum_t g_t * (y_t - b), feature by feature, [S, d_out]."""
+
+    def observe_jacobians(self, layer: int, jacobians: Sequence[Tensor]) -> None:
+        """Instead of streams: of every weight of a layer the Jacobian of each sequence, [S, r, d]."""
 
 
 def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tensor | None]:
@@ -123,6 +145,24 @@ def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tens
         f"{length}: its tokens cannot be matched with the attention mask; pass batches of one sequence without "
         "padding, or leave the layer out with layers=lambda name: .."
     )
+
+
+def joined(streams: Sequence[Stream]) -> Stream:
+    """The streams of all uses of a layer, one behind the other."""
+    if len(streams) == 1:
+        return streams[0]
+    tokens = torch.cat([x for x, _ in streams], 1)
+    if all(mask is None for _, mask in streams):
+        return tokens, None
+    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in streams]
+    return tokens, torch.cat(masks, 1)
+
+
+def aligned(g: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over real tokens of g * y, [S, d], in the accumulation dtype."""
+    dtype = lk.accumulation_dtype(g.dtype)
+    products = g.to(dtype) * y.to(dtype)
+    return (products if mask is None else products.where(mask[..., None], 0)).sum(1)
 
 
 class GraphStart(torch.autograd.Function):

@@ -311,6 +311,18 @@ class Leaks:
             UnsupportedAdapterError,
         )
 
+    def require_own_tokens(self, g: Tensor, mask: Tensor | None, sequence: int) -> None:
+        """The gradient g [S, T, d] of one sequence's outputs in the embeddings is zero but at its own real tokens."""
+        leak = _nonzero(g)
+        if mask is not None:
+            self._checks.require(~(leak[sequence] & ~mask[sequence]).any(), _pads_are_read("embeddings"))
+        others = torch.arange(len(g), device=g.device) != sequence
+        self._checks.require(
+            ~leak[others].any(),
+            "the outputs of a sequence depend on other sequences of its batch: pass batches of one sequence",
+            UnsupportedAdapterError,
+        )
+
 
 def first_sequence(u: Tensor) -> Tensor:
     """A cotangent of u [S, U] that is zero but for the first sequence."""

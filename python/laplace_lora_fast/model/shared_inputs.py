@@ -73,6 +73,10 @@ class SharedInputs:
                     f"layer {layer!r} no longer shares its input with the layers it did before"
                 )
 
+    def count(self, index: int) -> None:
+        """Takes note that a layer runs whose input is not observed: it shares it with none, and may run at will."""
+        self.uses[index] = self.uses.get(index, 0) + 1
+
     def keep(self, index: int, x: Tensor) -> None:
         """An observer may keep x until the backward passes are over."""
         self._kept[x] = index, x._version

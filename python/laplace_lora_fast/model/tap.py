@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import laplace_kernels as lk
-from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
+from laplace_lora_fast.model.alone import Alone, by_sequence, embedded_tokens, thawed
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
@@ -25,9 +25,17 @@ from laplace_lora_fast.model.contexts import (
     reentrant,
     without_fast_path,
 )
-from laplace_lora_fast.model.gradients import leaves_of, send_back
+from laplace_lora_fast.model.gradients import Leaves, send_back
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.observer import GraphStart, Observer, Tapped, tokens_and_mask
+from laplace_lora_fast.model.observer import (
+    GraphStart,
+    Observer,
+    Stream,
+    Tapped,
+    aligned,
+    joined,
+    tokens_and_mask,
+)
 from laplace_lora_fast.model.proofs import (
     FirstBatch,
     Leaks,
@@ -37,8 +45,6 @@ from laplace_lora_fast.model.proofs import (
 )
 from laplace_lora_fast.model.shared_inputs import SharedInputs
 from laplace_lora_fast.model.storage import differentiable_kernels
-
-Stream = tuple[Tensor, Tensor | None]  # [S, T, d] and its mask [S, T]
 
 
 class Tap:
@@ -79,6 +85,7 @@ class Tap:
         self._parameters = list(parameters)
         varying = [index for index, layer in enumerate(layers) if layer.module is head.output_layer]
         self._sharing = SharedInputs([layer.name for layer in layers], shared_inputs, varying)
+        self._alone = Alone(layers, head.layers_alone)
         self._checks = DeferredChecks()
         self._leaks = Leaks(self._checks)
         self._first = FirstBatch(head, layers)
@@ -101,10 +108,12 @@ class Tap:
         with ExitStack() as stack:
             stack.enter_context(exclusive(self.model))
             self._thread = threading.get_ident()
-            checkpointing = [] if self._parameters else checkpointing_layers(self.model)
+            none = self._parameters or self._alone.indices
+            checkpointing = [] if none else checkpointing_layers(self.model)
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(frozen(self.model, self._parameters))
-            stack.enter_context(checkpointed(checkpointing, self._is_own))
+            stack.enter_context(thawed(self._alone.weights))
+            stack.enter_context(checkpointed(checkpointing, self._may_checkpoint))
             stack.enter_context(self.head.installed())
             stack.enter_context(differentiable_kernels(self.model))
             stack.enter_context(without_fast_path())
@@ -113,14 +122,12 @@ class Tap:
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
             self._autocast = autocast_of_caller(self.model)
             stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
-            self._anchor = torch.zeros((), requires_grad=True)
-            # Embeddings that were told to require grad, and an output function's own modules, are leaves beside it.
-            self._leaves: list[Tensor] = [*self._parameters, self._anchor]
-            self._leads_elsewhere = True
-            self._reentrant = reentrant(checkpointing)
+            self._starts_early = reentrant(checkpointing)  # such segments need an input that requires grad
+            self._leaves = Leaves(self._parameters, self._starts_early)
             for layer in self.layers:
                 layer.check()
             if self.observer is not None:
+                self._alone.require_taken(self.observer)
                 self._listen(self.observer, stack)
             self._stack = stack.pop_all()
         return self
@@ -130,6 +137,7 @@ class Tap:
         if kind is None:
             self._checks.settle()
             self._first.finish()
+            self.head.layers_alone |= self._alone.names
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Runs the model and shows the observer every distinct input. Returns u [S, U] with its graph.
@@ -140,20 +148,12 @@ class Tap:
         with self._autocast:
             inputs = self.head.placed(self.model, inputs)
         self._inputs = inputs
-        self._sharing.start()
-        self._leaks.start_batch(inputs)
-        self._streams.clear()
-        self._outputs.clear()
-        self._reached.clear()
-        self._first.start_pass()
-        self._forward_phase = True
-        try:
-            with self._autocast:
-                u = self.head.u(self.model, inputs)
-        finally:
-            self._forward_phase = False
+        u = self._run(inputs)
         if self.observer is None:
             return u
+        if self._alone.refused:
+            self._stack.enter_context(thawed(self._alone.take_refused(self.observer)))
+            u = self._run(inputs)
         require_all_ran(self.layers, self._sharing.uses, self._first.parts_ran)
         self._finish_inputs(self.observer)
         if not u.requires_grad:
@@ -162,12 +162,24 @@ class Tap:
                 "checkpointing with use_reentrant=True in custom code whose inputs do not require grad: call "
                 "model.enable_input_require_grads())"
             )
-        if self._leads_elsewhere:
-            found, reentrant_code = leaves_of(u)
-            self._leaves, self._reentrant = [*self._parameters, *found], self._reentrant or reentrant_code
-            known = {id(self._anchor), *map(id, self._parameters)}
-            self._leads_elsewhere = any(id(leaf) not in known for leaf in self._leaves)
+        self._leaves.find(u, self._alone.weights)
         return u
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        """A forward pass under observation."""
+        self._sharing.start()
+        self._alone.embedded = None
+        self._leaks.start_batch(inputs)
+        self._streams.clear()
+        self._outputs.clear()
+        self._reached.clear()
+        self._first.start_pass()
+        self._forward_phase = True
+        try:
+            with self._autocast:
+                return self.head.u(self.model, inputs)
+        finally:
+            self._forward_phase = False
 
     def prior_u(self, inputs: Inputs) -> Tensor:
         """U [S, U] with every tapped layer as it was before training: no graph, nothing observed."""
@@ -186,8 +198,7 @@ class Tap:
         """
         assert self._inputs is not None
         if self._first.may_be_random:
-            with self._autocast:
-                self._first.require_same(u, self.head.u(self.model, self._inputs))
+            self._first.require_same(u, self._again())
         if self._first.may_mix_rows(len(u)):
             self._checks_rows = True
             try:
@@ -195,6 +206,12 @@ class Tap:
             finally:
                 self._checks_rows = False
             self._first.rows_are_sequences = True
+
+    def _again(self) -> Tensor:
+        """U [S, U] of the batch once more, unobserved."""
+        assert self._inputs is not None
+        with self._autocast:
+            return self.head.u(self.model, self._inputs)
 
     def backward(self, u: Tensor, cotangent: Tensor, last: bool) -> Sequence[Tensor | None]:
         """Sends `cotangent` [S, U] back from `u` and shows the observer every gradient.
@@ -211,14 +228,24 @@ class Tap:
             UnsupportedAdapterError: no gradient arrived at a layer in any pass of the batch; names it.
         """
         self._gradients.clear()
+        cotangent = cotangent.to(u.dtype)
+        alone = [] if self._checks_rows else self._alone.targets
+        with_others = len(u) == 1  # of one sequence: gradients of all kinds come in one pass
+        leaves = [*self._leaves.all, *alone] if with_others else self._leaves.all
+        retain = not last or (bool(alone) and not with_others)
         self._backward_phase = True
         try:
-            found = send_back(u, cotangent.to(u.dtype), self._leaves, not last, self._reentrant)
+            found = send_back(u, cotangent, leaves, retain, self._leaves.reentrant)
         finally:
             self._backward_phase = False
         for index in sorted(self._gradients):  # uses that nothing depends on
             self._deliver_gradient(index)
         self._leaks.finish_pass()
+        if alone:
+            assert self.observer is not None
+            rest = [found[-len(alone) :]] if with_others else list(by_sequence(u, cotangent, alone, last))
+            with torch.no_grad():
+                self._reached |= self._alone.show(self.observer, rest, self._require_own_tokens)
         if last:
             require_gradients(self.layers, self._reached)
         return found[: len(self._parameters)]
@@ -232,13 +259,24 @@ class Tap:
             stack.callback(handle.remove)
             self._first.watch(index, self._is_own, stack)
         self._first.watch_kernels(self.model, self._is_own, stack)
-        if self._reentrant:  # needs an input that requires grad
-            embedding = input_embeddings(self.model)
+        with suppress(StopIteration, NotImplementedError):  # a model without
+            stack.callback(input_embeddings(self.model).register_forward_hook(self._embedding_hook).remove)
 
-            def start(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                return self._start_graph(output) if self._is_own() else output
+    def _embedding_hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not self._is_own() or not (self._starts_early or self._alone.indices):
+            return output
+        started = self._start_graph(output)
+        if self._forward_phase and self._alone.indices and self._alone.embedded is None:
+            self._alone.embedded = started
+        return started
 
-            stack.callback(embedding.register_forward_hook(start).remove)
+    def _require_own_tokens(self, g: Tensor, sequence: int) -> None:
+        assert self._inputs is not None
+        stream = embedded_tokens(g, self.head.as_called(self._inputs))
+        self._leaks.require_own_tokens(*stream, sequence)
+
+    def _may_checkpoint(self) -> bool:
+        return self._is_own() and not self._alone.indices
 
     def _is_own(self) -> bool:
         """Whether this code runs in one of the tap's passes, not in a plain forward pass of another thread.
@@ -254,6 +292,10 @@ class Tap:
             if not self._is_own():
                 return output
             use = 0
+            if index in self._alone:
+                if self._forward_phase:
+                    self._sharing.count(index)
+                return output
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -274,14 +316,23 @@ class Tap:
     def _start_graph(self, output: Tensor) -> Tensor:
         if output.requires_grad or not torch.is_grad_enabled():
             return output
-        started: Tensor = GraphStart.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+        started: Tensor = GraphStart.apply(output, self._leaves.anchor)  # type: ignore[no-untyped-call]
         return started
 
     def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
         groups = self.shared_inputs
         if groups is not None and groups[index] != index:  # in a first pass it is not known yet who shares
             return
-        stream = self._tokens(index, self._sharing.uses[index] - 1, x.detach())
+        try:
+            stream = self._tokens(index, self._sharing.uses[index] - 1, x.detach())
+        except InvalidBatchError as error:
+            fed = (
+                [index]
+                if groups is None
+                else [other for other, leader in enumerate(groups) if leader == index]
+            )
+            self._alone.refused |= dict.fromkeys(fed, error)
+            return
         self._sharing.keep(index, stream[0])
         self._streams.setdefault(index, []).append(stream)
         if self._sharing.expected(index) == len(self._streams[index]):
@@ -303,12 +354,14 @@ class Tap:
 
     @torch.no_grad()
     def _deliver_input(self, observer: Observer, index: int) -> None:
-        tokens, mask = _joined(self._streams.pop(index))
+        tokens, mask = joined(self._streams.pop(index))
         image = observer.observe_input(index, tokens, mask)
         self._leaks.observe_input(index, tokens, mask, image)
 
     def _observe_gradient(self, index: int, use: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
+        if not self._backward_phase:  # for weights of one sequence
+            return
         layer = self.layers[index]
         stream = self._tokens(index, use, g)
         if self._checks_rows:
@@ -327,12 +380,12 @@ class Tap:
             zero = torch.zeros_like(next(iter(uses.values()))[0])
             mask = next(iter(uses.values()))[1]
             uses = {use: uses.get(use, (zero, mask)) for use in range(self._sharing.uses[index])}
-        g, mask = _joined([uses[use] for use in sorted(uses)])
+        g, mask = joined([uses[use] for use in sorted(uses)])
         assert self.shared_inputs is not None
         assert self.observer is not None
         whole = g
         if layer.normalised:
-            self.observer.observe_alignment(index, _aligned(g, _joined(self._outputs[index])[0], mask))
+            self.observer.observe_alignment(index, aligned(g, joined(self._outputs[index])[0], mask))
         if layer.features is not None:
             g = g.index_select(-1, layer.features.to(g.device))
         image = self.observer.observe_gradient(index, g, mask)
@@ -346,21 +399,3 @@ class Tap:
             if stream is not None:
                 return stream
         return tokens_and_mask(x, inputs, layer.name)
-
-
-def _aligned(g: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over real tokens of g * y, [S, d], in the accumulation dtype."""
-    dtype = lk.accumulation_dtype(g.dtype)
-    products = g.to(dtype) * y.to(dtype)
-    return (products if mask is None else products.where(mask[..., None], 0)).sum(1)
-
-
-def _joined(streams: Sequence[Stream]) -> Stream:
-    """The streams of all uses of a layer, one behind the other."""
-    if len(streams) == 1:
-        return streams[0]
-    tokens = torch.cat([x for x, _ in streams], 1)
-    if all(mask is None for _, mask in streams):
-        return tokens, None
-    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in streams]
-    return tokens, torch.cat(masks, 1)

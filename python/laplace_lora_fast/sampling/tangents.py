@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 import laplace_kernels as lk
 from laplace_lora_fast.errors import UnsupportedAdapterError
+from laplace_lora_fast.model.adapter_layer import ParametersAdapted
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
     eager,
@@ -68,6 +70,9 @@ class StepHooks:
             stack.enter_context(autocast_of_caller(self.model))
             for index, layer in enumerate(self.layers):
                 layer.check()
+                if isinstance(layer, ParametersAdapted):
+                    stack.callback(layer.moved(partial(self._step_of_parameter, index)).remove)
+                    continue
                 handle = layer.module.register_forward_hook(self._hook(index), prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             yield self
@@ -146,6 +151,19 @@ class StepHooks:
             yield
         finally:
             self._steps = None
+
+    def _step_of_parameter(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """The step of a layer whose weights are added to a parameter; None where none is set."""
+        if self._steps is None or threading.get_ident() != self._thread:
+            return None
+        if self._how is _of_rows:
+            raise UnsupportedAdapterError(
+                f"layer {self.layers[index].name!r} is LoRA on a parameter, which all rows of a batch share: texts "
+                "that are generated under samples need rows of their own. Score texts instead, or leave the "
+                "layer out with layers=lambda name: .."
+            )
+        da, db = self._steps[index]
+        return da, db
 
     def _hook(self, index: int) -> Callable[..., Any]:
         layer = self.layers[index]

@@ -63,7 +63,13 @@ class Step(Protocol):
 
 
 class Listener(ABC):
-    """What a pass over data shows its streams to. Called without autograd and autocast."""
+    """What a pass over data shows its streams to. Called without autograd and autocast.
+
+    Attributes:
+        takes_jacobians: whether it can do with the Jacobians of layers that have no streams.
+    """
+
+    takes_jacobians = False
 
     @abstractmethod
     def start(self, step: Step) -> Tensor:
@@ -91,6 +97,10 @@ class Listener(ABC):
             f"{type(self).__name__} cannot treat DoRA, whose norm is no sum over tokens: take structure=Rows() or "
             "Diagonal(), which form whole Jacobians, or leave the DoRA layers out with layers=lambda name: .."
         )
+
+    def observe_jacobians(self, layer: int, jacobians: Sequence[Tensor]) -> None:
+        """Instead of streams, where it `takes_jacobians`: of every weight of a layer [S, r, d], one a sequence."""
+        raise NotImplementedError
 
     def observe_parameters(self, gradients: Sequence[Tensor | None]) -> None:
         """Gradients of parameters in this backward pass, where a run was asked for them."""

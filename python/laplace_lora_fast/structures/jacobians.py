@@ -51,6 +51,8 @@ class JacobianListener(Listener):
         rotations: for each weight a rotation V [r, r] of the short side, or None.
     """
 
+    takes_jacobians = True
+
     def __init__(self, layers: Sequence[LayerWeights], rotations: Sequence[Tensor | None]) -> None:
         # Maps onto the short sides, each [r, d]: BLAS reads long rows twice as fast.
         self._maps = [
@@ -68,7 +70,8 @@ class JacobianListener(Listener):
             if not long_side_is_input(side)
         }
         self._norms = [layer.norm for layer in layers]
-        self._normalised = in_order([layer.norm is not None] * len(layer.sides) for layer in layers)
+        normalised = in_order([layer.norm is not None] * len(layer.sides) for layer in layers)
+        self._varying = {weight for weight, has_norm in enumerate(normalised) if has_norm}
         self._rotations = by_layer(rotations, layers)
         self._aligned: dict[int, Tensor] = {}
         self._wide_maps: dict[tuple[int, int, torch.dtype], Tensor] = {}
@@ -108,9 +111,17 @@ class JacobianListener(Listener):
                 small, large = _with_rows(small, large, added[side], self._rotations[layer][index])
             self.observe_jacobian(weight, small, large)
 
-    def is_normalised(self, weight: int) -> bool:
-        """Whether a weight's layer has DoRA: its large stream then differs from pass to pass."""
-        return self._normalised[weight]
+    def observe_jacobians(self, layer: int, jacobians: Sequence[Tensor]) -> None:
+        """As if each row of a Jacobian were a token."""
+        triples = zip(self._positions[layer], jacobians, self._rotations[layer], strict=True)
+        for weight, each, turn in triples:
+            self._varying.add(weight)
+            large = each.to(lk.accumulation_dtype(each.dtype))[:, None]
+            self.observe_jacobian(weight, _units(large, turn), large)
+
+    def varies(self, weight: int) -> bool:
+        """Whether a weight's large stream differs from pass to pass, though its long side is the layer's input."""
+        return weight in self._varying
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:
         self._aligned[layer] = aligned
@@ -163,10 +174,14 @@ class JacobianListener(Listener):
 
 def _with_rows(small: Tensor, large: Tensor, rows: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor]:
     """The streams of a Jacobian to which `rows` [S, r, d] are added: r tokens more, in the accumulation dtype."""
-    unit = torch.eye(rows.shape[1], dtype=small.dtype, device=small.device)
-    unit = unit if turn is None else turn.to(unit)
-    unit = unit.expand(len(rows), 1, -1, -1)
-    return torch.cat([small, unit], 2), torch.cat([large.to(small.dtype), rows[:, None].to(small.dtype)], 2)
+    rows = rows[:, None].to(small.dtype)
+    return torch.cat([small, _units(rows, turn)], 2), torch.cat([large.to(small.dtype), rows], 2)
+
+
+def _units(rows: Tensor, turn: Tensor | None) -> Tensor:
+    """The small stream beside rows [S, 1, r, d] that stand for tokens: unit vectors [S, 1, r, r], rotated."""
+    unit = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+    return (unit if turn is None else turn.to(unit)).expand(len(rows), 1, -1, -1)
 
 
 def _real_tokens(stream: Tensor, mask: Tensor | None) -> Tensor:

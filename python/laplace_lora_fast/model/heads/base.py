@@ -37,6 +37,7 @@ class Head:
         rows_checked: whether a tap has found that each layer's rows are the sequences.
         is_deterministic: whether a tap has found that two forward passes agree.
         plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
+        layers_alone: names of the layers that a tap has found to have no streams with a row a sequence.
         seed: of what the head draws.
         forward_mode_is_exact: whether forward-mode derivatives have been found to be those of a backward pass.
     """
@@ -50,6 +51,7 @@ class Head:
         self.features: Tensor | None = None
         self.rows_checked = self.is_deterministic = False
         self.plain_layers: set[str] = set()
+        self.layers_alone: set[str] = set()
         self.seed, self.forward_mode_is_exact = 0, False
         parameters = inspect.signature(innermost(model).forward).parameters
         self._accepts = set(parameters)

@@ -77,7 +77,7 @@ class BlockPredictor(JacobianListener, Predictor[Gaussian]):
             self._add(0, weight, small, large)
             return
         # x is the same in every pass, g is not
-        shares_large = self._long_side_is_input[weight] and not self.is_normalised(weight)
+        shares_large = self._long_side_is_input[weight] and not self.varies(weight)
         waiting = self._waiting.setdefault(weight, [])
         waiting.append(small if shares_large else jacobian(small, large))
         if len(waiting) < self._passes:
