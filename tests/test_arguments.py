@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -311,3 +312,23 @@ def test_what_only_some_structures_have():
     with pytest.raises(ValueError, match=r"no Kronecker factors: fit with KFAC\(\)"):
         _ = diagonal.fit(batch, progress=False).factors
     assert LaplaceLoRA(tiny.tiny_llama_classifier(3), "classes").task == Classes()
+
+
+def test_a_misspelt_argument_is_named_with_the_nearest():
+    model = tiny.tiny_llama()
+    for call, message in (
+        (
+            lambda: LaplaceLoRA(model, ANSWERS, structur="kfac"),
+            "LaplaceLoRA has no argument 'structur': did you mean 'structure'",
+        ),
+        (
+            lambda: LaplaceLoRA(model, ANSWERS, prior=1.0),
+            "LaplaceLoRA has no argument 'prior': did you mean 'prior_",
+        ),
+        (lambda: LaplaceLoRA(model, ANSWERS, xyz=1), "'xyz': it takes model, task, structure"),
+        (lambda: LaplaceLoRA(model), "LaplaceLoRA: missing a required argument: 'task'"),
+        (lambda: LaplaceLoRA(model, ANSWERS, "kfac"), "LaplaceLoRA: too many positional arguments"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert list(inspect.signature(LaplaceLoRA).parameters)[:3] == ["model", "task", "structure"]

@@ -6,13 +6,17 @@ what they have in common: the register of their names, the JSON form, and checks
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 DEFAULT_BUDGET = 4 * 2**30  # bytes
 
@@ -54,6 +58,28 @@ def named(argument: str, value: Any, base: type[T]) -> T:
         raise ValueError(
             f"{argument}={value!r} needs arguments: pass {choices[value].__name__}(..)"
         ) from error
+
+
+def says_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorator of an `__init__`: what is wrong with its arguments is said in the name of the class that is made."""
+    expected = inspect.signature(init)
+    names = list(expected.parameters)[1:]
+
+    @wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        kind = type(args[0]).__name__
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            near = get_close_matches(unknown[0], names, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(names)}"
+            raise TypeError(f"{kind} has no argument {unknown[0]!r}: {meant}")
+        try:
+            expected.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{kind}: {error}; it takes {', '.join(names)}") from None
+        init(*args, **kwargs)
+
+    return checked
 
 
 def short_name(kind: type[Any]) -> str:

@@ -17,6 +17,7 @@ from laplace_lora_fast.errors import LaplaceError, NotFittedError, UnsupportedAd
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
+from laplace_lora_fast.model.adapters.trained import ALL, Trained
 from laplace_lora_fast.model.contexts import undistributed, unwrapped
 from laplace_lora_fast.model.lora import (
     Treated,
@@ -26,8 +27,7 @@ from laplace_lora_fast.model.lora import (
 )
 from laplace_lora_fast.model.observer import Layers
 from laplace_lora_fast.model.storage import refuse_meta
-from laplace_lora_fast.model.trained import ALL, Trained
-from laplace_lora_fast.options import integer, named, positive_integer, positive_number
+from laplace_lora_fast.options import integer, named, positive_integer, positive_number, says_arguments
 from laplace_lora_fast.posterior import Posterior
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.prior.evidence import MarginalLikelihood
@@ -47,6 +47,7 @@ _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class LaplaceState:
     """What a `LaplaceLoRA` was made with and what it has fitted; see there for the arguments."""
 
+    @says_arguments
     def __init__(
         self,
         model: nn.Module,

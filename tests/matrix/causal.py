@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from laplace_lora_fast import Answers
 from tests.matrix import models
 from tests.matrix.architectures import (
+    HEAD,
     NO_GRADIENT,
     NOT_FINITE,
     PADS,
@@ -74,8 +75,9 @@ KINDS = {
     "rwkv": Kind(sides={"left": PADS}),
     "xlstm": Kind(sides={"left": PADS}),
     "xglm": Kind(fp32=tuple(SIDES)),
-    "cpmant": Kind(),
-    "prophetnet": Kind(),
+    # a prompt of its own stands before the tokens
+    "cpmant": Kind(sides=dict.fromkeys(("left", "right"), PADS)),
+    "prophetnet": Kind(refused=HEAD),
     "xlnet": Kind(),
 }
 QUICK = frozenset(

@@ -77,7 +77,7 @@ def typed(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
 
 
-def image_error(make: Callable[[], Any], targets: str, language_only: bool = False) -> float:
+def image_error(make: Callable[[], Any], targets: str, language_only: bool = False, **options: Any) -> float:
     """Of a posterior from images with texts of several lengths, pads on the left."""
     torch.manual_seed(0)
     model = models.adapted(make(), targets)
@@ -97,7 +97,7 @@ def image_error(make: Callable[[], Any], targets: str, language_only: bool = Fal
     batches = [
         typed(model, models.padded(tokens[part], "left") | {"pixel_values": pixels[part]}) for part in parts
     ]
-    return models.compared(model, Answers(models.ANSWERS), *batches, expected, layers=layers)
+    return models.compared(model, Answers(models.ANSWERS), *batches, expected, layers=layers, **options)
 
 
 def alone_error(

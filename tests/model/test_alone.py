@@ -13,6 +13,7 @@ from laplace_lora_fast import (
     Answers,
     Classes,
     Diagonal,
+    InvalidBatchError,
     LaplaceLoRA,
     LowRank,
     Options,
@@ -243,3 +244,33 @@ def test_shared_keys_of_deberta_in_a_batch():
     la = fitted(model, [first, rest], Classes())
     close(la.logit_distribution(test), wanted)
     assert "key_proj" in la.summary()
+
+
+class Chosen(torch.nn.Module):
+    """A layer that sees the tokens below 10 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = torch.nn.Embedding(tiny.VOCAB, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids):
+        hidden, chosen = self.embed(input_ids).clone(), input_ids < 10
+        hidden[chosen] = self.layer(hidden[chosen]).tanh()
+        return self.head(hidden.mean(1))
+
+
+def test_as_many_tokens_as_sequences_by_chance():
+    """Streams that could be read in one batch of several sequences and cannot in the next: both are in doubt."""
+    torch.manual_seed(0)
+    model = tiny.adapt(Chosen(), targets=("layer",))
+    ids = torch.full((2, 4), 20)
+    by_chance, others = ids.clone(), ids.clone()
+    by_chance[:, 1], others[:, 1:3] = 3, 3
+    batches = [{"input_ids": each, "labels": torch.tensor([0, 1])} for each in (others, by_chance)]
+    la = fitted(model, batches, Classes())
+    rows = [{"input_ids": each["input_ids"][n : n + 1]} for each in batches for n in range(2)]
+    wanted = oracle.posterior(model, lambda m, row: m(**row)[0], rows, rows[:2])
+    close(la.logit_distribution(batches[0]), wanted)
+    with pytest.raises(InvalidBatchError, match="cannot be matched"):
+        fitted(tiny.adapt(Chosen(), targets=("layer",)), batches[::-1], Classes())

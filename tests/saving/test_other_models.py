@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from laplace_lora_fast import Classes, LaplaceLoRA, NotFittedError, StateError
@@ -194,6 +195,61 @@ def test_a_pad_token_matters_to_classifiers(tmp_path):
     LaplaceLoRA(model, Classes()).fit([tiny.batch(5)], progress=False).save(tmp_path)
     model.base_model.model.config.pad_token_id = 7
     with pytest.raises(StateError, match=r"config.pad_token_id \(0 then, 7 now\)"):
+        LaplaceLoRA.load(tmp_path, model)
+
+
+def roberta(kind="RobertaForCausalLM"):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(
+        vocab_size=tiny.VOCAB, max_position_embeddings=64, is_decoder=True, pad_token_id=0, **sizes
+    )
+    return tiny.adapt(getattr(transformers, kind)(config), targets=("query", "value"))
+
+
+def bart():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": tiny.VOCAB}
+    config = transformers.BartConfig(
+        **sizes, encoder_ffn_dim=24, decoder_ffn_dim=24, eos_token_id=2, pad_token_id=0
+    )
+    return tiny.adapt(transformers.BartForSequenceClassification(config), targets=("q_proj", "v_proj"))
+
+
+TOKENS = {
+    "of a text": (tiny.tiny_llama, ANSWERS, {"eos_token_id": 9, "bos_token_id": 8, "pad_token_id": 7}),
+    "of GPT-2": (tiny.tiny_gpt2, ANSWERS, {"eos_token_id": 9, "pad_token_id": 7}),
+    "ends, of a classifier": (lambda: tiny.tiny_llama_classifier(3), Classes(), {"eos_token_id": 9}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_that_trainers_set(name, tmp_path):
+    """TRL's trainers set eos and pad: a posterior of such a model belongs to one that is loaded afresh too."""
+    make, task, changed = TOKENS[name]
+    model = make()
+    for key, value in changed.items():
+        setattr(model.base_model.model.config, key, value)
+    batch = tiny.batch(5)
+    la = LaplaceLoRA(model, task).fit([batch], progress=False)
+    la.save(tmp_path)
+    again = LaplaceLoRA.load(tmp_path, make())
+    assert torch.equal(again.predict(TEST), la.predict(TEST))
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "key", "value"),
+    [(roberta, ANSWERS, "pad_token_id", 7), (bart, Classes(), "eos_token_id", 9)],
+    ids=["positions that start at the pad", "a classifier that reads eos"],
+)
+def test_tokens_that_logits_depend_on(make, task, key, value, tmp_path):
+    model = make()
+    batch = {"input_ids": torch.randint(10, 40, (3, 5)), "labels": torch.tensor([0, 1, 0])}
+    batch["input_ids"][:, -1] = 2
+    LaplaceLoRA(model, task).fit([batch], progress=False).save(tmp_path)
+    setattr(model.base_model.model.config, key, value)
+    with pytest.raises(StateError, match=key):
         LaplaceLoRA.load(tmp_path, model)
 
 

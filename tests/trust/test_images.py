@@ -1,10 +1,10 @@
-"""A model that sees images: the vision tower is refused by name, `layers` is the way out."""
+"""A model that sees images, whose vision tower has patches, not tokens."""
 
 from __future__ import annotations
 
 import pytest
 
-from laplace_lora_fast import InvalidBatchError
+from laplace_lora_fast import KFAC, InvalidBatchError
 from tests.matrix import multimodal, oracle
 
 
@@ -18,6 +18,11 @@ def test_language_model(targets, language_only):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*vision_tower.*q_proj"])
-def test_vision_tower_is_refused_by_name(targets):
+def test_vision_tower(targets):
+    """Its patches are no tokens of the text: rows by autograd."""
+    assert multimodal.image_error(multimodal.llava, targets) < oracle.FP64
+
+
+def test_kfac_refuses_a_vision_tower_by_name():
     with pytest.raises(InvalidBatchError, match=r"vision_tower.*layers="):
-        multimodal.image_error(multimodal.llava, targets)
+        multimodal.image_error(multimodal.llava, "all-linear", structure=KFAC())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.errors import DeferredChecks, NumericalError
+from laplace_lora_fast.model.alone import takes_jacobians
 from laplace_lora_fast.structures.base import Accumulator, Listener, Step
 from laplace_lora_fast.structures.pads import PadImage
 
@@ -45,7 +46,7 @@ class Screen(Listener):
 
     def __init__(self, accumulator: Accumulator, names: Sequence[str], skip: bool, first: int = 0) -> None:
         self._inner, self._names, self._skip, self._index = accumulator, names, skip, first
-        self.takes_jacobians = accumulator.takes_jacobians
+        self.takes_jacobians = takes_jacobians(accumulator)
         self.skipped, self.first_skipped, self.dropped = 0, "", False
         self._checks = DeferredChecks()
         self._wrong = ""  # of this batch

@@ -42,6 +42,7 @@ class Alone:
             index for index, layer in enumerate(layers) if layer.without_streams or layer.name in names
         }
         self.embedded: Tensor | None = None
+        self._read = False
         self.refused: dict[int, InvalidBatchError] = {}
 
     def __contains__(self, index: int) -> bool:
@@ -63,14 +64,22 @@ class Alone:
         return [*self.weights, *([] if self.embedded is None else [self.embedded])]
 
     def take_refused(self, observer: Observer) -> list[nn.Parameter]:
-        """Takes in the layers whose streams could not be read, and returns their weights; raises if there is no way."""
+        """Takes in the layers whose streams could not be read, and returns their weights; raises if there is no way.
+
+        Nor is there where those of several sequences have been read before: what was read then is in doubt.
+        """
         for index, error in self.refused.items():
             layer = self._layers[index]
-            if layer.normalised or not (layer.own_parameters and takes_jacobians(observer)):
+            possible = bool(layer.own_parameters) and not layer.normalised and takes_jacobians(observer)
+            if self._read or not possible:
                 raise error
         new, self.refused = sorted(self.refused), {}
         self.indices |= set(new)
         return [weight for index in new for weight in self._layers[index].own_parameters]
+
+    def read(self, n_sequences: int) -> None:
+        """Takes note that the streams of all other layers have been read."""
+        self._read |= n_sequences > 1
 
     def require_taken(self, observer: Observer) -> None:
         """Raises UnsupportedAdapterError if the observer has to have streams; names a layer."""
@@ -116,15 +125,6 @@ class Alone:
 def takes_jacobians(observer: Any) -> bool:
     """Whether an observer can do with whole Jacobians of a layer."""
     return bool(getattr(observer, "takes_jacobians", False))
-
-
-def by_sequence(u: Tensor, cotangent: Tensor, targets: Sequence[Tensor], last: bool) -> Iterator[Gradients]:
-    """Gradients of tensors from each sequence's outputs alone; `last` frees the graph behind them."""
-    for sequence in range(len(u)):
-        own = torch.zeros_like(cotangent)
-        own[sequence] = cotangent[sequence]
-        retain = not last or sequence < len(u) - 1
-        yield torch.autograd.grad(u, list(targets), own, retain_graph=retain, allow_unused=True)
 
 
 def embedded_tokens(g: Tensor, inputs: Inputs) -> Stream:

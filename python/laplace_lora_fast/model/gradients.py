@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,17 @@ def send_back(
     finally:
         for leaf, grad in before:
             leaf.grad = grad
+
+
+def by_sequence(
+    u: Tensor, cotangent: Tensor, targets: Sequence[Tensor], last: bool
+) -> Iterator[Sequence[Tensor | None]]:
+    """Gradients of tensors from each sequence's outputs alone; `last` frees the graph behind them."""
+    for sequence in range(len(u)):
+        own = torch.zeros_like(cotangent)
+        own[sequence] = cotangent[sequence]
+        retain = not last or sequence < len(u) - 1
+        yield torch.autograd.grad(u, list(targets), own, retain_graph=retain, allow_unused=True)
 
 
 def leaves_of(u: Tensor) -> tuple[list[Tensor], bool]:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import UnsupportedAdapterError
-from laplace_lora_fast.model.adapter_layer import AdapterLayer, ParametersAdapted
+from laplace_lora_fast.model.adapters.layer import AdapterLayer, ParametersAdapted
+from laplace_lora_fast.model.adapters.trained import ALL, Trained, refuse_tied, restricted
 from laplace_lora_fast.model.contexts import is_offloaded
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.linear import TrainedHead, trained_linears
 from laplace_lora_fast.model.observer import Layers, selected
 from laplace_lora_fast.model.storage import refuse_storage
-from laplace_lora_fast.model.trained import ALL, Trained, refuse_tied, restricted
 from laplace_lora_fast.weights import HEAD, SIDES, LayerWeights, WeightName
 
 # Variants that compute W0 x + s B A x in evaluation mode, which the first batch proves.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
-from laplace_lora_fast.model.alone import Alone, by_sequence, embedded_tokens, thawed
+from laplace_lora_fast.model.alone import Alone, embedded_tokens, thawed
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
@@ -25,7 +25,7 @@ from laplace_lora_fast.model.contexts import (
     reentrant,
     without_fast_path,
 )
-from laplace_lora_fast.model.gradients import Leaves, send_back
+from laplace_lora_fast.model.gradients import Leaves, by_sequence, send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import (
     GraphStart,
@@ -91,9 +91,8 @@ class Tap:
         self._first = FirstBatch(head, layers)
         self._forward_phase = self._backward_phase = self._checks_rows = False
         self._inputs: Inputs | None = None
-        self._streams: dict[
-            int, list[Stream]
-        ] = {}  # inputs of layers that have not run as often as they will
+        # inputs of layers that have not run as often as they will
+        self._streams: dict[int, list[Stream]] = {}
         self._gradients: dict[int, dict[int, Stream]] = {}  # of a backward pass, by layer and use
         self._outputs: dict[int, list[Stream]] = {}  # of layers with DoRA, without bias
         self._reached: set[int] = set()  # layers that saw a gradient of this batch
@@ -154,6 +153,7 @@ class Tap:
         if self._alone.refused:
             self._stack.enter_context(thawed(self._alone.take_refused(self.observer)))
             u = self._run(inputs)
+        self._alone.read(inputs.n_sequences)
         require_all_ran(self.layers, self._sharing.uses, self._first.parts_ran)
         self._finish_inputs(self.observer)
         if not u.requires_grad:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 import laplace_kernels as lk
 from laplace_lora_fast.errors import UnsupportedAdapterError
-from laplace_lora_fast.model.adapter_layer import ParametersAdapted
+from laplace_lora_fast.model.adapters.layer import ParametersAdapted
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
     eager,

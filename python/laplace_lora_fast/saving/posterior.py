@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from laplace_lora_fast.errors import StateError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.likelihoods import Likelihood
+from laplace_lora_fast.model.adapters.trained import ALL
 from laplace_lora_fast.model.lora import Treated
-from laplace_lora_fast.model.trained import ALL
 from laplace_lora_fast.options import from_json, kinds, to_json
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.saving import checked, fingerprint

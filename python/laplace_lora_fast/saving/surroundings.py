@@ -37,12 +37,16 @@ _WITHOUT_EFFECT = {
         "label2id",
         "auto_map",
     ),
+    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("router_aux_loss_coef", "router_z_loss_coef"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict"),
     *("initializer_range", "task_specific_params", "finetuning_task", "torchscript", "tokenizer_class"),
     *("ephemeral_gpu_offload", "compute_type_is_set", "peft_config", "merged_adapters"),
     *("in_features", "out_features"),
 }
-_OF_GENERATION = {"pad_token_id", "bos_token_id", "eos_token_id", "padding_idx"}  # of causal language models
+# Which tokens begin, end and fill up texts, where no logit depends on them: see `_ignored`.
+_ENDS, _PADS = {"bos_token_id", "eos_token_id"}, {"pad_token_id", "padding_idx"}
+_LANGUAGE_HEADS = ("CausalLM", "LMHead", "ForConditionalGeneration")
 _CONTAINERS = {"ModuleDict", "ModuleList", "ParameterDict", "BufferDict", "Sequential", "Identity"}
 
 Settings = dict[str, Any]
@@ -247,7 +251,17 @@ def config_values(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _ignored(model: nn.Module) -> set[str]:
-    return _OF_GENERATION if "CausalLM" in type(_inner(model)).__name__ else set()
+    """Tokens that trainers set as texts are to be generated (TRL's, eos), and no logit depends on.
+
+    Classifiers with an encoder and a decoder read the last eos, those of decoders the last token that is no pad; models
+    that number positions from the pad on have a table of positions beside `padding_idx`.
+    """
+    inner = _inner(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return set()
+    generates = any(head in type(inner).__name__ for head in _LANGUAGE_HEADS)
+    numbers = any(hasattr(module, "position_embeddings") for module in inner.modules())
+    return _ENDS | _PADS if generates and not numbers else _ENDS
 
 
 def configs(model: nn.Module, depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -63,13 +63,9 @@ class Step(Protocol):
 
 
 class Listener(ABC):
-    """What a pass over data shows its streams to. Called without autograd and autocast.
+    """What a pass over data shows its streams to. Called without autograd and autocast."""
 
-    Attributes:
-        takes_jacobians: whether it can do with the Jacobians of layers that have no streams.
-    """
-
-    takes_jacobians = False
+    takes_jacobians = False  # whether it can do with those of layers that have no streams
 
     @abstractmethod
     def start(self, step: Step) -> Tensor:

@@ -103,7 +103,12 @@ class CausalHead(Head):
 
 
 def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Of hidden states [S, T, d] those at `positions` [S, L]: [S, L, d]."""
+    """Of hidden states [S, T, d] those at `positions` [S, L]: [S, L, d]. InvalidBatchError for others."""
+    if hidden.dim() != 3 or hidden.shape[0] != len(positions):
+        raise InvalidBatchError(
+            f"the language-model head sees a tensor of shape {tuple(hidden.shape)} in a batch of {len(positions)} "
+            "sequences, not one position after the other: pass Outputs(function), which reads the model's output"
+        )
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     return hidden[rows[:, None], positions.to(hidden.device)]
 

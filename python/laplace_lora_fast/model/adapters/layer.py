@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from laplace_lora_fast.model.computes import require_plain
+from laplace_lora_fast.model.adapters.computes import require_plain
 from laplace_lora_fast.model.linear import in_state, whole_rows
 from laplace_lora_fast.model.observer import Handle
 from laplace_lora_fast.weights import SIDES, LoraWeights, RowNorm, stored
+
+if TYPE_CHECKING:  # of Python's own from 3.11
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)

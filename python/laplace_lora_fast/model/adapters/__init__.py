@@ -1,0 +1,1 @@
+"""LoRA layers as the rest sees them: their weights, what they compute, which of them were trained."""
