@@ -293,8 +293,7 @@ class Tap:
                 return output
             use = 0
             if index in self._alone:
-                if self._forward_phase:
-                    self._sharing.count(index)
+                self._sharing.count(index)
                 return output
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))

@@ -133,11 +133,7 @@ class Accumulator(Listener):
         raise NotImplementedError
 
     def prepare(self, shared_inputs: list[int]) -> None:
-        """Before `join` on a rank without a batch: becomes as empty as one that has seen batches can be.
-
-        Args:
-            shared_inputs: for each layer the first layer that is fed by the same tensor, as other ranks found.
-        """
+        """Before `join` on a rank without a batch: becomes as empty as one that has seen some can be."""
 
     @abstractmethod
     def join(self, ranks: Ranks) -> None:
