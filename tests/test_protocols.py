@@ -20,6 +20,7 @@ from bench.protocols.model import (
     answer_ids,
     batched,
     encoded,
+    load,
     task_of,
     with_answers_alone,
 )
@@ -201,6 +202,23 @@ def test_processes_share_the_seeds(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run.own_device("cuda") == "cuda:1"
     assert run.own_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(("dtype", "device_map"), [("bfloat16", None), ("float32", "auto")])
+def test_a_model_of_a_folder(tmp_path: Path, dtype: str, device_map: str | None) -> None:
+    """As a run loads it: in 16 bits, or spread over the devices that there are."""
+    settings = dry.smaller(protocol("winogrande_s"))
+    settings = replace(settings, methods=replace(settings.methods, members=1, checkpoints=1))
+    base, tokenizer = dry.model(settings)
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded, tokens = load(str(tmp_path / "model"), "cpu", dtype, 0, device_map)
+    assert loaded.dtype == getattr(torch, dtype)
+    ids = torch.tensor([tokens("During flu season Answer:")["input_ids"]])
+    torch.testing.assert_close(loaded(ids).logits.float(), base(ids).logits, atol=0.1, rtol=0.05)
+    run.job_of(settings, loaded, tokens, "tiny", str(dry.ROWS), tmp_path / "out").run(21)
+    found = json.loads((tmp_path / "out" / "WG-S" / "21.json").read_text())
+    assert all("scores" in found["methods"][method] for method in ("MAP", "LA", "ours", "ours, refit"))
 
 
 def dry_run(monkeypatch, out: Path, name: str, *more: str) -> None:

@@ -74,7 +74,8 @@ def bayesadapt(monkeypatch):
 def trainer(own, **options) -> Any:
     """As the host leaves it when it has loaded everything."""
     made = object.__new__(own.LaplaceTrainer)
-    made.cfg = Config(seed=3, pbar=False, n_eval_trials=1, laplace=options)
+    once = Config(backbone=1, last_layer=1)
+    made.cfg = Config(seed=3, laplace=options, samples=Config(train=once, test=once))
     made.device, made.class_ids = torch.device("cpu"), CLASSES
     made.trainloader, made.testloader = triples(0), triples(1)
     made._model = tiny.tiny_llama(targets=("q_proj", "v_proj"), config={"vocab_size": tiny.VOCAB})
