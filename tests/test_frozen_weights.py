@@ -157,6 +157,17 @@ def test_what_was_trained_may_be_told():
     assert "q_proj.lora_A" not in by_predicate.summary().split("not trained")[0]
 
 
+def test_freezing_all_afterwards_changes_nothing():
+    """What was known when the posterior was made holds on, in predictions and in later fits."""
+    model = frozen(tiny.tiny_llama(), "lora_A")
+    la = fitted(model)
+    expected = la.logit_distribution(TEST)
+    model.requires_grad_(False)
+    close(la.logit_distribution(TEST), expected, 1e-12)
+    close(la.fit([TRAIN], progress=False).logit_distribution(TEST), expected, 1e-8)
+    assert "4 weights of the adapter were not trained" in la.summary()
+
+
 def test_what_cannot_be_is_refused():
     model = frozen(tiny.tiny_llama(), r"layers\.0")
     with pytest.raises(UnsupportedAdapterError, match=r"no weight of the selected layers.*trained='all'"):

@@ -21,6 +21,7 @@ from laplace_lora_fast.model.adapters.trained import ALL, Trained
 from laplace_lora_fast.model.contexts import undistributed, unwrapped
 from laplace_lora_fast.model.lora import (
     Treated,
+    any_requires_grad,
     parameters_left_alone,
     read_adapter,
     trained_layers,
@@ -250,7 +251,10 @@ class LaplaceState:
 
     def _current_layers(self) -> list[Treated]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
-        layers = trained_layers(self._peft_model, self._head, self._selection, self._trained)
+        trained = self._trained
+        if trained is None and self._untrained and not any_requires_grad(self._peft_model):
+            trained = self._trained_names()  # as was known before all was frozen
+        layers = trained_layers(self._peft_model, self._head, self._selection, trained)
         now, former = ([layer.parameter_names for layer in each] for each in (layers, self.layers))
         if now != former:
             if self._given_prior_mean is not None:

@@ -18,11 +18,10 @@ from tests.matrix.cells import Cell
 SIDES = {"none": "no padding", "left": "pads on the left", "right": "pads on the right"}
 
 # Words of refusals
-EXPERTS = "ParamWrapper"
 UNUSED = "the forward pass went around the layer"
 NO_GRADIENT = "no gradient arrived"
 PADS = "the logits depend on padded positions"
-UNMATCHED = "cannot be matched with the attention mask"
+HEAD = "the language-model head sees a tensor of shape"
 NOT_FINITE = "not finite"
 
 

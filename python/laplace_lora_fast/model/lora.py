@@ -125,6 +125,11 @@ def _flags(active: Mapping[str, Any], heads: Iterable[TrainedHead]) -> dict[Weig
     }
 
 
+def any_requires_grad(model: nn.Module) -> bool:
+    """Whether any LoRA weight of the active adapter requires gradients, so that these tell what was trained."""
+    return any(_flags(_active(model), ()).values())
+
+
 def _lora_layer(name: str, module: Any, head: Head) -> LoraLayer:
     adapter = _active_adapter(name, module)
     _refuse_unsupported(name, module, adapter)
