@@ -176,6 +176,8 @@ def test_what_cannot_be_is_refused():
         LaplaceLoRA(model, ANSWERS, trained=["lora_B"])
     with pytest.raises(UnsupportedAdapterError, match="named by `trained`"):
         LaplaceLoRA(model, ANSWERS, trained=lambda name: False)
+    with pytest.raises(ValueError, match=r"unknown keys \['A'\], of which no weight.*the keys are \['B'\]"):
+        LaplaceLoRA(frozen(tiny.tiny_llama(), "lora_A"), ANSWERS, prior_precision={"A": 1.0, "B": 2.0})
     with pytest.raises(ValueError, match="trained must be None, 'all'"):
         LaplaceLoRA(model, ANSWERS, trained="lora_B")
 

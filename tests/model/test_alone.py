@@ -16,9 +16,11 @@ from laplace_lora_fast import (
     InvalidBatchError,
     LaplaceLoRA,
     LowRank,
+    NotFittedError,
     Options,
     Outputs,
     Rows,
+    StateError,
     UnsupportedAdapterError,
 )
 from laplace_lora_fast.weights import stored
@@ -274,3 +276,47 @@ def test_as_many_tokens_as_sequences_by_chance():
     close(la.logit_distribution(batches[0]), wanted)
     with pytest.raises(InvalidBatchError, match="cannot be matched"):
         fitted(tiny.adapt(Chosen(), targets=("layer",)), batches[::-1], Classes())
+
+
+def embedded(model, batch):
+    """The batch by what its tokens are embedded as."""
+    rest = {key: value for key, value in batch.items() if key != "input_ids"}
+    return rest | {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).detach()}
+
+
+def test_surroundings():
+    """Compiled, in inference mode, with hooks on experts, by embeddings in some batches."""
+    model = mixture()
+    model.base_model.model.model.layers[0].mlp.experts.register_forward_hook(
+        lambda m, a, output: output * 1.5
+    )
+    wanted = oracle.posterior(model, models.answers_of, ALONE[:4], ALONE[4:])
+    first, second = batches(size=2)
+    with torch.inference_mode():
+        la = fitted(model, [first, embedded(model, second)])
+        close(la.logit_distribution(embedded(model, TEST)), wanted)
+    close(fitted(torch.compile(model, backend="aot_eager")).logit_distribution(TEST), wanted)
+
+
+@pytest.mark.parametrize("where", ["mlp.gate.weight", "mlp.experts.lora_A.default.weight", "down_proj"])
+def test_another_mixture_is_noticed(where, tmp_path):
+    model = mixture()
+    la = fitted(model)
+    la.save(tmp_path)
+    parameter = next(p for name, p in model.named_parameters() if name.endswith(where))
+    with torch.no_grad():
+        parameter[(0,) * parameter.dim()] += 1e-3
+    with pytest.raises(NotFittedError, match="changed since fit"):
+        la.predict(TEST)
+    with pytest.raises(StateError):
+        LaplaceLoRA.load(tmp_path, model)
+
+
+def test_a_merged_mixture_is_refused():
+    model = mixture()
+    la = fitted(model)
+    model.merge_adapter()
+    with pytest.raises(UnsupportedAdapterError, match="unmerge_adapter"):
+        la.predict(TEST)
+    with pytest.raises(UnsupportedAdapterError, match="unmerge_adapter"):
+        LaplaceLoRA(model, ANSWERS)

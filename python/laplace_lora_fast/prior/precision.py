@@ -75,7 +75,11 @@ def resolve(prior_precision: PriorPrecision, names: Sequence[WeightName]) -> Ten
         keys = group_keys(HEAD if by_kind else "side" if by_side else "layer", names)
         missing, unknown = sorted(set(keys) - set(prior_precision)), sorted(set(prior_precision) - set(keys))
         if missing or unknown:
-            raise ValueError(f"prior_precision: no value for {missing[:3]}, unknown keys {unknown[:3]}")
+            odd = [f"no value for {missing[:3]}"] * bool(missing)
+            odd += [f"unknown keys {unknown[:3]}, of which no weight is under the posterior"] * bool(unknown)
+            raise ValueError(
+                f"prior_precision: {', '.join(odd)}; the keys are {list(dict.fromkeys(keys))[:4]}"
+            )
         given = [prior_precision[key] for key in keys]
     else:
         given = [prior_precision] * len(names)
