@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from laplace_lora_fast import EKFAC, KFAC, Answers, Diagonal, LaplaceLoRA, LowRank, Rows
 from laplace_lora_fast.cli.main import app
-from laplace_lora_fast.cli.plan import plan
+from laplace_lora_fast.cli.plan import on_meta, plan, target_names
 from laplace_lora_fast.fitting import planner
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.options import kinds
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Problem
+from laplace_lora_fast.weights import LoraWeights
 from tests import tiny
 from tests.memory import Peak
 
@@ -50,7 +51,9 @@ def wide(dtype=torch.float32):
 MEASURED = {
     "rows": (Rows(columns=64), 160),
     "rows, whole": (Rows(columns=400), 100),
+    "rows, by energy": (Rows(), 160),
     "low rank": (LowRank(rank=20, columns=64), 60),
+    "low rank, by energy": (LowRank(rank=60), 60),
     "kfac, dense": (KFAC(factors="dense"), 240),
     "kfac, sketch": (KFAC(factors="sketch", columns=48), 120),
     "kfac, tokens": (KFAC(tokens="expand", factors="dense"), 60),
@@ -58,18 +61,21 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_within_a_tenth_of_the_peak(name):
+def test_within_a_tenth_of_the_peak(name, monkeypatch):
     """Of what a fit allocates, where its structure and not the activations of a small batch decides."""
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.sketches.sketch._FEATURES", 1200)
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.sketches.sketch._A_ROW", 2)
     structure, n = MEASURED[name]
-    dtype = torch.float64 if name == "low rank" else torch.float32  # else rounding decides on the rank
-    la = LaplaceLoRA(wide(dtype), ANSWERS, structure=structure)
+    la = LaplaceLoRA(wide(), ANSWERS, structure=structure)
     batches = tiny.split(tiny.batch(n, 4, padding=None), 2)
     la.fit(batches[:1], progress=False)  # proofs of the first batch, caches
     with Peak() as peak:
         la.fit(batches, progress=False)
     cost = structure.cost(problem([layer.weights for layer in la.layers], n))
-    assert abs(cost.kept / kept(la) - 1) < 0.1
-    assert abs(cost.fitting / peak.most - 1) < 0.1, (cost, peak.most)
+    # how columns are spread by energy shows in the first batch only
+    allowed = 0.15 if "energy" in name else 0.1
+    assert abs(cost.kept / kept(la) - 1) < allowed
+    assert abs(cost.fitting / peak.most - 1) < allowed, (cost, peak.most)
 
 
 def kept(la):
@@ -84,6 +90,28 @@ def test_what_is_kept_of_few_examples(structure):
     cost = structure.cost(problem([layer.weights for layer in la.layers], 12))
     assert abs(cost.kept / kept(la) - 1) < 0.1
     assert len(cost.layers) == len(la.layers)
+
+
+def test_a_small_posterior_is_no_larger_than_three_adapters(tmp_path):
+    """80 examples, r = 16 on all linear layers of a model of SmolLM2-135M's shape: rows, sketches and means."""
+    path = config(
+        tmp_path,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=100,
+    )
+    model = on_meta(path)
+    layers = []
+    for name in target_names(model, "all-linear"):
+        d_out, d_in = model.get_submodule(name).weight.shape
+        a, b = (torch.empty(shape, device="meta") for shape in ((16, d_in), (d_out, 16)))
+        layers.append(LoraWeights(name, a, b, 1.0))
+    adapter = 4 * sum(16 * (layer.d_in + layer.d_out) for layer in layers)
+    assert adapter == 19_537_920
+    assert Rows().cost(problem(layers, 80, classes=2)).kept < 2 * adapter
 
 
 def test_peak_counts_what_lives():

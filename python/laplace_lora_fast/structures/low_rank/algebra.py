@@ -21,7 +21,7 @@ from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.sketches.sketch import in_16_bits
 from laplace_lora_fast.weights import WeightName
 
-_BLOCK = 4096  # features at a time
+BLOCK = 4096  # features at a time
 
 
 class LowRankCurvature(RowCurvature):
@@ -88,15 +88,15 @@ def nystrom(sketch: Tensor, omega: Tensor, dtype: torch.dtype) -> Tensor:
         return sketch.new_zeros(1, len(sketch), dtype=dtype)
     back = (whitening @ turn[:, kept] * shrunk).to(sketch.dtype)
     rows = sketch.new_empty(back.shape[1], len(sketch), dtype=dtype)
-    for place in range(0, len(sketch), _BLOCK):
-        rows[:, place : place + _BLOCK] = (sketch[place : place + _BLOCK] @ back).mT
+    for place in range(0, len(sketch), BLOCK):
+        rows[:, place : place + BLOCK] = (sketch[place : place + BLOCK] @ back).mT
     return rows
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
     """One^T other in fp64, block by block of their rows."""
     total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64, device=one.device)
-    for a, b in zip(one.split(_BLOCK), other.split(_BLOCK), strict=True):
+    for a, b in zip(one.split(BLOCK), other.split(BLOCK), strict=True):
         total.addmm_(a.double().mT, b.double())
     return total
 

@@ -14,7 +14,7 @@ from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import positive_integer, register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
 from laplace_lora_fast.structures.cost import Cost
-from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature
+from laplace_lora_fast.structures.low_rank.algebra import BLOCK, LowRankCurvature
 from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.predict import RowPredictor
@@ -42,7 +42,7 @@ class LowRank(Structure):
         rank: k; None for as many as the memory budget holds, at most 2,048 and little more than there are rows.
         columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many over all
             weights as the rank asks for, spread by the energy of the first batch's Jacobians: 40 features a rank and
-            at least 25,000, all of them where that is most of them.
+            at least 50,000, all of them where that is most of them.
         fisher: "exact" (GGN), "empirical", or "mc" or `MonteCarlo(samples)`.
 
     Raises:
@@ -91,7 +91,7 @@ class LowRank(Structure):
         item = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
         rank = max(1, self._rank(problem))
         features, columns = self._features(problem, rank), self._columns(problem, rank)
-        directions, kept, projections = min(rank, rows), [], 0
+        directions, kept, projections, wide = min(rank, rows), [], 0, 0
         kept_item = 2 if item == 4 and columns < max(width for _, width in shapes_of(problem)) else item
         for layer in problem.layers:
             widths = kept_widths(layer, columns)
@@ -99,11 +99,18 @@ class LowRank(Structure):
             rows_of_layer = directions * layer.rank * sum(kept for _, kept in widths) * kept_item
             kept.append(own + rows_of_layer + layer.rank * sum(width for width, _ in widths) * item)
             projections += own
+            wide += (
+                sum(width * kept for width, kept in widths) * item * (item == 4)
+            )  # sketches for fp32 streams
         square = 8 * rank**2
         return Cost(
             layers=kept,
-            # the sketch, its test matrix, and what becomes of them twice
-            fitting=projections + features * (16 * rank + 2 * item * directions) + 3 * square,
+            # the sketch, its test matrix, what becomes of them twice, and a block of that in fp64
+            fitting=projections
+            + wide
+            + features * (16 * rank + 2 * item * directions)
+            + min(features, BLOCK) * 8 * directions
+            + 3 * square,
             solving=sum(kept) + 4 * square,
             least=_BYTES * self._features(problem, 1) if self.rank is None else 0,
             backward=rows / examples,

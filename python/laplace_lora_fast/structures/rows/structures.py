@@ -36,7 +36,7 @@ class Rows(Structure):
     Args:
         columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many over all
             weights as the number of rows asks for, spread by the energy of the first batch's Jacobians: 40 features a
-            row and at least 25,000, all of them where that is most of them; 128 where the loader has no length.
+            row and at least 50,000, all of them where that is most of them; 128 where the loader has no length.
         refit: whether the outputs are centred on the linearised model's own optimum under the prior, starting from the
             model without its adapter (Immer, Korzepa and Bauer 2021), rather than on the trained model. It needs
             labels, costs one more forward pass a batch, and can choose its prior precision by `LeaveOneOut`.
@@ -124,7 +124,11 @@ class Rows(Structure):
                 wide += (
                     width * columns * item if omega < item else 0
                 )  # sketches for streams that are not of 16 bits
-                largest, features = max(largest, entries * item), features + layer.rank * columns
+                # where columns follow the energy, one weight has several times the mean
+                most_entries = (
+                    entries if self.columns is not None else min(4 * entries, entries * width // columns)
+                )
+                largest, features = max(largest, most_entries * item), features + layer.rank * columns
                 bytes_of_layer += entries * kept_item + width * (columns * omega + layer.rank * item)
             kept.append(bytes_of_layer)
         roots, kernel = rows * rows // examples * item, 8 * rows**2

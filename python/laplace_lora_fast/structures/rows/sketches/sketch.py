@@ -11,12 +11,10 @@ import laplace_kernels as lk
 from laplace_lora_fast.options import positive_integer
 
 _UNKNOWN = 128  # columns, where the number of rows is not known
-_FEATURES, _A_ROW = 25_000, 40
+_FEATURES, _A_ROW = 50_000, 40
 _MOST = 2 / 3  # of all features: from there on they are all kept
-_POWER, _STEP = (
-    0.4,
-    4,
-)  # of a weight's energy; columns come in fours, as quarters of them tell a sketch's error
+_POWER = 0.5  # of a weight's energy
+_STEP = 4  # columns come in fours: quarters of them tell a sketch's error
 _LARGEST, _SMALLEST = 3e4, 1e-3  # entry, root mean square of entries, that fp16 keeps to 11 bits
 
 
@@ -33,7 +31,7 @@ def checked_columns(value: object) -> int | None:
 def features_for(rows: int, shapes: Sequence[tuple[int, int]]) -> int | None:
     """How many features of a Jacobian row to keep where that is left open; None for all of them.
 
-    25,000, so that the variance of one prediction is within a few per cent, and 40 a row, so that there is little to
+    50,000, so that the variance of one prediction is within a few per cent, and 40 a row, so that there is little to
     correct (precisions/equivalent.py); both measured by bench/sketches.py. All of them where that is most of them.
 
     Args:
@@ -58,7 +56,7 @@ def spread(features: int, energies: Sequence[float], shapes: Sequence[tuple[int,
     """Columns of every weight, about so many features together: more where a row has more of its energy.
 
     An inner product's error is least for columns in proportion to the energy; but what the training rows leave of a new
-    row lies elsewhere, and what is best for that is their 0.4th power (measured).
+    row lies elsewhere, and one batch tells energies roughly: columns go with the root (measured).
 
     Args:
         features: r m over all weights.
