@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Tested:
 
 
 def measure(
-    found: Jacobians, n: int, seed: int, kfac: Callable[[], tuple[Tensor, float, float]]
+    found: Jacobians, n: int, seed: int, kfac: Callable[[], tuple[Tensor, float, float]] | None
 ) -> list[Any]:
     """All structures at n rows."""
     widths, ones = [width for _, width in found.shapes], torch.ones(len(found.names), dtype=torch.float64)
@@ -175,7 +176,9 @@ def measure(
     keep_rows("the same at the prior's own precision", lambda: sketched(found, n, uniform, seed), plain=True)
     keep_rows(f"LowRank(), rank {rank:,}", lambda: low_rank(found, n, rank, seed))
     keep_rows("LowRank(rank=512)", lambda: low_rank(found, n, 512, seed))
-    keep("KFAC()", *(lambda v, s, b: (v, [], s, b))(*kfac()))
+    if kfac is not None:
+        variances, seconds, size = kfac()
+        keep("KFAC()", variances, [], seconds, size)
     return results
 
 
@@ -197,12 +200,12 @@ def markdown(results: dict[str, Any]) -> str:
         "fit. MiB: rows, or factors, with their sketches. `python -m bench.sketches`.",
         "",
     ]
-    lines += table(results)
+    lines += ["<!-- --8<-- [start:table] -->", *table(results), "<!-- --8<-- [end:table] -->"]
     for model, each in results["models"].items():
         origin = each["environment"]
         lines += [
             "",
-            f"{model}: {each['tests']} test examples; {origin['machine']}, commit {origin['commit'][:12]}, "
+            f"{NAMES[model]}: {each['tests']} test examples; {origin['machine']}, commit {origin['commit'][:12]}, "
             f"{origin['date']}.",
         ]
     return "\n".join(lines) + "\n"
@@ -282,6 +285,7 @@ def main() -> None:
         "--cache", type=Path, help="folder that keeps adapters and Jacobian rows", default=Path(".")
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--without-kfac", action="store_true", help="it alone has passes of its own")
     parser.add_argument(
         "--report", action="store_true", help="only table and plot, of the file that there is"
     )
@@ -302,9 +306,8 @@ def main() -> None:
     }
     for n in arguments.rows:
         for seed in arguments.seeds:
-            mine["results"] += measure(
-                found, n, 1000 * seed, lambda n=n: kfac_variances(model, n, arguments.tests, cache)
-            )
+            kfac = partial(kfac_variances, model, n, arguments.tests, cache)
+            mine["results"] += measure(found, n, 1000 * seed, None if arguments.without_kfac else kfac)
             mine["results"].sort(key=lambda row: row["rows"])
             path.write_text(json.dumps(results, indent=1) + "\n")
             write(results, arguments.out)

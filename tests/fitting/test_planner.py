@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from laplace_lora_fast import EKFAC, KFAC, Answers, Diagonal, LaplaceLoRA, LowRank, Rows
 from laplace_lora_fast.cli.main import app
-from laplace_lora_fast.cli.plan import on_meta, plan, target_names
+from laplace_lora_fast.cli.plan import Setting, on_meta, plan, target_names
 from laplace_lora_fast.fitting import planner
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.options import kinds
@@ -244,7 +244,7 @@ def test_plan_by_hand(tmp_path):
         vocab_size=50,
     )
     rates = planner.Rates(1e9, 1e30)
-    found = plan(path, "q_proj,v_proj", 4, 100, 3, 10, 2**30, rates)
+    found = plan(Setting(path, "q_proj,v_proj", 4, 100, 3, 10, 2**30), rates)
     rows = {row[0]: dict(zip(found.rows[0], row, strict=True)) for row in found.rows[1:]}
     bytes_of_rows = 2 * 2 * ((200 * 4 * 64 * 2 + 4 * 64 * 2) * 4 + 64 * 64 * 2 * 2)  # Omega in bf16
     assert rows["Rows"]["kept"] == planner.size(bytes_of_rows)
