@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from laplace_lora_fast import Classes, LaplaceLoRA, LowRank, Rows
+from laplace_lora_fast.ranks import Ranks
+from laplace_lora_fast.structures.rows.sketches.energies import EnergyAccumulator
 from laplace_lora_fast.structures.rows.sketches.sketch import features_for, in_16_bits, mean_columns, spread
 from tests import tiny
 from tests.oracle import assert_close
@@ -114,3 +116,16 @@ def test_rows_beyond_the_range_of_fp16_stay_as_they_are() -> None:
         rows = in_16_bits([factor * torch.randn(5, 12, generator=torch.Generator().manual_seed(0))], omega)
         assert rows[0].dtype == kept
     assert in_16_bits([torch.ones(5, 12).double()], omega)[0].dtype == torch.float64
+
+
+def test_energies_go_on_from_their_state() -> None:
+    layers = [layer.weights for layer in LaplaceLoRA(tiny.tiny_llama_classifier(3), Classes()).layers]
+    first, second = EnergyAccumulator(layers, seed=0), EnergyAccumulator(layers, seed=0)
+    first.observe_rows(1, torch.full((2, 3), 2.0))
+    first.finish()
+    second.restore(first.state())
+    second.observe_rows(0, torch.ones(1, 2))
+    second.join(Ranks(None))
+    assert second.result()[:3] == pytest.approx([2.0, 24.0, 0.0])
+    second.observe_rows(2, torch.full((1, 1), torch.inf))
+    assert second.result()[2] == 0  # its batch is skipped, or fails, in the fit
