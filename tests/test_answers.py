@@ -101,6 +101,16 @@ def test_methods_are_compared_and_drawn(tmp_path):
     )
 
 
+def test_what_is_picked_is_drawn():
+    rules = {rule: [1.0, 2.0] for rule in report.RULES} | {"lower bound, k = 1": [2.0, 3.5]}
+    found = report._picked([rules, rules])
+    assert found["mean"] == 1.5
+    assert found["difference"][0] == pytest.approx(1.25)
+    assert report._best_of({"a posterior": {"texts": found}})[-1].startswith(
+        "| texts | a posterior | 1.500 | 2.750 |"
+    )
+
+
 def test_pairs_prefer_the_better_rated():
     texts = [
         (f"text {i}", float(rating)) for i, rating in enumerate(random.Random(0).choices(range(5), k=40))

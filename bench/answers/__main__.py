@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench.answers import data, report
-from bench.answers.compare import compared, compared_centred
+from bench.answers.compare import CENTRED, LEFT_OUT, compared, compared_centred
 from bench.answers.models import LOAD, adapted, fine_tune, option_scores, reward_model, rewards, split_below
 from laplace_lora_fast import LaplaceLoRA, LaplaceWarning, Options, Preference
 from laplace_lora_fast.data import option_batches, preference_batches
@@ -75,13 +75,17 @@ def preferences(arguments: Any, seed: int, known: dict[Any, Any]) -> dict[str, A
     start = time.process_time()
     loss = fine_tune(model, train, rewards, arguments.epochs, arguments.rate, seed)
     seconds = time.process_time() - start
-    found, _ = compared(model, Preference(), train, held_out, tests)
-    centred, la = compared_centred(model, Preference(), train, held_out, tests)
+    found, refitted = compared(model, Preference(), train, held_out, tests)
+    centred, around = compared_centred(model, Preference(), train, held_out, tests)
     for name in names:
         found["probs"][name] |= centred["probs"][name]
     found["chosen"] |= centred["chosen"]
     found["cpu_seconds"]["train"] = seconds
-    picked = {name: best_of(la, tokenizer, name) for name in names}
+    posteriors = {LEFT_OUT: refitted, CENTRED: around}
+    picked = {
+        posterior: {name: best_of(la, tokenizer, name) for name in names}
+        for posterior, la in posteriors.items()
+    }
     return found | {"loss": loss, "picked": picked}
 
 

@@ -57,7 +57,10 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     found["chosen"] = {method: [run["chosen"][method] for run in runs] for method in runs[0]["chosen"]}
     found["loss"] = [run["loss"] for run in runs]
     if "picked" in runs[0]:
-        found["picked"] = {name: _picked([run["picked"][name] for run in runs]) for name in runs[0]["picked"]}
+        found["picked"] = {
+            posterior: {name: _picked([run["picked"][posterior][name] for run in runs]) for name in tests}
+            for posterior, tests in runs[0]["picked"].items()
+        }
     return found
 
 
@@ -164,8 +167,8 @@ def markdown(what: str, model: str, runs: Sequence[Run], found: dict[str, Any]) 
             *_table(methods, found["chosen"]),
             "",
         ]
-    for name, rules in found.get("picked", {}).items():
-        lines += _best_of(name, rules, first=name == next(iter(found["picked"])))
+    if "picked" in found:
+        lines += _best_of(found["picked"])
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -199,12 +202,15 @@ def _shown(ends: Sequence[float] | None) -> str:
     return "" if ends is None else f"{ends[0]:+.3f} [{ends[1]:+.3f}, {ends[2]:+.3f}]"
 
 
-def _best_of(name: str, rules: dict[str, Any], first: bool) -> list[str]:
-    head = [
+def _best_of(picked: dict[str, Any]) -> list[str]:
+    lines = [
         "### Mean rating of the one that is picked of eight",
         "",
-        f"| texts | {' | '.join(RULES)} | lower bound - mean |",
-        "|---|" + "---|" * (len(RULES) + 1),
+        f"| texts | posterior | {' | '.join(RULES)} | lower bound - mean |",
+        "|---|---|" + "---|" * (len(RULES) + 1),
     ]
-    row = f"| {name} | {' | '.join(f'{rules[rule]:.3f}' for rule in RULES)} | {_shown(rules['difference'])} |"
-    return [*(head if first else []), row]
+    for posterior, tests in picked.items():
+        for name, rules in tests.items():
+            cells = " | ".join(f"{rules[rule]:.3f}" for rule in RULES)
+            lines.append(f"| {name} | {posterior} | {cells} | {_shown(rules['difference'])} |")
+    return lines
