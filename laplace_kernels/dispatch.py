@@ -182,15 +182,21 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
 def call(op: Op, *args: Any) -> Any:
     """Check the arguments of a registered op, in the order of its schema, and run it without autograd."""
     op.check(*args)
+    if not torch.is_grad_enabled():
+        return _served(op, args)
     with torch.no_grad():
-        if torch.compiler.is_compiling():
-            return getattr(torch.ops.laplace_kernels, op.name)(*args)
-        return _run(op, args)
+        return _served(op, args)
+
+
+def _served(op: Op, args: tuple[Any, ...]) -> Any:
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.laplace_kernels, op.name)(*args)
+    return _run(op, args)
 
 
 def _run(op: Op, args: tuple[Any, ...]) -> Any:
     """Autocast and the precision that the caller allows products do not reach the op: its own is its contract."""
-    if any(op.written):
+    if op.writes:
         refuse_overlap(op.tensors(args))
     with torch._C._DisableAutocast(), FULL_PRECISION:
         return _kernel(op.name, op.probed(args))(*args)
@@ -203,7 +209,7 @@ def _kernel(op: str, probe: Tensor) -> Kernel:
         choice = explain(*key)
         if _requested not in ("auto", choice.backend) and (op, choice.reason) not in _warned:
             _warned.add((op, choice.reason))
-            warnings.warn(f"laplace_kernels.{op} runs on {choice.backend}: {choice.reason}", stacklevel=5)
+            warnings.warn(f"laplace_kernels.{op} runs on {choice.backend}: {choice.reason}", stacklevel=6)
         kernel = _chosen[key] = _backends[choice.backend].kernels[op]
     return kernel
 

@@ -30,6 +30,7 @@ class Op:
         name: Of the op, from the schema.
         arguments: Their names, from the schema.
         written: Whether each is changed, from the schema.
+        writes: Whether any is.
     """
 
     schema: str
@@ -41,6 +42,7 @@ class Op:
     name: str = field(init=False)
     arguments: tuple[str, ...] = field(init=False)
     written: tuple[bool, ...] = field(init=False)
+    writes: bool = field(init=False)
 
     def __post_init__(self) -> None:
         parsed = torch._C.parse_schema(self.schema)
@@ -49,6 +51,7 @@ class Op:
         self.written = tuple(
             argument.alias_info is not None and argument.alias_info.is_write for argument in parsed.arguments
         )
+        self.writes = any(self.written)
         self._probed = self.arguments.index(self.probe)
 
     def probed(self, args: Sequence[Any]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from laplace_lora_fast.devices import device_of
+
+_NOTHING = nullcontext()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -58,6 +60,12 @@ def autocast_of_caller(model: nn.Module) -> torch.autocast:
     """The autocast in force now, on the model's device, to be entered again later."""
     kind = device_of(model).type
     return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """No autocast inside; to enter one that changes nothing would take microseconds at every layer."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else _NOTHING
 
 
 def is_offloaded(module: nn.Module) -> bool:

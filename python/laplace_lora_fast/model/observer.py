@@ -120,6 +120,8 @@ def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tens
         InvalidBatchError: its tokens cannot be matched with the batch's.
     """
     n, length = inputs.n_sequences, inputs.length
+    if x.dim() == 3 and x.shape[0] == n and x.shape[1] == length:  # as nearly all are
+        return x, inputs.mask
     if n == 1 and inputs.mask is None and x.dim() > 1:  # whatever flows is this sequence's
         return x.reshape(1, -1, x.shape[-1]), None
     if x.dim() == 2 and x.shape[0] == n:  # pooled: one row a sequence

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
@@ -70,7 +71,9 @@ class FirstBatch:
     def __init__(self, head: Head, layers: Sequence[Tapped]) -> None:
         self._head, self._layers = head, layers
         self._bases: dict[int, Tensor] = {}
+        self._hooks: dict[int, list[RemovableHandle]] = {}
         self._is_plain: set[int] = set()
+        self._settled: set[int] = set()  # these, and those of which nothing is to be proved
         self._is_same = False
         self.rows_are_sequences = False
         self.parts_ran: set[int] = set()  # layers whose lora_A or lora_B has run in this pass
@@ -101,10 +104,14 @@ class FirstBatch:
             if is_own():
                 self.parts_ran.add(index)
 
-        for part in layer.adapter_parts:
-            stack.callback(part.register_forward_hook(note).remove)
-        if layer.base is not None and layer.name not in self._head.plain_layers:
-            stack.callback(layer.base.register_forward_hook(keep_base).remove)
+        if layer.name in self._head.plain_layers:
+            return
+        hooks = [part.register_forward_hook(note) for part in layer.adapter_parts]
+        if layer.base is not None:
+            hooks.append(layer.base.register_forward_hook(keep_base))
+        self._hooks[index] = hooks
+        for hook in hooks:
+            stack.callback(hook.remove)
 
     def watch_kernels(self, model: nn.Module, is_own: Callable[[], bool], stack: ExitStack) -> None:
         """Hooks on all that has weights, in a first batch: each has to let gradients through.
@@ -114,6 +121,8 @@ class FirstBatch:
         """
         if not self.may_be_random:
             return
+
+        hooks: dict[str, RemovableHandle] = {}  # each until its module has shown it
 
         def require_passage(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
@@ -127,18 +136,23 @@ class FirstBatch:
                     "model unquantised, or with quantised weights that can be trained through (bitsandbytes, torchao's "
                     "weight-only kinds), without what detaches"
                 )
+            if depends:
+                hooks[name].remove()
 
         for name, module in model.named_modules():
             has_weights = hasattr(module, "in_features") or next(module.parameters(), None) is not None
             if has_weights and not hasattr(module, "base_layer"):
-                stack.callback(
-                    module.register_forward_hook(partial(require_passage, name), with_kwargs=True).remove
-                )
+                hook = partial(require_passage, name)
+                hooks[name] = module.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(hooks[name].remove)
 
     def require_plain(self, index: int, x: Tensor, output: Tensor) -> None:
         """Raises UnsupportedAdapterError unless the layer's output is W0 x + s B A x, in a first batch."""
+        if index in self._settled:
+            return
         layer = self._layers[index]
-        if not layer.adapted or layer.name in self._head.plain_layers or index in self._is_plain:
+        if not layer.adapted or layer.name in self._head.plain_layers:
+            self._settled.add(index)
             return
         if layer.adapter_parts and index not in self.parts_ran:
             raise UnsupportedAdapterError(
@@ -147,6 +161,9 @@ class FirstBatch:
             )
         layer.require_plain(x, self._bases.pop(index, None), output)
         self._is_plain.add(index)
+        self._settled.add(index)
+        for hook in self._hooks.pop(index, ()):  # every call of a module with hooks takes longer
+            hook.remove()
 
     def require_same(self, u: Tensor, again: Tensor) -> None:
         """Raises UnsupportedAdapterError unless both forward passes gave the same, NaN where NaN is."""
@@ -243,7 +260,7 @@ class Leaks:
 
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None, image: PadImage | None) -> None:
         """Input x [S, T, d] of the layers in `group`, and what the observer knows of its pads."""
-        if image is not None:
+        if image is not None and mask is not None and mask is self._mask:
             self._images[group] = image
         elif mask is not None and mask is self._mask and self._pads is not None:
             self._pads.add(("x", group), x)
@@ -258,7 +275,8 @@ class Leaks:
         if group in self._images:
             if image is None:
                 assert self._mask is not None
-                image = PadImage(_nonzero(g).where(~self._mask, False)[None].to(g.dtype), 0)
+                whole = self._images[group].images.dim() == 4
+                image = PadImage(_norms_of_pads(g, self._mask, whole), 0)
             self._pairs.append((image, self._images[group], layer))
         elif group in self._padded:
             assert self._pads is not None
@@ -287,15 +305,23 @@ class Leaks:
         """Of layers alike: no sequence has both a gradient and an input at its pads."""
         (of_g, of_x, _), places = pairs[0], [g.place for g, _, _ in pairs]
         if id(of_x.images) not in self._norms:
-            self._norms[id(of_x.images)] = _norms(of_x.images)
+            self._norms[id(of_x.images)] = self._norms_at_pads(of_x.images)
         inputs = self._norms[id(of_x.images)]
-        gradients = _norms(of_g.images)
+        gradients = self._norms_at_pads(of_g.images)
         if places != list(range(len(gradients))):
             gradients = torch.stack([gradients[place] for place in places])
         inputs = torch.stack([inputs[x.place] for _, x, _ in pairs])
         # NaN is neither above 0 nor passed over by the minimum
         silent = ~(torch.minimum(gradients, inputs) > 0).any(1)
         self._checks.require_each(silent, [_pads_are_read(layer) for _, _, layer in pairs])
+
+    def _norms_at_pads(self, images: Tensor) -> Tensor:
+        """Of images of n streams: [n, S], or [n, S T]."""
+        norms = _norms(images)
+        if norms.dim() == 2:
+            return norms
+        assert self._mask is not None
+        return norms.where(~self._mask, 0).flatten(1)
 
     def require_own_row(self, g: Tensor, mask: Tensor | None, layer: str) -> None:
         """The gradient g [S, T, d] of the first sequence's outputs is zero in all rows but the first.
@@ -342,6 +368,12 @@ def _pads_are_read(layer: str) -> str:
 def _nonzero(x: Tensor) -> Tensor:
     """Which tokens of x [..., d] are not zero, [...]; NaN counts as zero. The 2-norm is one fast pass over x."""
     return _norms(x) > 0
+
+
+def _norms_of_pads(g: Tensor, mask: Tensor, whole: bool) -> Tensor:
+    """An image of a stream's own: [1, S, T, 1], or [1, S, T] of which only pads are not zero."""
+    norms = _norms(g)
+    return norms[None, ..., None] if whole else norms.where(~mask, 0)[None]
 
 
 def _norms(x: Tensor) -> Tensor:

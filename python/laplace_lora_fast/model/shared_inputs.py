@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
+from weakref import ref
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 
@@ -43,9 +43,9 @@ class SharedInputs:
         """Before a forward pass."""
         self.uses: dict[int, int] = {}
         self._inputs: dict[int, list[int]] = {}  # of every layer, which tensors
-        self._numbers = WeakIdKeyDictionary()  # an input -> its number
+        self._numbers: dict[int, tuple[ref[Tensor], int]] = {}  # id of an input -> the input and its number
         self._count = count()
-        self._kept = WeakIdKeyDictionary()  # what was observed -> its layer and version
+        self._kept: list[tuple[ref[Tensor], int, int]] = []  # what was observed, its layer and version
 
     def enter(self, index: int, x: Tensor) -> None:
         """Takes note that a layer runs with input x.
@@ -53,9 +53,10 @@ class SharedInputs:
         Raises:
             InvalidBatchError: it shared its input in an earlier pass, or ran less often, and does not now.
         """
-        number = self._numbers.get(x)
-        if number is None:
-            number = self._numbers[x] = next(self._count)
+        known = self._numbers.get(id(x))
+        if known is None or known[0]() is not x:  # an id is another's once its tensor is gone
+            known = self._numbers[id(x)] = ref(x), next(self._count)
+        number = known[1]
         inputs = self._inputs.setdefault(index, [])
         inputs.append(number)
         self.uses[index] = len(inputs)
@@ -79,12 +80,13 @@ class SharedInputs:
 
     def keep(self, index: int, x: Tensor) -> None:
         """An observer may keep x until the backward passes are over."""
-        self._kept[x] = index, x._version
+        self._kept.append((ref(x), index, x._version))
 
     def finish(self) -> None:
         """After a forward pass. Raises UnsupportedAdapterError if an input was changed in place since it was kept."""
-        for x, (index, version) in self._kept.items():
-            if x._version != version:
+        for kept, index, version in self._kept:
+            x = kept()
+            if x is not None and x._version != version:
                 raise UnsupportedAdapterError(
                     f"the input of layer {self._layers[index]!r} is changed in place after the layer ran: leave the "
                     "layer out with `layers`"

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 import laplace_kernels as lk
 from laplace_lora_fast.structures.base import Listener, Step
 from laplace_lora_fast.structures.columns import Columns, add_halves_
+from laplace_lora_fast.structures.pads import PadImage
 from laplace_lora_fast.weights import (
     SIDES,
     LayerWeights,
@@ -84,10 +85,11 @@ class JacobianListener(Listener):
         self._shared_inputs = step.shared_inputs
         return step.functions.plain(step.u)
 
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         self._inputs[group] = _real_tokens(x, mask)
+        return None
 
-    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
         group = self._shared_inputs[layer]
         x, g = self._inputs[group], _real_tokens(g, mask)
         if (
@@ -110,6 +112,7 @@ class JacobianListener(Listener):
             if norm is not None:
                 small, large = _with_rows(small, large, added[side], self._rotations[layer][index])
             self.observe_jacobian(weight, small, large)
+        return None
 
     def observe_jacobians(self, layer: int, jacobians: Sequence[Tensor]) -> None:
         """As if each row of a Jacobian were a token."""

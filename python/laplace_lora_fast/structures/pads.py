@@ -11,7 +11,8 @@ class PadImage(NamedTuple):
     """What a listener has made of the pads of a stream, where it has read them anyway.
 
     Attributes:
-        images: [n, S, k] of n streams alike, sequence by sequence; zero where the stream is zero at its pads.
+        images: of n streams alike, zero where the stream is zero: [n, S, k] of a sequence's pads together, or
+            [n, S, T, k] of every token, pads or not.
         place: of the stream among them.
     """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laplace_lora_fast import Answers, Classes, LaplaceLoRA, Rows
+from laplace_lora_fast import Answers, Classes, InvalidBatchError, LaplaceLoRA, Outputs, Rows
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.likelihoods.functions import OneSequence
 from laplace_lora_fast.structures.rows import products, sketch
@@ -169,3 +169,16 @@ def test_a_bf16_model_is_fitted_and_asked(emulated: bool, read_once: list[Tensor
 
     with sixteen_bit_products() if emulated else nullcontext():
         assert_close(covariance(torch.bfloat16), covariance(torch.float64), 0.1)
+
+
+def test_gradients_of_pads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch has no leak: it is found in the products with the second's pads."""
+    monkeypatch.setattr(products, "are_taken_of", lambda stream: True)
+    model = tiny.tiny_llama()
+    leak = Outputs(lambda output, batch: output.logits[:, batch["input_ids"].shape[1] - 8, :3])
+    first, sound = (tiny.batch(4, 8, padding="right", seed=seed) for seed in (1, 2))
+    la = LaplaceLoRA(model, leak, structure=Rows(columns=6)).fit([first, sound], progress=False)
+    longer = tiny.batch(4, 12, padding="right", seed=3)
+    longer["attention_mask"][:, 4:] = 0
+    with pytest.raises(InvalidBatchError, match=r"padded positions of layer '.*': pad on the other side"):
+        la.fit([first, longer], progress=False)

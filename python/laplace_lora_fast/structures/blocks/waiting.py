@@ -63,7 +63,10 @@ class WaitingRows:
 
     def extend(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """At most `room` new rows [n, d] to be written at once, in a dtype that loses nothing of this one."""
-        stop = self.n + n
+        stop, memory = self.n + n, self._memory
+        if memory is not None and len(memory) >= stop and memory.dtype == dtype:
+            self._last, self.n = n, stop
+            return memory[stop - n : stop]
         place = self._reserve(stop, torch.empty(0, dtype=dtype, device=device))[self.n : stop]
         self._last, self.n = n, stop
         return place

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_lora_fast.structures.base import Step
 from laplace_lora_fast.structures.jacobians import JacobianListener
+from laplace_lora_fast.structures.pads import PadImage
 from laplace_lora_fast.structures.rows import products
 from laplace_lora_fast.structures.rows.sketches.sketch import sketched
 from laplace_lora_fast.weights import LayerWeights, is_whole
@@ -50,20 +51,19 @@ class RowListener(JacobianListener):
                 self.observe_input(*first)
         return cotangents
 
-    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+    def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         if group in self._kept or not products.are_taken_of(x):
-            super().observe_input(group, x, mask)
-        elif self._streams.knows(group):
-            self._streams.take_input(group, x, mask)
-        else:
-            self._first_inputs.append((group, x, mask))
+            return super().observe_input(group, x, mask)
+        if self._streams.knows(group):
+            return self._streams.take_input(group, x, mask)
+        self._first_inputs.append((group, x, mask))
+        return None
 
-    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> None:
+    def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
         group = self._shared_inputs[layer]
         if self._streams.takes(group):
-            self._streams.take_gradient(group, layer, g)
-        else:
-            super().observe_gradient(layer, g, mask)
+            return self._streams.take_gradient(group, layer, g)
+        return super().observe_gradient(layer, g, mask)
 
     def observe_jacobian(self, weight: int, small: Tensor, large: Tensor) -> None:
         key = weight, small.dtype

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import laplace_kernels as lk
 from laplace_lora_fast.structures.columns import Columns, add_halves_
+from laplace_lora_fast.structures.pads import PadImage
 from laplace_lora_fast.weights import LayerWeights, by_layer, positions
 
 
@@ -55,6 +56,7 @@ class Products:
         mask: [S, T] or None.
         x: [groups, S, T, n].
         g: for each layer's place in its group [groups, S, T, n].
+        places: where each group is.
         reached: layers that saw a gradient in this pass: their place in the group, and the group's here.
         ready: whether the halves in `x` are added up and its pads are zero.
     """
@@ -64,12 +66,32 @@ class Products:
     mask: Tensor | None
     x: Tensor
     g: dict[int, Tensor] = field(default_factory=dict)
+    places: dict[int, int] = field(init=False)
     reached: dict[int, dict[int, int]] = field(default_factory=dict)
     ready: bool = False
 
+    def __post_init__(self) -> None:
+        self.places = {group: place for place, group in enumerate(self.groups)}
+        self._shape = self.x.shape[1:3]
+        self._flat = self.x.flatten(1, 2).unbind()
+        self._flat_g: dict[int, tuple[Tensor, ...]] = {}
+
     def fit(self, group: int, x: Tensor, mask: Tensor | None) -> bool:
         """Whether a stream has a place here."""
-        return group in self.groups and self.x.shape[1:3] == x.shape[:2] and self.mask is mask
+        return self.mask is mask and group in self.places and self._shape == x.shape[:2]
+
+    def of_input(self, group: int) -> Tensor:
+        """Where the products with its input go, [S T, n]."""
+        return self._flat[self.places[group]]
+
+    def of_gradient(self, group: int, member: int, layer: int, columns: int) -> Tensor:
+        """Where those with the gradient at the output of a layer go, in this pass, [S T, columns]."""
+        place = self.places[group]
+        if member not in self.g:
+            self.g[member] = self.x.new_empty(*self.x.shape[:3], columns)
+            self._flat_g[member] = self.g[member].flatten(1, 2).unbind()
+        self.reached.setdefault(member, {})[layer] = place
+        return self._flat_g[member][place]
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         """Of the weights that were reached in this pass; the next one may begin."""
@@ -123,7 +145,7 @@ class ProjectedStreams:
         parts = [layer.small_maps[1].mT for layer in layers] + [omega for omega, _ in omegas]
         kind.inputs[group] = Columns([part.to(x.device) for part in parts], x)
 
-    def take_input(self, group: int, x: Tensor, mask: Tensor | None) -> None:
+    def take_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage:
         """Input x [S, T, d] of a group; it is read now and not kept."""
         kind = self._kind_of[group]
         products = self._common.get(kind)
@@ -134,10 +156,10 @@ class ProjectedStreams:
             products = Products(kind, groups, mask, x.new_empty(size, dtype=lk.accumulation_dtype(x.dtype)))
             self._common.setdefault(kind, products)
         self._open[group] = products
-        place = products.x[products.groups.index(group)]
-        lk.project_(place.flatten(0, 1), x.flatten(0, 1), kind.inputs[group].matrix)
+        lk.project_(products.of_input(group), x.flatten(0, 1), kind.inputs[group].matrix)
+        return PadImage(products.x, products.places[group])
 
-    def take_gradient(self, group: int, layer: int, g: Tensor) -> None:
+    def take_gradient(self, group: int, layer: int, g: Tensor) -> PadImage:
         """Gradient g [S, T, d] at the output of a layer whose group's input was taken."""
         products = self._open[group]
         kind = products.kind
@@ -145,11 +167,9 @@ class ProjectedStreams:
             parts = self._layers[layer].small_maps[0].mT, self._projections[layer][1]
             kind.gradients[layer] = Columns([part.to(g.device) for part in parts], g)
         columns, member = kind.gradients[layer].matrix, kind.layers[group].index(layer)
-        place = products.groups.index(group)
-        if member not in products.g:
-            products.g[member] = products.x.new_empty(*products.x.shape[:3], columns.shape[1])
-        products.reached.setdefault(member, {})[layer] = place
-        lk.project_(products.g[member][place].flatten(0, 1), g.flatten(0, 1), columns)
+        place = products.of_gradient(group, member, layer, columns.shape[1])
+        lk.project_(place, g.flatten(0, 1), columns)
+        return PadImage(products.g[member], products.places[group])
 
     def knows(self, group: int) -> bool:
         """Whether a group has entered."""
