@@ -94,10 +94,10 @@ def distribution(
     predictor = linearised.structure.predictor(linearised.curvature, weights, prior_precisions)
     several_priors = prior_precisions.shape[1] > 1
     groups: dict[int, _Group] = {}
-    n_examples = 0
+    n_examples = waiting = 0
 
     def take(step: BatchStep) -> None:
-        nonlocal n_examples
+        nonlocal n_examples, waiting
         sizes, seen = step.functions.sizes, predictor.seen()
         targets: Sequence[Tensor | None] = step.targets or [None] * len(sizes)
         for index, size in enumerate(sizes):
@@ -105,11 +105,14 @@ def distribution(
             group.seen.append(seen[index])
             group.examples.append(step.functions.examples[index] + n_examples)
             group.targets.append(targets[index])
+            waiting += size * len(step.functions.examples[index])
         n_examples += step.functions.n_examples
-        if not several_priors:
-            _conclude([groups[size] for size in sizes])
+        if not several_priors and waiting >= predictor.together:
+            _conclude(list(groups.values()))
+            waiting = 0
 
-    def _conclude(some: Sequence[_Group]) -> None:
+    def _conclude(all_groups: Sequence[_Group]) -> None:
+        some = [group for group in all_groups if group.seen]
         gaussians = predictor.gaussians([group.seen for group in some])
         for group, gaussian in zip(some, gaussians, strict=True):
             group.gaussians.append(gaussian)
@@ -126,8 +129,7 @@ def distribution(
         plain_outputs=plain_outputs,
     )
     ordered = [groups[size] for size in sorted(groups)]
-    if several_priors:
-        _conclude(ordered)
+    _conclude(ordered)
     return [_block(group) for group in ordered]
 
 

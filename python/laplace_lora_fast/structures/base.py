@@ -75,8 +75,7 @@ class Listener(ABC):
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         """Input x [S, T, d_in] of every layer that shares it with layer `group`; mask [S, T] or None for no pads.
 
-        Returns:
-            What is known of its pads until the batch is over, or None: then the tap looks at them.
+        Returns what is known of its pads until the batch is over, or None: then the tap looks at them.
         """
 
     @abstractmethod
@@ -146,6 +145,8 @@ class Accumulator(Listener):
 
 class Predictor(Listener, Generic[Seen]):
     """Listener that turns batches into Gaussians of their functions under G priors: first look, then conclude."""
+
+    together: ClassVar[int] = 1  # of how many functions at least it had better conclude at once
 
     @abstractmethod
     def seen(self) -> list[Seen]:

@@ -21,3 +21,20 @@ def test_both_ways_give_the_spectrum_of_the_gram_matrix(d: int, n: int, conditio
         unit = torch.eye(len(values), dtype=torch.float64)
         assert (vectors.mT @ vectors - unit).abs().max() < 1e-13
         assert_close((vectors * values) @ vectors.mT, tall @ tall.mT, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d", "n"), [(30, 7), (7, 7), (6, 1)])
+def test_both_ways_give_right_singular_vectors(d: int, n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -3, n, dtype=torch.float64)
+    tall = (torch.randn(d, n, generator=generator, dtype=torch.float64) * scales).to(dtype)
+    eps = 1e-6 if dtype == torch.float32 else 1e-12
+    expected = torch.linalg.svdvals(tall.double())
+    for sigma, right in (spectrum.right_pairs(tall), spectrum._right_by_eigenproblem(tall)):
+        assert sigma.dtype == right.dtype == dtype
+        assert_close(sigma.double(), expected, eps)
+        unit = torch.eye(n, dtype=dtype)
+        assert (right.mT @ right - unit).abs().max() < eps
+        image = (tall @ right).double()
+        assert_close(image.norm(dim=0), expected, 10 * eps)

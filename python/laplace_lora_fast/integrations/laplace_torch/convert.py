@@ -150,7 +150,7 @@ def from_state_dict(la: LaplaceLoRA, state: Mapping[str, Any]) -> LaplaceLoRA:
         if (len(small), len(large)) != tuple(weight.shape):
             raise StateError(f"layer {name.layer!r} has other shapes than the state's factors")
         matrix = from_flat(name.side, mean, tuple(weight.shape))
-        blocks.append(KronBlock.kfac(_spectrum(large, weight.dtype), small, matrix))
+        blocks += KronBlock.kfac([(_spectrum(large, weight.dtype), small, matrix)])
     fit = Fit(
         structure=la.structure if isinstance(la.structure, Structure) else KFAC(),
         curvature=BlockCurvature(names, blocks),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -99,13 +100,26 @@ class KronBlock(Block):
     tail: Tensor
 
     @classmethod
-    def kfac(cls, large: Spectrum, small: Tensor, mean: Tensor) -> KronBlock:
-        """H = small (x) large; eigendecomposes the small factor [r, r] (fp64)."""
-        values, vectors = torch.linalg.eigh(small)
+    def kfac(cls, parts: Sequence[tuple[Spectrum, Tensor, Tensor]]) -> list[KronBlock]:
+        """H = small (x) large of every weight; eigendecomposes the small factors, those of one size at once.
+
+        Args:
+            parts: for each weight `large`, `small` [r, r] fp64, and the weight's mean.
+        """
+        alike: dict[tuple[int, torch.device], list[int]] = {}
+        for index, (_, small, _) in enumerate(parts):
+            alike.setdefault((len(small), small.device), []).append(index)
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        for members in alike.values():
+            values, vectors = torch.linalg.eigh(torch.stack([parts[index][1] for index in members]))
+            pairs.update(zip(members, zip(values, vectors, strict=True), strict=True))
+        return [cls._kfac(large, *pairs[index], mean) for index, (large, _, mean) in enumerate(parts)]
+
+    @classmethod
+    def _kfac(cls, large: Spectrum, values: Tensor, vectors: Tensor, mean: Tensor) -> KronBlock:
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).contiguous()
-        mean = mean.clone(
-            memory_format=torch.contiguous_format
-        )  # strides as `load` gives them: results are bitwise
+        # strides as `load` gives them: results are bitwise
+        mean = mean.clone(memory_format=torch.contiguous_format)
         return cls(mean, large, values, vectors, values[:, None] * large.values, values * large.tail)
 
     def scaled(self, factor: float | Tensor) -> KronBlock:

@@ -17,7 +17,13 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.blocks.spectrum import Spectrum, left_pairs, spectrum_of_rows, truncated
+from laplace_lora_fast.structures.blocks.spectrum import (
+    Spectrum,
+    left_pairs,
+    right_pairs,
+    spectrum_of_rows,
+    truncated,
+)
 from laplace_lora_fast.structures.blocks.waiting import WaitingRows
 from laplace_lora_fast.structures.state import State
 
@@ -326,7 +332,7 @@ class SketchFactor(Factor):
         warm = min(self._size // 2, len(rows))
         probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
         span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration
-        leading = span @ torch.linalg.svd(rows @ span, full_matrices=False).Vh.mT
+        leading = span @ right_pairs(rows @ span)[1]
         columns = torch.cat([leading[:, :warm], self._noise(rows, self.dim, self._size - warm)], 1)
         return torch.cat([torch.linalg.qr(columns).Q, self._exact], 1)
 
@@ -339,9 +345,9 @@ class SketchFactor(Factor):
         assert self._sketch is not None
         omega, sketch = self.omega.double(), self._sketch.double()
         norms = omega.norm(dim=0).clamp_min(torch.finfo(omega.dtype).tiny)
-        _, sigma, right = torch.linalg.svd(omega / norms, full_matrices=False)
+        sigma, right = right_pairs(omega / norms)
         keep = sigma > 1e-6 * sigma[0]
-        whitener = (right[keep] / sigma[keep, None]).mT / norms[:, None]
+        whitener = right[:, keep] / sigma[keep] / norms[:, None]
         return omega @ whitener, sketch @ whitener
 
 

@@ -224,11 +224,11 @@ class KfacAccumulator(Accumulator):
             NumericalError: a factor is not finite; names the layer.
         """
         spectra: dict[int, Spectrum] = {}
-        blocks = in_order(self._blocks_of(index, spectra) for index in range(len(self._layers)))
-        return BlockCurvature(weight_names(self._layers), blocks)
+        parts = in_order(self._parts_of(index, spectra) for index in range(len(self._layers)))
+        return BlockCurvature(weight_names(self._layers), KronBlock.kfac(parts))
 
-    def _blocks_of(self, index: int, spectra: dict[int, Spectrum]) -> list[KronBlock]:
-        """The blocks of a layer's weights; spectra of inputs are kept for the layers that share them."""
+    def _parts_of(self, index: int, spectra: dict[int, Spectrum]) -> list[tuple[Spectrum, Tensor, Tensor]]:
+        """Both factors of a layer's weights; spectra of inputs are kept for the layers that share them."""
         layer, group = self._layers[index], self._shared_inputs[index]
         x, g = self._inputs[group], self._gradients[index]
         if not (x.is_finite() and g.is_finite()):
@@ -238,14 +238,14 @@ class KfacAccumulator(Accumulator):
         divisor = float(self._divisors[group]) or 1.0  # 0 where the layer never ran
         if group not in spectra:
             spectra[group] = x.spectrum(self._rank).scaled(1 / divisor)
-        blocks = []
+        parts = []
         for side, small, matrix in zip(layer.sides, layer.small_maps, layer.matrices, strict=True):
             if long_side_is_input(side):
-                blocks.append(KronBlock.kfac(spectra[group], g.quadratic(small.mT), matrix))
+                parts.append((spectra[group], g.quadratic(small.mT), matrix))
             else:
                 z = x.quadratic(small.mT) * (1 / divisor)
-                blocks.append(KronBlock.kfac(g.spectrum(self._rank), z, matrix))
-        return blocks
+                parts.append((g.spectrum(self._rank), z, matrix))
+        return parts
 
     def _create(self, shared_inputs: list[int], dtype: torch.dtype) -> None:
         self._shared_inputs, self._dtype = shared_inputs, dtype

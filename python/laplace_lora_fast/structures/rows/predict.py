@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,19 +22,21 @@ class Products:
     Attributes:
         mean: [N, K] of the model that the linearised one is an expansion of.
         own: J* J*^T of every part, [parts, N, K, K].
-        cross: J* J^T of every part, [parts, N, K, R].
+        cross: J* J^T of every part, [parts, N, K, R], once it is there.
+        features: J* Omega of every weight [N, K, r m], until then.
     """
 
     mean: Tensor
     own: Tensor
-    cross: Tensor
+    cross: Tensor | None = None
+    features: dict[int, Tensor] = field(default_factory=dict)
 
 
 class RowPredictor(RowListener, Predictor[Products]):
     """Covariances J* Lambda^-1 J*^T - K*R (I + K)^-1 KR* under G priors.
 
-    Rows of weights in one part, which share their prior precision under each of the priors, are summed on the way; rows
-    are read once a batch.
+    Rows of weights in one part, which share their prior precision under each of the priors, are summed on the way. The
+    training rows are read, and put into fp64, once for `together` functions, whose own rows wait for it.
 
     Args:
         layers: the tapped layers.
@@ -44,6 +46,8 @@ class RowPredictor(RowListener, Predictor[Products]):
         solvers: one a prior; gone through once a call of `gaussians`, and not kept.
         refitted: whether the solvers move the mean, from the functions with the adapter switched off.
     """
+
+    together = 64
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class RowPredictor(RowListener, Predictor[Products]):
         self._features: dict[int, list[Tensor]] = {}
         self._functions: Functions | None = None
         self._blocks: list[Products] = []
+        self._waiting: list[Products] = []  # for their products with the training rows
 
     def start(self, step: Step) -> Tensor:
         cotangents = super().start(step)
@@ -67,39 +72,53 @@ class RowPredictor(RowListener, Predictor[Products]):
         home, parts = self._rows[0].device, 1 + max(self._parts)
         zeros = torch.zeros(0, dtype=torch.float64, device=home)
         means = step.functions.values(step.prior_u() if self._refitted else step.u)
-        self._blocks = [
-            Products(
-                mean,
-                zeros.new_zeros(parts, *mean.shape, mean.shape[1]),
-                zeros.new_zeros(parts, *mean.shape, len(self._rows[0])),
-            )
-            for mean in means
-        ]
+        self._blocks = [Products(mean, zeros.new_zeros(parts, *mean.shape, mean.shape[1])) for mean in means]
         return cotangents
 
     def seen(self) -> list[Products]:
+        self._waiting += self._blocks
+        if sum(block.mean.numel() for block in self._waiting) >= self.together:
+            self._multiply()
         return self._blocks
+
+    def _multiply(self) -> None:
+        """What waits with the training rows."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        counts, home = [block.mean.numel() for block in waiting], self._rows[0].device
+        size = len(waiting[0].own), sum(counts), len(self._rows[0])
+        total = torch.zeros(size, dtype=torch.float64, device=home)
+        for weight, (rows, part) in enumerate(zip(self._rows, self._parts, strict=True)):
+            found = [block.features.pop(weight, None) for block in waiting]
+            like = next((each for each in found if each is not None), None)
+            if like is None:  # not reached
+                continue
+            width = rows.shape[1]
+            pieces = [
+                like.new_zeros(count, width) if each is None else each.reshape(count, width)
+                for each, count in zip(found, counts, strict=True)
+            ]
+            features = torch.cat(pieces).double()
+            total[part] += (features @ rows.to(features).mT).to(home)
+        for block, cross in zip(waiting, total.split(counts, 1), strict=True):
+            block.cross = cross.view(size[0], *block.mean.shape, size[2])
 
     def gaussians(self, groups: Sequence[Sequence[Products]]) -> list[tuple[Tensor, Tensor]]:
         """No more than one prior's solution is held."""
-        joined = [
-            Products(
-                torch.cat([each.mean for each in group]),
-                torch.cat([each.own for each in group], 1),
-                torch.cat([each.cross for each in group], 1),
-            )
-            for group in groups
-        ]
+        self._multiply()
+        joined = [_joined(group) for group in groups]
         shifts: list[dict[int, Tensor]] = [{} for _ in joined]
         covs: list[dict[int, Tensor]] = [{} for _ in joined]
         for solver in self._solvers:
             for index, block in enumerate(joined):
-                covs[index][solver.prior] = solver.covariance(block.own, block.cross).to(block.mean)
+                _, own, cross = block
+                covs[index][solver.prior] = solver.covariance(own, cross).to(block[0])
                 if self._refitted:
-                    shifts[index][solver.prior] = solver.shift(block.cross).to(block.mean)
+                    shifts[index][solver.prior] = solver.shift(cross).to(block[0])
         return [
-            (block.mean + _in_order(shift) if self._refitted else block.mean, _in_order(cov))
-            for block, shift, cov in zip(joined, shifts, covs, strict=True)
+            (mean + _in_order(shift) if self._refitted else mean, _in_order(cov))
+            for (mean, _, _), shift, cov in zip(joined, shifts, covs, strict=True)
         ]
 
     def observe_rows(self, weight: int, rows: Tensor) -> None:
@@ -111,13 +130,23 @@ class RowPredictor(RowListener, Predictor[Products]):
         part = self._parts[weight]
         combined = self._functions.combine(self._features.pop(weight))  # [N, K, r m] each
         for block, features in zip(self._blocks, combined, strict=True):
-            features = features.double()
-            block.own[part] += (features @ features.mT).to(block.own.device)
-            block.cross[part] += (features @ self._rows[weight].to(features).mT).to(block.cross.device)
+            wide = features.double()
+            block.own[part] += (wide @ wide.mT).to(block.own.device)
+            block.features[weight] = features
 
     def forget(self) -> None:
         super().forget()
         self._features.clear()
+
+
+def _joined(group: Sequence[Products]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, own and cross of all blocks of a group."""
+    cross = [each.cross for each in group if each.cross is not None]
+    return (
+        torch.cat([each.mean for each in group]),
+        torch.cat([each.own for each in group], 1),
+        torch.cat(cross, 1),
+    )
 
 
 def _in_order(of_priors: dict[int, Tensor]) -> Tensor:

@@ -94,16 +94,20 @@ def in_16_bits(rows: list[Tensor], projections: Sequence[Tensor]) -> list[Tensor
     sketched_rows = any(omega.shape[1] < omega.shape[0] for omega in projections)
     if not sketched_rows or any(each.dtype != torch.float32 for each in rows):
         return rows
-    largest = max(
-        (float(torch.linalg.vector_norm(each, torch.inf)) for each in rows if each.numel()), default=0.0
-    )
-    energy = sum(float(torch.linalg.vector_norm(each)) ** 2 for each in rows)
+    largest = max(_norms([each for each in rows if each.numel()], torch.inf), default=0.0)
+    energy = sum(norm**2 for norm in _norms(rows, 2))
     typical = (energy / max(1, sum(each.numel() for each in rows))) ** 0.5
     if largest > _LARGEST or typical < _SMALLEST:
         return rows
     for index in range(len(rows)):
         rows[index] = rows[index].half()
     return rows
+
+
+def _norms(tensors: Sequence[Tensor], order: float) -> list[float]:
+    """Of every tensor; the device is waited for once."""
+    norms: list[Tensor] = [torch.linalg.vector_norm(each, order) for each in tensors]
+    return torch.stack([each.to(norms[0].device) for each in norms]).tolist() if norms else []
 
 
 def random_projection(dim: int, columns: int, seed: int, like: Tensor) -> Tensor:
