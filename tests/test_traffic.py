@@ -13,8 +13,8 @@ from bench import traffic
 from bench.traffic import Case, Meter, count
 
 # Bytes over one read of every distinct x and every g, and launches a layer and pass.
-ROWS = {("q, v", False): (1.8, 2.0), ("q, v", True): (2.5, 4.0), ("all linear", False): (2.5, 2.0)}
-ROWS |= {("all linear", True): (2.5, 4.0)}
+ROWS = {("q, v", False): (1.5, 2.0), ("q, v", True): (1.8, 2.5), ("all linear", False): (1.4, 2.0)}
+ROWS |= {("all linear", True): (1.6, 2.5)}
 KFAC_REDUCE = (1.15, 2.0)
 
 
@@ -32,7 +32,7 @@ def test_rows_cost_little_more_than_one_read(model: str, targets: str, padded: b
 def test_rows_of_several_passes(padded: bool) -> None:
     counts = count(Case("Llama-2-7B", "q, v", "rows", padded, 5, "long"))
     assert 1 < counts.over_floor <= ROWS["q, v", padded][0]
-    assert counts.launches_a_stream <= 4.0
+    assert counts.launches_a_stream <= ROWS["q, v", padded][1]
 
 
 @pytest.mark.parametrize("padded", [False, True])

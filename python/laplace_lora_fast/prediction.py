@@ -112,11 +112,17 @@ def distribution(
             waiting = 0
 
     def _conclude(all_groups: Sequence[_Group]) -> None:
-        some = [group for group in all_groups if group.seen]
-        gaussians = predictor.gaussians([group.seen for group in some])
-        for group, gaussian in zip(some, gaussians, strict=True):
+        # under one prior batch by batch, under several all together: no more than one prior's solution is held
+        some = [
+            (group, seen)
+            for group in all_groups
+            for seen in ([group.seen] if several_priors else [[each] for each in group.seen])
+        ]
+        gaussians = predictor.gaussians([seen for _, seen in some])
+        for (group, _), gaussian in zip(some, gaussians, strict=True):
             group.gaussians.append(gaussian)
-            group.seen.clear()
+        for group in all_groups:
+            group.seen = []
 
     run(
         linearised.subject,

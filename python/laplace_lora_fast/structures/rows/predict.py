@@ -86,23 +86,18 @@ class RowPredictor(RowListener, Predictor[Products]):
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        counts, home = [block.mean.numel() for block in waiting], self._rows[0].device
-        size = len(waiting[0].own), sum(counts), len(self._rows[0])
-        total = torch.zeros(size, dtype=torch.float64, device=home)
-        for weight, (rows, part) in enumerate(zip(self._rows, self._parts, strict=True)):
-            found = [block.features.pop(weight, None) for block in waiting]
-            like = next((each for each in found if each is not None), None)
-            if like is None:  # not reached
-                continue
-            width = rows.shape[1]
-            pieces = [
-                like.new_zeros(count, width) if each is None else each.reshape(count, width)
-                for each, count in zip(found, counts, strict=True)
-            ]
-            features = torch.cat(pieces).double()
-            total[part] += (features @ rows.to(features).mT).to(home)
-        for block, cross in zip(waiting, total.split(counts, 1), strict=True):
-            block.cross = cross.view(size[0], *block.mean.shape, size[2])
+        home, size = self._rows[0].device, len(self._rows[0])
+        for block in waiting:
+            block.cross = block.own.new_zeros(len(block.own), *block.mean.shape, size)
+        # batch by batch, in the order in which the rows came: sums are the same, to the last bit, however many wait
+        for weight in dict.fromkeys(weight for block in waiting for weight in block.features):
+            rows = self._rows[weight]
+            some = next(block.features[weight] for block in waiting if weight in block.features)
+            columns = rows.to(some.device, torch.float64).mT
+            for block in waiting:
+                features = block.features.pop(weight, None)
+                if features is not None and block.cross is not None:
+                    block.cross[self._parts[weight]] += (features.double() @ columns).to(home)
 
     def gaussians(self, groups: Sequence[Sequence[Products]]) -> list[tuple[Tensor, Tensor]]:
         """No more than one prior's solution is held."""
