@@ -36,5 +36,5 @@ def test_both_ways_give_right_singular_vectors(d: int, n: int, dtype: torch.dtyp
         assert_close(sigma.double(), expected, eps)
         unit = torch.eye(n, dtype=dtype)
         assert (right.mT @ right - unit).abs().max() < eps
-        image = (tall @ right).double()
+        image = (tall @ right.mT).double()
         assert_close(image.norm(dim=0), expected, 10 * eps)

@@ -332,7 +332,7 @@ class SketchFactor(Factor):
         warm = min(self._size // 2, len(rows))
         probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
         span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration
-        leading = span @ right_pairs(rows @ span)[1]
+        leading = span @ right_pairs(rows @ span)[1].mT
         columns = torch.cat([leading[:, :warm], self._noise(rows, self.dim, self._size - warm)], 1)
         return torch.cat([torch.linalg.qr(columns).Q, self._exact], 1)
 
@@ -347,7 +347,7 @@ class SketchFactor(Factor):
         norms = omega.norm(dim=0).clamp_min(torch.finfo(omega.dtype).tiny)
         sigma, right = right_pairs(omega / norms)
         keep = sigma > 1e-6 * sigma[0]
-        whitener = right[:, keep] / sigma[keep] / norms[:, None]
+        whitener = (right[keep] / sigma[keep, None]).mT / norms[:, None]
         return omega @ whitener, sketch @ whitener
 
 

@@ -74,19 +74,19 @@ def left_pairs(tall: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def right_pairs(tall: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, and right singular vectors [n, n] as columns of a tall M [d, n].
+    """Singular values, descending, and right singular vectors, the rows of [n, n], of a tall M [d, n].
 
     On a GPU from the eigenproblem of M^T M in fp64: what is below 1e-8 of the largest has no digits then.
     """
     if tall.device.type == "cpu":
         _, sigma, right = torch.linalg.svd(tall, full_matrices=False)
-        return sigma, right.mT
+        return sigma, right
     return _right_by_eigenproblem(tall)
 
 
 def _right_by_eigenproblem(tall: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(tall.double().mT @ tall.double())
-    return values.flip(0).clamp_min(0).sqrt().to(tall.dtype), vectors.flip(1).to(tall.dtype)
+    return values.flip(0).clamp_min(0).sqrt().to(tall.dtype), vectors.flip(1).mT.to(tall.dtype)
 
 
 def _by_eigenproblem(basis: Tensor, triangle: Tensor) -> tuple[Tensor, Tensor]:
