@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-<<<<<<< HEAD
 from contextlib import ExitStack, suppress
-=======
-from contextlib import ExitStack
 from functools import partial
->>>>>>> 6b03d72 (Hooks take less Python: proofs leave after the first batch, places are known, rows' products tell on pads)
 from typing import Any
 
 import torch
@@ -95,8 +91,6 @@ class Tap:
         self._checks = DeferredChecks()
         self._leaks = Leaks(self._checks)
         self._first = FirstBatch(head, layers)
-        self._at_output: set[int] = set()
-        self._normalised: set[int] = set()
         self._forward_phase = self._backward_phase = self._checks_rows = False
         self._inputs: Inputs | None = None
         # inputs of layers that have not run as often as they will
@@ -129,23 +123,11 @@ class Tap:
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
             self._autocast = autocast_of_caller(self.model)
             stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
-<<<<<<< HEAD
             self._starts_early = reentrant(checkpointing)  # such segments need an input that requires grad
             self._leaves = Leaves(self._parameters, self._starts_early)
             for layer in self.layers:
-=======
-            self._anchor = torch.zeros((), requires_grad=True)
-            # Embeddings that were told to require grad, and an output function's own modules, are leaves beside it.
-            self._leaves: list[Tensor] = [*self._parameters, self._anchor]
-            self._leads_elsewhere = True
-            self._reentrant = reentrant(checkpointing)
-            for index, layer in enumerate(self.layers):
->>>>>>> 6b03d72 (Hooks take less Python: proofs leave after the first batch, places are known, rows' products tell on pads)
                 layer.check()
-                if layer.outer is self.head.output_layer:
-                    self._at_output.add(index)
-                if layer.normalised:
-                    self._normalised.add(index)
+            self._normalised = {index for index, layer in enumerate(self.layers) if layer.normalised}
             if self.observer is not None:
                 self._alone.require_taken(self.observer)
                 self._listen(self.observer, stack)
@@ -347,11 +329,8 @@ class Tap:
         try:
             stream = self._tokens(index, self._sharing.uses[index] - 1, x.detach())
         except InvalidBatchError as error:
-            fed = (
-                [index]
-                if groups is None
-                else [other for other, leader in enumerate(groups) if leader == index]
-            )
+            leaders = range(len(self.layers)) if groups is None else groups
+            fed = [other for other, leader in enumerate(leaders) if leader == index]
             self._alone.refused |= dict.fromkeys(fed, error)
             return
         self._sharing.keep(index, stream[0])
@@ -361,18 +340,18 @@ class Tap:
 
     def _keep_output(self, index: int, output: Tensor) -> None:
         if index in self._normalised:
-            layer = self.layers[index]
-            stream = self._tokens(index, self._sharing.uses[index] - 1, layer.without_bias(output.detach()))
+            y = self.layers[index].without_bias(output.detach())
+            stream = self._tokens(index, self._sharing.uses[index] - 1, y)
             self._outputs.setdefault(index, []).append(stream)
 
+    @torch.no_grad()
     def _finish_inputs(self, observer: Observer) -> None:
         """After a forward pass: in a first one it is only known now how often each layer runs, and who shares."""
         self._sharing.finish()
         assert self.shared_inputs is not None
-        with torch.no_grad():
-            for index in list(self._streams):
-                if self.shared_inputs[index] == index:
-                    self._deliver_input(observer, index)
+        for index in list(self._streams):
+            if self.shared_inputs[index] == index:
+                self._deliver_input(observer, index)
 
     def _deliver_input(self, observer: Observer, index: int) -> None:
         tokens, mask = joined(self._streams.pop(index))
@@ -381,12 +360,8 @@ class Tap:
 
     def _observe_gradient(self, index: int, use: int, g: Tensor) -> None:
         """Runs in a backward pass, which is without autograd and autocast already."""
-<<<<<<< HEAD
         if not self._backward_phase:  # for weights of one sequence
             return
-        layer = self.layers[index]
-=======
->>>>>>> 6b03d72 (Hooks take less Python: proofs leave after the first batch, places are known, rows' products tell on pads)
         stream = self._tokens(index, use, g)
         if self._checks_rows:
             self._leaks.require_own_row(*stream, self.layers[index].name)
@@ -407,13 +382,8 @@ class Tap:
         assert self.shared_inputs is not None
         assert self.observer is not None
         whole = g
-<<<<<<< HEAD
-        if layer.normalised:
-            self.observer.observe_alignment(index, aligned(g, joined(self._outputs[index])[0], mask))
-=======
         if index in self._normalised:
-            self.observer.observe_alignment(index, _aligned(g, _joined(self._outputs[index])[0], mask))
->>>>>>> 6b03d72 (Hooks take less Python: proofs leave after the first batch, places are known, rows' products tell on pads)
+            self.observer.observe_alignment(index, aligned(g, joined(self._outputs[index])[0], mask))
         if layer.features is not None:
             g = g.index_select(-1, layer.features.to(g.device))
         image = self.observer.observe_gradient(index, g, mask)
@@ -421,31 +391,9 @@ class Tap:
 
     def _tokens(self, index: int, use: int, x: Tensor) -> Stream:
         assert self._inputs is not None
-        inputs = self.head.as_called(self._inputs)
-        if index in self._at_output:
+        inputs, layer = self.head.as_called(self._inputs), self.layers[index]
+        if layer.outer is self.head.output_layer:
             stream = self.head.output_stream(x, inputs, use)
             if stream is not None:
                 return stream
-<<<<<<< HEAD
         return tokens_and_mask(x, inputs, layer.name)
-=======
-        return tokens_and_mask(x, inputs, self.layers[index].name)
-
-
-def _aligned(g: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over real tokens of g * y, [S, d], in the accumulation dtype."""
-    dtype = lk.accumulation_dtype(g.dtype)
-    products = g.to(dtype) * y.to(dtype)
-    return (products if mask is None else products.where(mask[..., None], 0)).sum(1)
-
-
-def _joined(streams: Sequence[Stream]) -> Stream:
-    """The streams of all uses of a layer, one behind the other."""
-    if len(streams) == 1:
-        return streams[0]
-    tokens = torch.cat([x for x, _ in streams], 1)
-    if all(mask is None for _, mask in streams):
-        return tokens, None
-    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in streams]
-    return tokens, torch.cat(masks, 1)
->>>>>>> 6b03d72 (Hooks take less Python: proofs leave after the first batch, places are known, rows' products tell on pads)

@@ -73,10 +73,7 @@ class Listener(ABC):
 
     @abstractmethod
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
-        """Input x [S, T, d_in] of every layer that shares it with layer `group`; mask [S, T] or None for no pads.
-
-        Returns what is known of its pads until the batch is over, or None: then the tap looks at them.
-        """
+        """Input x [S, T, d_in] of all layers of `group`; mask [S, T] or None. Returns what it tells of pads, or None."""
 
     @abstractmethod
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
