@@ -73,7 +73,7 @@ class Listener(ABC):
 
     @abstractmethod
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
-        """Input x [S, T, d_in] of all layers of `group`; mask [S, T] or None. Returns what it tells of pads, or None."""
+        """Input x [S, T, d_in] of all layers of `group`; mask [S, T] or None. Returns what it tells of pads."""
 
     @abstractmethod
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:

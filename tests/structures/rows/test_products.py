@@ -13,8 +13,9 @@ from torch import Tensor
 from laplace_lora_fast import Answers, Classes, InvalidBatchError, LaplaceLoRA, Outputs, Rows
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.likelihoods.functions import OneSequence
-from laplace_lora_fast.structures.rows import products, sketch
+from laplace_lora_fast.structures.rows import products
 from laplace_lora_fast.structures.rows.fit import RowAccumulator
+from laplace_lora_fast.structures.rows.sketches import sketch
 from laplace_lora_fast.weights import LoraWeights
 from tests import tiny
 from tests.fitting.test_groups import TRAIN, Choices
