@@ -76,7 +76,7 @@ KINDS = {
     "xlstm": Kind(sides={"left": PADS}),
     "xglm": Kind(fp32=tuple(SIDES)),
     # a prompt of its own stands before the tokens
-    "cpmant": Kind(sides=dict.fromkeys(("left", "right"), PADS)),
+    "cpmant": Kind({"dim_ff": 24, "dim_head": 8}, sides=dict.fromkeys(("left", "right"), PADS)),
     "prophetnet": Kind(refused=HEAD),
     "xlnet": Kind(),
 }

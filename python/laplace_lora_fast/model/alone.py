@@ -63,6 +63,10 @@ class Alone:
         """All whose gradients `show` takes."""
         return [*self.weights, *([] if self.embedded is None else [self.embedded])]
 
+    def may_embed(self, output: Any) -> bool:
+        """Whether this is to be what the embeddings gave: the first time that they run."""
+        return bool(self.indices) and self.embedded is None and isinstance(output, Tensor)
+
     def take_refused(self, observer: Observer) -> list[nn.Parameter]:
         """Takes in the layers whose streams could not be read, and returns their weights; raises if there is no way.
 

@@ -212,9 +212,8 @@ class Tap:
 
     def _again(self) -> Tensor:
         """U [S, U] of the batch once more, unobserved."""
-        assert self._inputs is not None
         with self._autocast:
-            return self.head.u(self.model, self._inputs)
+            return self.head.u(self.model, self._inputs)  # type: ignore[arg-type]
 
     def backward(self, u: Tensor, cotangent: Tensor, last: bool) -> Sequence[Tensor | None]:
         """Sends `cotangent` [S, U] back from `u` and shows the observer every gradient.
@@ -232,9 +231,10 @@ class Tap:
         """
         self._gradients.clear()
         cotangent = cotangent.to(u.dtype)
-        alone = [] if self._checks_rows else self._alone.targets
+        # among the leaves as well: layers behind these may be on the way to nothing else
+        alone = self._alone.targets
+        leaves, alone = [*self._leaves.all, *alone], [] if self._checks_rows else alone
         with_others = len(u) == 1  # of one sequence: gradients of all kinds come in one pass
-        leaves = [*self._leaves.all, *alone] if with_others else self._leaves.all
         retain = not last or (bool(alone) and not with_others)
         self._backward_phase = True
         try:
@@ -266,11 +266,11 @@ class Tap:
         with suppress(StopIteration, NotImplementedError):  # a model without
             stack.callback(input_embeddings(self.model).register_forward_hook(self._embedding_hook).remove)
 
-    def _embedding_hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not self._is_own() or not (self._starts_early or self._alone.indices):
+    def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not (self._starts_early or self._alone.indices) or not self._is_own():
             return output
-        started = self._start_graph(output)
-        if self._forward_phase and self._alone.indices and self._alone.embedded is None:
+        started = self._start_graph(output) if isinstance(output, Tensor) else output
+        if self._forward_phase and self._alone.may_embed(started):
             self._alone.embedded = started
         return started
 
