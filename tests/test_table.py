@@ -12,6 +12,8 @@ from torch import nn
 
 from bench.table import draw, methods, run, subjects, train
 from laplace_lora_fast import Classes
+from laplace_lora_fast.baselines import Temperature
+from laplace_lora_fast.errors import NumericalError
 from tests import tiny
 
 Row = namedtuple("Row", "ids label")
@@ -69,7 +71,7 @@ GROUPS = ["MAP", "temperature", "cross-fitted temperature", "rows", "refit"]
 def test_a_cell_is_filled_once_and_drawn(small, monkeypatch):
     for seed in (0, 1):
         for name in ("main", *(f"fold{k}" for k in range(train.FOLDS))):
-            train.ensure(SUBJECT, seed, name)
+            train.ensure(SUBJECT, seed, name, 3)
         run.fill(methods.Cell(SUBJECT, seed, 3), "long", GROUPS)
     cell = json.loads((small / "tiny.long.0.json").read_text())
     assert {"MAP", "temperature, held-out", "exact rows, cross-fitted", "refit, leave-one-out"} <= set(
@@ -110,7 +112,19 @@ def _trained(small) -> nn.Module:
 
 
 def test_what_a_regime_has_not_is_said(small):
-    train.ensure(SUBJECT, 0, "main")
+    train.ensure(SUBJECT, 0, "main", 3)
     run.fill(methods.Cell(SUBJECT, 0, 1), "long", ["checkpoints"])
     (facts,) = json.loads((small / "tiny.long.0.json").read_text())["methods"].values()
     assert "at least one model" in facts["left_out"]
+
+
+def test_where_no_temperature_is_best_it_is_infinite(small, monkeypatch):
+    train.ensure(SUBJECT, 0, "main", 3)
+
+    def none_is_best(*_):
+        raise NumericalError("temperature scaling has no optimum")
+
+    monkeypatch.setattr(Temperature, "fit", none_is_best)
+    found = methods.GROUPS["temperature"](methods.Cell(SUBJECT, 0, 3))["temperature, held-out"]
+    assert found["temperature"] == "infinite"
+    assert set(found["log_odds"]["one"]) == {0.0}

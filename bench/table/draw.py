@@ -27,10 +27,14 @@ def losses(cell: dict[str, Any], method: str, test: str) -> Tensor | None:
     return torch.nn.functional.softplus(-signs * torch.tensor(odds, dtype=torch.float64))
 
 
-def difference(cells: Sequence[dict[str, Any]], method: str, rival: str, test: str) -> Interval | None:
-    """NLL of a method minus a rival's, over the seeds that have both."""
-    pairs = [(losses(cell, method, test), losses(cell, rival, test)) for cell in cells]
-    found = [a - b for a, b in pairs if a is not None and b is not None]
+def difference(cells: Sequence[dict[str, Any]], method: str, rival: str, *tests: str) -> Interval | None:
+    """NLL of a method minus a rival's, over test sets and the cells that have both."""
+    pairs = [[(losses(cell, method, test), losses(cell, rival, test)) for test in tests] for cell in cells]
+    found = [
+        torch.cat([a - b for a, b in some if a is not None and b is not None])
+        for some in pairs
+        if all(a is not None and b is not None for a, b in some)
+    ]
     return of_means(found) if found and method != rival else None
 
 
@@ -52,14 +56,39 @@ def draw(folder: Path) -> None:
         "Written by `python -m bench.table.run --draw` from the files in `table/`. NLL on each test set: mean over "
         "seeds; behind it the difference to temperature scaling with held-out examples, and to temperature scaling by "
         "cross-fitting, with 95 % intervals (1,000 bootstrap draws of seeds and test examples, paired). Intervals "
-        "of one seed say nothing about other trainings. Methods marked * see held-out examples. Folds are trained for "
-        "as many epochs as the model, which are fewer steps.",
+        "of one seed say nothing about other trainings. Methods marked * see held-out examples. Models without a fold "
+        "take as many steps of training as the model.",
     ]
+    for model in dict.fromkeys(model for model, _ in sections):
+        lines += ["", *_summary(model, [some for (whose, _), some in sections.items() if whose == model])]
     for (model, regime), some in sections.items():
         lines += ["", *_section(model, regime, some)]
     (folder.parent / f"{folder.name}.md").write_text("\n".join(lines) + "\n")
     if cells:
         _plot(sections, folder.parent / f"{folder.name}.png")
+
+
+def _summary(model: str, sections: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """Every method beside held-out temperature scaling, over all trainings of a model."""
+    cells = [cell for some in sections for cell in some]
+    first, *others = cells[0]["labels"]
+    lines = [
+        f"## {model}, all regimes",
+        "",
+        f"NLL minus that of temperature scaling with held-out examples: on {first}, over the other test sets, and the "
+        "worst mean of a regime and test set.",
+        "",
+        "| method | in distribution | out of distribution | worst |",
+        "|---|---|---|---|",
+    ]
+    for method in _methods(cells):
+        found = [difference(some, method, RIVALS[0], test) for some in sections for test in (first, *others)]
+        inside, outside = (difference(cells, method, RIVALS[0], *some) for some in ([first], others))
+        if inside is None or outside is None:
+            continue
+        worst = max(each.value for each in found if each)
+        lines.append(f"| {method}{_star(method)} | {_signed(inside)} | {_signed(outside)} | {worst:+.3f} |")
+    return lines
 
 
 def _section(model: str, regime: str, cells: list[dict[str, Any]]) -> list[str]:
@@ -81,8 +110,7 @@ def _section(model: str, regime: str, cells: list[dict[str, Any]]) -> list[str]:
         spans = [cell["methods"][method].get("prior_precision") for cell in having]
         numbers = [span for span in spans if isinstance(span, float)]
         where = "" if not numbers else f"{min(numbers):.3g} to {max(numbers):.3g}"
-        star = " \\*" if any(word in method for word in SEES_HELD_OUT) else ""
-        row = [method + star, where]
+        row = [method + _star(method), where]
         for test in tests:
             mean = torch.stack([losses(cell, method, test).mean() for cell in having]).mean()  # type: ignore[union-attr]
             apart = [difference(having, method, rival, test) for rival in RIVALS]
@@ -97,6 +125,10 @@ def _section(model: str, regime: str, cells: list[dict[str, Any]]) -> list[str]:
         if "left_out" in facts
     }
     return lines + ([""] if left else []) + [f"Left out, {method}: {why}" for method, why in left.items()]
+
+
+def _star(method: str) -> str:
+    return " \\*" if any(word in method for word in SEES_HELD_OUT) else ""
 
 
 def _signed(value: Interval) -> str:

@@ -40,9 +40,7 @@ def fill(cell: Cell, regime: str, groups: list[str]) -> None:
             continue
         try:
             methods = GROUPS[group](cell)
-        except (
-            ValueError
-        ) as error:  # a method that this model or regime has not: an ensemble of one checkpoint, say
+        except ValueError as error:  # what this model or regime has not: an ensemble of one checkpoint, say
             methods = {group: {"left_out": str(error)}}
         found.setdefault("methods", {}).update(methods)
         found["groups"].append(group)
@@ -67,10 +65,11 @@ def main() -> None:
         warnings.simplefilter("ignore", LaplaceWarning)  # the grid's edge is an answer here
         subject = SUBJECTS[arguments.model]
         needed = ["main", *(f"fold{k}" for k in range(FOLDS)), *(f"member{k + 1}" for k in range(MEMBERS))]
+        epochs = max(subject.epochs[regime] for regime in arguments.regimes)
         for seed in arguments.seeds:
             for run in needed:
                 if not run.startswith("member") or "ensemble" in arguments.groups:
-                    ensure(subject, seed, run)
+                    ensure(subject, seed, run, epochs)
             for regime in arguments.regimes:
                 fill(Cell(subject, seed, subject.epochs[regime]), regime, arguments.groups)
     draw(OUT)

