@@ -73,9 +73,9 @@ def demo() -> str:
     chosen = record["prior_precision"]
     lines += [
         "",
-        f"Held-out likelihood chose prior precision {chosen['validated']:.3g}, the evidence {chosen['evidence']:.3g}; "
-        f"leaving out one training example at a time {chosen['left_out']:.3g}, for the refitted model and without "
-        f"held-out data, which moves the accuracy by {moved}. There are no error bars here.",
+        f"Held-out likelihood chose prior precision {chosen['validated']:.3g}; for the refitted model and without "
+        f"held-out data the evidence chose {chosen['evidence']:.3g}, and leaving out one training example at a time "
+        f"{chosen['left_out']:.3g}, which moves the accuracy by {moved}. There are no error bars here.",
         "",
         "![reliability diagram](results/demo-reliability.png)",
     ]

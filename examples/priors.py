@@ -33,5 +33,7 @@ la.prior_precision = 5.0  # one fit serves any prior
 report("another one", la)
 
 refit = LaplaceLoRA(model, task, structure=Rows(refit=True)).fit(train, progress=False)
-refit.optimize_prior_precision(LeaveOneOut(), progress=False)  # no held-out data; check it where you can
+refit.optimize_prior_precision(Evidence(), progress=False)  # the way to take without held-out data
+report("refit, evidence", refit)
+refit.optimize_prior_precision(LeaveOneOut(), progress=False)  # no data either; did not hold on every model
 report("refit, leave one out", refit)

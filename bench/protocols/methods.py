@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.protocols.config import Methods
 from bench.protocols.train import restore
-from laplace_lora_fast import KFAC, Answers, Evidence, HeldOut, LaplaceLoRA, LeaveOneOut, Rows
+from laplace_lora_fast import KFAC, Answers, Evidence, HeldOut, LaplaceLoRA, Rows
 from laplace_lora_fast.baselines import MAP, Baseline, Case, MCDropout, Temperature
 from laplace_lora_fast.baselines.base import averaged, logits
 from laplace_lora_fast.devices import device_of
@@ -21,7 +21,7 @@ from laplace_lora_fast.evaluation.predictions import Predictions
 
 Loader = Sequence[dict[str, Tensor]]
 MOST_REFIT_ROWS = (
-    2000  # leaving one out takes about a thousand factorisations of a matrix with that many rows
+    2000  # the evidence of a refit takes dozens of factorisations of a matrix with that many rows
 )
 
 
@@ -124,18 +124,18 @@ def _members(files: Callable[[Trained], Sequence[Path]]) -> Callable[[Trained], 
 
 
 def _posterior(published: bool, refit: bool = False, **options: Any) -> Callable[[Trained], Answer]:
-    """A Laplace posterior: tuned by held-out rows where there are any, else by the evidence; or refitted."""
+    """A Laplace posterior: tuned by held-out rows where there are any, else by the evidence."""
 
     def run(trained: Trained) -> Answer:
         n_rows = sum(len(batch["labels"]) for batch in trained.train) * (len(trained.task.token_ids) - 1)
         if refit and n_rows > MOST_REFIT_ROWS:
-            raise NotHereError(f"refitting and leaving one out of {n_rows:,} rows takes too long")
+            raise NotHereError(f"refitting {n_rows:,} rows takes too long")
         la = LaplaceLoRA(trained.model, trained.task, seed=trained.seed, **options)
 
         def fit() -> None:
             la.fit(trained.train, progress=False)
             tuning = Evidence() if trained.held_out is None else HeldOut(trained.held_out)
-            la.optimize_prior_precision(LeaveOneOut() if refit else tuning, progress=False)
+            la.optimize_prior_precision(tuning, progress=False)
 
         link: dict[str, Any] = {"link_approx": "probit"}
         if published:

@@ -33,7 +33,6 @@ from laplace_lora_fast.posterior import (
 )
 from laplace_lora_fast.prediction import LinearisedModel
 from laplace_lora_fast.prior.evidence import Evidence
-from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.prior.tuning import Fitted, Tuning
 from laplace_lora_fast.ranks import Ranks
@@ -45,7 +44,7 @@ from laplace_lora_fast.saving.checked import MALFORMED
 from laplace_lora_fast.saving.fingerprint import FittedOn
 from laplace_lora_fast.saving.recorder import recording
 from laplace_lora_fast.structures import Structure
-from laplace_lora_fast.structures.base import Ability, Problem
+from laplace_lora_fast.structures.base import Problem
 from laplace_lora_fast.tasks import Task
 from laplace_lora_fast.text.predictive import LaplaceText
 
@@ -202,8 +201,9 @@ class LaplaceLoRA(LaplaceText):
 
         Args:
             tuning: `HeldOut(loader)`, which held wherever it was measured; `CrossFit(train, data)`, without held-out
-                data, by training again; `LeaveOneOut()`, after `Rows(refit=True)`, without either; `Evidence()`, a poor
-                guide for an over-trained adapter. None: `LeaveOneOut()` where the structure refits, else `Evidence()`.
+                data, by training again; `Evidence()`, without either, which held after `Rows(refit=True)` wherever it
+                was measured and is a poor guide for an over-trained adapter without; `LeaveOneOut()`, after
+                `Rows(refit=True)`, which did not hold everywhere. None: `Evidence()`.
             progress: show a bar.
 
         Raises:
@@ -212,7 +212,7 @@ class LaplaceLoRA(LaplaceText):
         """
         fitted = self._fitted()
         if tuning is None:
-            tuning = LeaveOneOut() if Ability.LEAVE_ONE_OUT in fitted.structure.abilities else Evidence()
+            tuning = Evidence()
         way: Tuning = named("tuning", tuning, Tuning)
         tuned = way.choose(
             Fitted(

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from laplace_lora_fast import Answers, LaplaceLoRA, LeaveOneOut, Options, Rows
+from laplace_lora_fast import Answers, LaplaceLoRA, Options, Rows
 from laplace_lora_fast.data import option_batches
 from laplace_lora_fast.data.lengths import Context
 from laplace_lora_fast.data.prompts import load_causal_lm
@@ -52,14 +52,14 @@ def fit(files, out, *options, data="ragged"):
 def test_fit_does_what_the_api_does(ragged_files, tmp_path, score):
     folder, _ = ragged_files
     result = fit(ragged_files, tmp_path, *([] if score is None else ["--score", score]))
-    assert "chosen by leave_one_out" in result.output
+    assert "chosen by evidence" in result.output
     model, _, _ = api(folder)
     _, tokenizer = load_causal_lm(str(folder / "base"))
     task = Options(score or "sum")
     assert repr(task) in result.output
     expected = LaplaceLoRA(model, task, structure=Rows(refit=True))
     expected.fit(option_batches(tokenizer, ragged(8, seed=8), 4), progress=False)
-    expected.optimize_prior_precision(LeaveOneOut(), progress=False)
+    expected.optimize_prior_precision(progress=False)
     got = LaplaceLoRA.load(tmp_path, model)
     assert got.task == task
     assert got.prior_precision == expected.prior_precision

@@ -113,7 +113,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
             "MAP",
             "MAP + temperature",
             "Laplace (validated)",
-            "Laplace (evidence)",
+            "Laplace (refit, evidence)",
             "Laplace (refit, leave-one-out)",
         }
     ] * 3
@@ -135,7 +135,7 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     la = LaplaceLoRA(model, Answers(answers)).fit(train, progress=False)
     refit = LaplaceLoRA(model, Answers(answers), structure=Rows(refit=True)).fit(train, progress=False)
     left_out = refit.optimize_prior_precision(LeaveOneOut(), progress=False)
-    evidence = la.optimize_prior_precision(Evidence())
+    evidence = refit.optimize_prior_precision(Evidence())
     validated = la.optimize_prior_precision(HeldOut(val), progress=False)
     assert results["prior_precision"]["evidence"] == pytest.approx(evidence, rel=1e-3)
     assert results["prior_precision"]["validated"] == pytest.approx(validated)
@@ -145,9 +145,12 @@ def test_the_story_is_told_and_written(tiny_task, tmp_path, monkeypatch):
     with torch.no_grad():
         logits = torch.cat([task.answer_logits(model, b, answers) for b in test]).double()
     log_probs = {"MAP": logits.log_softmax(1), "MAP + temperature": (logits / 2).log_softmax(1)}
-    for method, precision in (("Laplace (validated)", validated), ("Laplace (evidence)", evidence)):
-        log_probs[method] = torch.cat([la.predict(b, prior_precision=precision) for b in test]).log()
-    log_probs["Laplace (refit, leave-one-out)"] = torch.cat([refit.predict(b) for b in test]).log()
+    for method, posterior, precision in (
+        ("Laplace (validated)", la, validated),
+        ("Laplace (refit, evidence)", refit, evidence),
+        ("Laplace (refit, leave-one-out)", refit, left_out),
+    ):
+        log_probs[method] = torch.cat([posterior.predict(b, prior_precision=precision) for b in test]).log()
     for method, values in log_probs.items():
         scores = results["metrics"]["tweets, out of distribution"][method]
         assert scores["nll"] == pytest.approx(-values.numpy()[np.arange(10), labels].mean(), rel=1e-3), method

@@ -47,7 +47,7 @@ def structure_of(name: str, options: Mapping[str, Any], refit: bool) -> Structur
 
 
 def may_refit(structure: str, options: Mapping[str, Any]) -> bool:
-    """Whether a structure with these options can refit: leave-one-out can then choose the prior precision."""
+    """Whether a structure with these options can refit: the evidence can then be trusted with the prior precision."""
     from laplace_lora_fast.structures import Structure
 
     if structure == AUTO:
@@ -58,25 +58,26 @@ def may_refit(structure: str, options: Mapping[str, Any]) -> bool:
 
 
 def prior_by_default(held_out: bool, refit: bool) -> str:
-    """What chooses the prior precision where the user leaves it open.
+    """What chooses the prior precision where the user leaves it open: held-out rows, or the evidence.
 
     Args:
         held_out: Whether there are held-out rows.
         refit: Whether the model is, or may be, refitted.
 
     Warns:
-        LaplaceWarning: Only the evidence is left to choose.
+        LaplaceWarning: The evidence of a model that is not refitted is left to choose.
     """
     from laplace_lora_fast import LaplaceWarning
 
-    if held_out or refit:
-        return "held_out" if held_out else "leave_one_out"
-    warnings.warn(
-        "without held-out rows the evidence chooses the prior precision, a poor guide on an over-trained adapter: "
-        "pass --val or, for small data, --structure rows --refit",
-        LaplaceWarning,
-        stacklevel=2,
-    )
+    if held_out:
+        return "held_out"
+    if not refit:
+        warnings.warn(
+            "without held-out rows the evidence chooses the prior precision, a poor guide on an over-trained adapter "
+            "that is not refitted: pass --val or, for small data, --structure rows --refit",
+            LaplaceWarning,
+            stacklevel=2,
+        )
     return "evidence"
 
 

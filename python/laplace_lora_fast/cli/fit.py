@@ -30,9 +30,9 @@ def fit(
     prior: Annotated[
         str | None,
         typer.Option(
-            help="held_out (on --val), leave_one_out (one training row at a time; the model is refitted), evidence (a "
-            "poor guide on an over-trained adapter), or a number. Default: held_out with --val, else leave_one_out "
-            "where the model can be refitted, else evidence."
+            help="held_out (on --val), evidence (a poor guide on an over-trained adapter without --refit), "
+            "leave_one_out (one training row at a time; the model is refitted), or a number. Default: held_out with "
+            "--val, else evidence."
         ),
     ] = None,
     per: Annotated[
@@ -110,14 +110,15 @@ def fit(
     options = {"columns": columns, "refit": refit, "tokens": tokens, "rank": rank, "factors": factors}
     options["fisher"] = fisher
     checks.check_kind_of_rows(texts, score, samples)
+    refits = prior == "leave_one_out"
     if texts:
         prior = checks.prior_of_texts(prior, val is not None)
     elif prior is None:
         few = sum(len(row.choices) - 1 for row in rows) <= checks.MOST_REFIT_ROWS
-        refits = bool(refit) or (few and per is None and checks.may_refit(structure, options))
-        prior = checks.prior_by_default(val is not None, refits)
+        refits = val is None and few and per is None and checks.may_refit(structure, options)
+        prior = checks.prior_by_default(val is not None, refits or bool(refit))
     tuning = checks.tuning_of(prior, {"loader": val_rows, "per": per, "grid": checks.spread(grid)})
-    chosen = checks.structure_of(structure, options, refit=prior == "leave_one_out")
+    chosen = checks.structure_of(structure, options, refit=refits)
     if not isinstance(tuning, float):
         checks.check_pair(tuning, chosen)
     peft_model, reader = loading.load(model, adapter, device, dtype, batch_size, truncate)

@@ -28,7 +28,8 @@ from laplace_lora_fast.prediction import MAP_LINK
 from laplace_lora_fast.saving.atomic import replacing
 
 MAP, TEMPERATURE = "MAP", "MAP + temperature"
-VALIDATED, EVIDENCE, REFIT = "Laplace (validated)", "Laplace (evidence)", "Laplace (refit, leave-one-out)"
+VALIDATED = "Laplace (validated)"
+EVIDENCE, LEFT_OUT = "Laplace (refit, evidence)", "Laplace (refit, leave-one-out)"
 
 Loader = list[dict[str, Tensor]]
 
@@ -52,12 +53,12 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the validation split, the evidence and leaving out training examples chose.
+    """What held-out examples chose, and what the evidence and leaving out training examples did without them.
 
     Attributes:
         validated: Prior precision with the lowest held-out NLL.
-        evidence: Prior precision with the highest marginal likelihood.
-        left_out: Prior precision of the refitted model with the lowest leave-one-out NLL; saw no held-out example.
+        evidence: Prior precision of the refitted model with the highest marginal likelihood.
+        left_out: Prior precision of the refitted model with the lowest leave-one-out NLL.
         temperature: Temperature with the lowest held-out NLL of the plain model.
     """
 
@@ -100,8 +101,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     tuned = _tune(la, refit, val, watch)
     console.print(
         f"    on {len(val_rows)} held-out examples: prior precision {tuned.validated:.3g}, temperature "
-        f"{tuned.temperature:.3g}; by the evidence: prior precision {tuned.evidence:.3g}; by leaving out one training "
-        f"example at a time, refitted: {tuned.left_out:.3g}"
+        f"{tuned.temperature:.3g}; refitted, by the evidence: prior precision {tuned.evidence:.3g}, by leaving out one "
+        f"training example at a time: {tuned.left_out:.3g}"
     )
     grid = _predict(la, refit, tests, tuned, watch)
     with watch.phase("plot"):
@@ -131,9 +132,9 @@ def _test_sets(tokenizer: Any, recipe: Recipe) -> dict[str, Loader]:
 
 
 def _tune(la: LaplaceLoRA, refit: LaplaceLoRA, val: Loader, watch: Stopwatch) -> Tuned:
-    """Leaves the validated prior precision in place, and that of the refitted model."""
+    """What each way chooses."""
     with watch.phase("tune the prior by the evidence"):
-        evidence = la.optimize_prior_precision(Evidence())
+        evidence = refit.optimize_prior_precision(Evidence())
     with watch.phase("tune the prior by held-out NLL"):
         validated = la.optimize_prior_precision(HeldOut(val))
     with watch.phase("tune the prior by leaving one out"):
@@ -161,12 +162,12 @@ def _predict(
         for name, predictions in plain.items()
     }
     with watch.phase("predict with the posterior"):
-        for method, precision in ((VALIDATED, tuned.validated), (EVIDENCE, tuned.evidence)):
-            for name, loader in tests.items():
-                grid[name][method] = _predictions(la, loader, prior_precision=precision)
-    with watch.phase("predict with the refitted posterior"):
         for name, loader in tests.items():
-            grid[name][REFIT] = _predictions(refit, loader)
+            grid[name][VALIDATED] = _predictions(la, loader, prior_precision=tuned.validated)
+    with watch.phase("predict with the refitted posterior"):
+        for method, precision in ((EVIDENCE, tuned.evidence), (LEFT_OUT, tuned.left_out)):
+            for name, loader in tests.items():
+                grid[name][method] = _predictions(refit, loader, prior_precision=precision)
     return grid
 
 

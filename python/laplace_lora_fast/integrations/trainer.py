@@ -49,8 +49,8 @@ class LaplaceCallback(TrainerCallback):
             DataLoader.
         eval_data: what to tune the prior on, likewise; None for the Trainer's evaluation set, which it has to evaluate
             during training for this.
-        tuning: how the prior precision is chosen: "held_out", on `eval_data`; an object such as `Evidence()`,
-            `LeaveOneOut()` (with `structure=Rows(refit=True)`) or `HeldOut(loader, per="side")`; or None to keep
+        tuning: how the prior precision is chosen: "held_out", on `eval_data`; an object such as `Evidence()`
+            (best with `structure=Rows(refit=True)`) or `HeldOut(loader, per="side")`; or None to keep
             `prior_precision`.
         folder: where adapter and posterior go; None for the Trainer's `output_dir`.
         options: what `LaplaceLoRA` takes beside the model and the task.
@@ -95,8 +95,8 @@ class LaplaceCallback(TrainerCallback):
         la = self._new(kwargs["model"])
         if self._holds_out and self._eval_data is None and args.eval_strategy == "no":
             raise ValueError(
-                "tuning='held_out' needs eval_data, or a Trainer that evaluates (eval_strategy); Evidence(), and "
-                "LeaveOneOut() with structure=Rows(refit=True), need no held-out data"
+                "tuning='held_out' needs eval_data, or a Trainer that evaluates (eval_strategy); Evidence() with "
+                "structure=Rows(refit=True) needs no held-out data"
             )
         if isinstance(self._tuning, LeaveOneOut):
             structure = la.structure
