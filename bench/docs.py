@@ -14,6 +14,7 @@ from typing import Any
 from bench import report
 from bench.gpu.output import markdown
 from bench.prior_choice import NAMES, ORACLES, marked
+from bench.table.draw import summaries
 from laplace_lora_fast.demo.run import TEMPERATURE
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,7 @@ def headline() -> str:
     """The demo's scores in a few lines, for the README."""
     record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     recipe, metrics = record["recipe"], record["metrics"]
-    methods = [method for method in next(iter(metrics.values())) if "evidence" not in method]
+    methods = list(next(iter(metrics.values())))
     lines = [
         f"| test NLL / ECE-15 | {' | '.join(data.split(',')[0] for data in metrics)} |",
         "|---" * (1 + len(metrics)) + "|",
@@ -177,6 +178,11 @@ def _leave_one_out(record: dict[str, Any]) -> str:
     )
 
 
+def table() -> str:
+    """Methods beside temperature scaling; the full table is linked."""
+    return f"{summaries(RESULTS / 'table')}\n\n[Every length of training](results/table.md), [plot](results/table.png)."
+
+
 def gpu() -> str:
     """The tables of the newest GPU report."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*/gpu_report.json")]
@@ -198,6 +204,7 @@ BLOCKS: dict[str, dict[str, tuple[str, Callable[[], str]]]] = {
         "bench": ("*-cpu.json", bench),
         "structures": ("structures.json", structures),
         "prior": ("prior_choice.json", prior_choice),
+        "table": ("table/*.json", table),
         "gpu": ("*/gpu_report.json", gpu),
     },
 }

@@ -46,10 +46,7 @@ def predictions(cell: dict[str, Any], method: str, test: str) -> Predictions:
 
 def draw(folder: Path) -> None:
     """Writes `folder`.md and `folder`.png, a section for every model and regime."""
-    cells = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    sections: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for cell in cells:
-        sections.setdefault((cell["cell"]["model"], cell["cell"]["regime"]), []).append(cell)
+    sections = _sections(folder)
     lines = [
         "# The table",
         "",
@@ -59,24 +56,40 @@ def draw(folder: Path) -> None:
         "of one seed say nothing about other trainings. Methods marked * see held-out examples. Models without a fold "
         "take as many steps of training as the model.",
     ]
-    for model in dict.fromkeys(model for model, _ in sections):
-        lines += ["", *_summary(model, [some for (whose, _), some in sections.items() if whose == model])]
+    lines += ["", summaries(folder)]
     for (model, regime), some in sections.items():
         lines += ["", *_section(model, regime, some)]
     (folder.parent / f"{folder.name}.md").write_text("\n".join(lines) + "\n")
-    if cells:
+    if sections:
         _plot(sections, folder.parent / f"{folder.name}.png")
 
 
+def summaries(folder: Path) -> str:
+    """For each model every method beside held-out temperature scaling, over all trainings."""
+    sections = _sections(folder)
+    models = dict.fromkeys(model for model, _ in sections)
+    parts = [
+        _summary(model, [some for (whose, _), some in sections.items() if whose == model]) for model in models
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _sections(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The cells of every model and regime."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        cell = json.loads(file.read_text())
+        found.setdefault((cell["cell"]["model"], cell["cell"]["regime"]), []).append(cell)
+    return found
+
+
 def _summary(model: str, sections: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-    """Every method beside held-out temperature scaling, over all trainings of a model."""
     cells = [cell for some in sections for cell in some]
     first, *others = cells[0]["labels"]
     lines = [
-        f"## {model}, all regimes",
-        "",
-        f"NLL minus that of temperature scaling with held-out examples: on {first}, over the other test sets, and the "
-        "worst mean of a regime and test set.",
+        f"{model}, {len(cells)} trainings: NLL minus that of temperature scaling with held-out examples, in "
+        f"distribution ({first}), out of it ({', '.join(others)}), and the worst mean over seeds of a length of "
+        "training and a test set; 95 % intervals, paired. \\* sees held-out examples too.",
         "",
         "| method | in distribution | out of distribution | worst |",
         "|---|---|---|---|",
