@@ -165,9 +165,13 @@ def _predict(
         for name, loader in tests.items():
             grid[name][VALIDATED] = _predictions(la, loader, prior_precision=tuned.validated)
     with watch.phase("predict with the refitted posterior"):
-        for method, precision in ((EVIDENCE, tuned.evidence), (LEFT_OUT, tuned.left_out)):
-            for name, loader in tests.items():
-                grid[name][method] = _predictions(refit, loader, prior_precision=precision)
+        for name, loader in tests.items():
+            both = [
+                refit.predict(batch, prior_precision=[tuned.evidence, tuned.left_out]) for batch in loader
+            ]
+            for place, method in enumerate((EVIDENCE, LEFT_OUT)):
+                probs = torch.cat([each[place] for each in both])
+                grid[name][method] = replace(plain[name], probs=probs)
     return grid
 
 
