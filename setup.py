@@ -1,7 +1,6 @@
-"""Builds laplace_kernels._cuda where nvcc is; everything else is declared in pyproject.toml.
+"""Builds laplace_kernels._cuda where LAPLACE_KERNELS_BUILD_CUDA=1 asks for it; all else is declared in pyproject.toml.
 
-LAPLACE_KERNELS_BUILD_CUDA=0 skips the CUDA kernels; =1 makes it an error that they cannot be built, which otherwise
-is a message and a package without them.
+It takes an nvcc. Not asked for, the package is pure Python, whatever is installed.
 """
 
 from __future__ import annotations
@@ -22,17 +21,21 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ["csrc/launch.cu", "csrc/bind.cpp"]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 OLDEST = (12, 1)  # the first with more than 4 KB of kernel parameters
-SETTING = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA", "")
+ASKED = os.environ.get("LAPLACE_KERNELS_BUILD_CUDA") == "1"
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc, or None where the CUDA kernels are not to be built."""
+    """Path of nvcc, or None where the CUDA kernels are not asked for; ends the process where they cannot be built."""
+    if not ASKED:
+        print(
+            "laplace_kernels: without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=1 builds them)",
+            file=sys.stderr,
+        )
+        return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [str(Path(home) / "bin") for home in (*homes, "/usr/local/cuda")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
-    if SETTING == "0":
-        obstacle = "LAPLACE_KERNELS_BUILD_CUDA=0"
-    elif nvcc is None:
+    if nvcc is None:
         obstacle = "nvcc was not found"
     elif (found := release(nvcc)) is None:
         obstacle = f"{nvcc} --version fails or says nothing"
@@ -40,10 +43,7 @@ def find_nvcc() -> str | None:
         obstacle = f"{nvcc} is older than CUDA {OLDEST[0]}.{OLDEST[1]}"
     else:
         return nvcc
-    if SETTING == "1":
-        raise SystemExit(f"laplace_kernels: LAPLACE_KERNELS_BUILD_CUDA=1, but {obstacle}")
-    print(f"laplace_kernels: building without CUDA kernels ({obstacle})", file=sys.stderr)
-    return None
+    raise SystemExit(f"laplace_kernels: LAPLACE_KERNELS_BUILD_CUDA=1, but {obstacle}")
 
 
 def release(nvcc: str) -> tuple[int, int] | None:
@@ -94,7 +94,7 @@ class BuildCuda(build_ext):
     """Builds the one extension with nvcc and ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compiles and links `ext` to where setuptools expects it; a failure is an error unless `ext` is optional."""
+        """Compiles and links `ext` to where setuptools expects it."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         for path in (target.parent, folder):
@@ -104,13 +104,11 @@ class BuildCuda(build_ext):
             (folder / "build.ninja").write_text(ninja_file(NVCC, target))
             subprocess.run([ninja, "-C", str(folder)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            if ext.optional:
-                print(f"laplace_kernels: building without CUDA kernels ({error})", file=sys.stderr)
-            raise CompileError(
-                str(error)
-            ) from error  # which setuptools passes over for an optional extension
+            raise CompileError(str(error)) from error
 
 
 NVCC = find_nvcc()
-EXTENSION = Extension("laplace_kernels._cuda", SOURCES, optional=SETTING != "1")
-setup(ext_modules=[EXTENSION] if NVCC else [], cmdclass={"build_ext": BuildCuda})
+setup(
+    ext_modules=[Extension("laplace_kernels._cuda", SOURCES)] if NVCC else [],
+    cmdclass={"build_ext": BuildCuda},
+)

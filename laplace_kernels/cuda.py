@@ -1,7 +1,7 @@
 """The compiled CUDA kernels of csrc/ as a backend: `gram_group_`, `gram_sketch_`, and both in one call for a model.
 
 They have been compiled, and run on an emulation of a GPU, but never on a GPU: "auto" does not choose them, and
-`use_backend("cuda")` does. `pip install` builds them where nvcc is.
+`use_backend("cuda")` does. `LAPLACE_KERNELS_BUILD_CUDA=1 pip install .` builds them.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str:
     try:
         _library()
     except ImportError as error:
-        return f"laplace_kernels._cuda is not there: install where nvcc is ({error})"
+        return f"laplace_kernels._cuda is not there: install with LAPLACE_KERNELS_BUILD_CUDA=1 ({error})"
     if dtype not in _DTYPES:
         return f"it reads bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return _needs_gpu(device)

@@ -95,10 +95,13 @@ def test_methods_are_compared_and_drawn(tmp_path):
     assert found[MAP]["nll"] == pytest.approx(
         float(torch.stack([nll(r, MAP).mean() for r in runs]).mean()), 1e-4
     )
-    assert (
-        f"| {MAP} | {found[MAP]['accuracy']:.3f} | {found[MAP]['nll']:.3f} |"
-        in (tmp_path / "answers-options.md").read_text()
+    (row,) = (
+        line
+        for line in (tmp_path / "answers-options.md").read_text().splitlines()
+        if line.startswith(f"| {MAP} |")
     )
+    assert f"| {MAP} | {found[MAP]['accuracy']:.3f} |" in row
+    assert f"| {found[MAP]['nll']:.3f} |" in row
 
 
 def test_what_is_picked_is_drawn():

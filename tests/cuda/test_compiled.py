@@ -267,11 +267,16 @@ def test_without_a_gpu_it_imports_and_fails_cleanly(library):
     assert cuda._GRAM.size == 56
 
 
-def test_a_build_without_nvcc_says_so(tmp_path):
-    output = build(
-        tmp_path, prelude="shutil.which = lambda *args, **kwargs: None", LAPLACE_KERNELS_BUILD_CUDA=""
-    )
-    assert "laplace_kernels: building without CUDA kernels (nvcc was not found)" in output
+def test_a_build_that_asks_for_cuda_kernels_needs_nvcc(tmp_path):
+    without = "shutil.which = lambda *args, **kwargs: None"
+    output = build(tmp_path, prelude=without, fails=True, LAPLACE_KERNELS_BUILD_CUDA="1")
+    assert "LAPLACE_KERNELS_BUILD_CUDA=1, but nvcc was not found" in output
+
+
+@pytest.mark.parametrize("setting", ["", "0"])
+def test_without_being_asked_for_cuda_kernels_are_not_built(tmp_path, setting):
+    output = build(tmp_path, LAPLACE_KERNELS_BUILD_CUDA=setting)
+    assert "laplace_kernels: without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=1 builds them)" in output
     assert not list(tmp_path.glob("**/*.so"))
 
 
@@ -286,22 +291,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_nvcc_is_an_error_only_where_it_is_asked_for(tmp_path, case):
+def test_a_broken_nvcc_is_an_error(tmp_path, case):
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
     (home / "bin/nvcc").write_text(BROKEN[case])
     (home / "bin/nvcc").chmod(0o755)
-    output = build(tmp_path, CUDA_HOME=str(home), LAPLACE_KERNELS_BUILD_CUDA="")
-    assert "laplace_kernels: building without CUDA kernels" in output
-    assert not list(tmp_path.glob("**/*.so"))
     build(tmp_path, CUDA_HOME=str(home), LAPLACE_KERNELS_BUILD_CUDA="1", fails=True)
-
-
-def test_a_build_can_be_told_to_leave_cuda_alone(tmp_path):
-    assert "building without CUDA kernels (LAPLACE_KERNELS_BUILD_CUDA=0)" in build(
-        tmp_path, LAPLACE_KERNELS_BUILD_CUDA="0"
-    )
-    assert not list(tmp_path.glob("**/*.so"))
 
 
 def test_a_missing_library_is_explained(monkeypatch):
@@ -318,12 +313,11 @@ def test_a_missing_library_is_explained(monkeypatch):
     ("setting", "nvcc", "outcome"),
     [
         ("1", None, pytest.fail.Exception),
-        ("", "/bin/nvcc", pytest.fail.Exception),
-        ("0", "/bin/nvcc", pytest.skip.Exception),
+        ("", "/bin/nvcc", pytest.skip.Exception),
         ("", None, pytest.skip.Exception),
     ],
 )
-def test_a_run_on_a_gpu_fails_without_the_library_where_it_can_be_built(monkeypatch, setting, nvcc, outcome):
+def test_a_run_on_a_gpu_fails_without_the_library_where_it_is_asked_for(monkeypatch, setting, nvcc, outcome):
     monkeypatch.setenv("LAPLACE_KERNELS_BUILD_CUDA", setting)
     monkeypatch.setattr(shutil, "which", lambda name: nvcc)
     with pytest.raises(outcome, match="it is not there"):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from laplace_lora_fast import Classes, InvalidBatchError, LaplaceLoRA, Rows
+from laplace_lora_fast import Classes, LaplaceLoRA, Rows
 from tests import tiny
 
 SMALL = {
@@ -81,10 +81,15 @@ def test_against_autograd(make: Callable[[], nn.Module]) -> None:
     assert (found - expected).abs().max() < 1e-6 * expected.abs().max()  # softmax in fp32 inside
 
 
-def test_what_cannot_be_told_apart_says_so() -> None:
-    batch = {"input_ids": torch.randint(1, 48, (3, 5))}
-    with pytest.raises(InvalidBatchError, match="batches of one sequence"):
-        LaplaceLoRA(deberta(), Classes()).fit([batch], progress=False)
+def test_keys_that_sequences_share_in_larger_batches() -> None:
+    """DeBERTa's see relative positions once for all sequences: their Jacobians come from autograd."""
+    model, ids = deberta(), torch.randint(1, 48, (6, 5), generator=torch.Generator().manual_seed(0))
+    la = LaplaceLoRA(model, Classes(), structure=Rows(columns=1 << 20), prior_precision=0.5)
+    la.fit([{"input_ids": ids[:4]}], progress=False)
+    found = la.logit_distribution({"input_ids": ids[4:]})[1]
+    singles = [{"input_ids": each[None]} for each in ids]
+    expected = torch.stack([covariance(model, singles[:4], test, 0.5) for test in singles[4:]])
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()  # softmax in fp32 inside
 
 
 def test_shared_layers_in_larger_batches() -> None:

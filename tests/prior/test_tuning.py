@@ -11,15 +11,15 @@ TRAIN = tiny.batch(9, length=6, seed=1)
 
 
 @pytest.mark.filterwarnings("ignore:the best prior precision lies on the edge")
-def test_the_way_follows_from_the_structure() -> None:
+def test_the_evidence_is_the_default() -> None:
     la = LaplaceLoRA(tiny.tiny_llama(), Answers(tiny.ANSWERS), structure="kfac").fit([TRAIN], progress=False)
     found = la.optimize_prior_precision()
     assert found == la.optimize_prior_precision(Evidence()) == la.optimize_prior_precision("evidence")
     refit = LaplaceLoRA(tiny.tiny_llama(), Answers(tiny.ANSWERS), structure=Rows(refit=True))
     refit.fit([TRAIN], progress=False)
     found = refit.optimize_prior_precision(progress=False)
-    assert found == refit.optimize_prior_precision(LeaveOneOut(), progress=False)
-    assert found != refit.optimize_prior_precision(Evidence(), progress=False)
+    assert found == refit.optimize_prior_precision(Evidence(), progress=False)
+    assert found != refit.optimize_prior_precision(LeaveOneOut(), progress=False)
 
 
 def test_what_a_way_of_tuning_would_not_look_at_is_refused() -> None:

@@ -241,8 +241,8 @@ def fields(header):
 
 
 def test_headers_of_other_kinds_are_state_errors_or_load(saved, tmp_path):
-    """With a checksum that fits, so that what reads them is tried. A task may be asked for, layers not be there."""
-    others = {"task": ValueError, "layers": UnsupportedAdapterError}
+    """With a checksum that fits, so that what reads them is tried. A task may be asked for, weights not be there."""
+    others = {"task": ValueError, "layers": UnsupportedAdapterError, "trained": UnsupportedAdapterError}
     write(tmp_path, saved)
     with safe_open(tmp_path / "posterior.safetensors", "pt") as file:
         header = json.loads(file.metadata()["header"])

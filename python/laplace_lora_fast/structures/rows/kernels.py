@@ -17,14 +17,15 @@ class RowKernels:
     Args:
         rows: J Omega of every weight, [R, r m].
         projections: Omega of every weight, [d, m].
-
-    Attributes:
-        are_sketched: for each weight whether fewer columns than its width are kept.
     """
 
     def __init__(self, rows: Sequence[Tensor], projections: Sequence[Tensor]) -> None:
         self._rows, self._projections = rows, projections
-        self.are_sketched = [projection.shape[1] < projection.shape[0] for projection in projections]
+
+    @property
+    def are_sketched(self) -> list[bool]:
+        """For each weight whether fewer columns than its width are kept."""
+        return [projection.shape[1] < projection.shape[0] for projection in self._projections]
 
     @property
     def sketched(self) -> bool:
