@@ -278,6 +278,22 @@ def test_as_many_tokens_as_sequences_by_chance():
         fitted(tiny.adapt(Chosen(), targets=("layer",)), batches[::-1], Classes())
 
 
+class OutOfSight(Chosen):
+    """Tokens are embedded by no module."""
+
+    def forward(self, input_ids):
+        hidden, chosen = self.embed.weight[input_ids].clone(), input_ids < 10
+        hidden[chosen] = self.layer(hidden[chosen]).tanh()
+        return self.head(hidden.mean(1))
+
+
+def test_what_cannot_be_told_apart_says_so():
+    batch = {"input_ids": torch.full((2, 4), 20)}
+    batch["input_ids"][:, 1:3] = 3
+    with pytest.raises(InvalidBatchError, match="batches of one sequence without pads"):
+        fitted(tiny.adapt(OutOfSight(), targets=("layer",)), [batch], Classes())
+
+
 def embedded(model, batch):
     """The batch by what its tokens are embedded as."""
     rest = {key: value for key, value in batch.items() if key != "input_ids"}

@@ -20,6 +20,7 @@ from laplace_lora_fast import (
     Outputs,
     Regression,
     Rows,
+    UnsupportedAdapterError,
 )
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.model.batches import read_batch
@@ -294,7 +295,7 @@ def test_labels_needed_for_the_evidence_and_held_out_data():
 
 
 class OneTokenLess(nn.Module):
-    """A layer that does not see the first token."""
+    """A layer that does not see the first token, in a model without embeddings."""
 
     def __init__(self):
         super().__init__()
@@ -302,6 +303,27 @@ class OneTokenLess(nn.Module):
 
     def forward(self, x, attention_mask):
         return self.head(self.shared(x[:, 1:]).mean(1))
+
+
+class Mixed(OneTokenLess):
+    """Each sequence's output depends on all of them."""
+
+    def forward(self, x, attention_mask):
+        hidden = self.shared(x[:, 1:])
+        return self.head((hidden - hidden.mean(0)).mean(1).tanh())
+
+
+@pytest.mark.parametrize(
+    ("kind", "pads", "why"),
+    [(OneTokenLess, 2, "depend on padded positions"), (Mixed, 0, "depend on other sequences")],
+)
+def test_what_its_jacobians_would_hide_is_refused(kind, pads, why):
+    """Gradients at the batch's own numbers tell."""
+    la = LaplaceLoRA(tiny.adapt(kind(), targets=("shared",), r=2), Classes())
+    batch = {"x": torch.randn(3, 5, 4, dtype=torch.float64), "attention_mask": torch.ones(3, 5)}
+    batch["attention_mask"][1, 5 - pads :] = 0
+    with pytest.raises((InvalidBatchError, UnsupportedAdapterError), match=why):
+        la.fit([batch], progress=False)
 
 
 def test_a_layer_whose_tokens_are_not_those_of_the_mask():

@@ -9,7 +9,8 @@ sequence's outputs in lora_A and lora_B is the row by definition, at the cost of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.errors import InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
+from laplace_lora_fast.model.contexts import input_embeddings
 from laplace_lora_fast.model.observer import Observer, Stream, Tapped, tokens_and_mask
 
 Gradients = Sequence[Tensor | None]
@@ -31,8 +33,8 @@ class Alone:
 
     Attributes:
         indices: theirs.
-        embedded: what the input embeddings gave in this pass: gradients there tell what streams would, that sequences
-            do not depend on each other, nor on pads.
+        starts: where the pass starts: what embeddings gave for the batch's tokens, and its floating-point inputs.
+            Gradients there tell what streams would, that sequences do not depend on each other, nor on pads.
         refused: why the streams of layers that are not among them, yet, could not be read in this pass.
     """
 
@@ -41,7 +43,7 @@ class Alone:
         self.indices = {
             index for index, layer in enumerate(layers) if layer.without_streams or layer.name in names
         }
-        self.embedded: Tensor | None = None
+        self.starts: list[Tensor] = []
         self._read = False
         self.refused: dict[int, InvalidBatchError] = {}
 
@@ -61,11 +63,19 @@ class Alone:
     @property
     def targets(self) -> list[Tensor]:
         """All whose gradients `show` takes."""
-        return [*self.weights, *([] if self.embedded is None else [self.embedded])]
+        return [*self.weights, *self.starts]
 
-    def may_embed(self, output: Any) -> bool:
-        """Whether this is to be what the embeddings gave: the first time that they run."""
-        return bool(self.indices) and self.embedded is None and isinstance(output, Tensor)
+    def started(self, inputs: Inputs) -> Inputs:
+        """The inputs of a pass, which starts anew; those in floating point require gradients."""
+        self.starts = []
+        if not self.indices:
+            return inputs
+        model = dict(inputs.model)
+        for key, value in model.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and len(value) == inputs.n_sequences:
+                model[key] = value.detach().clone().requires_grad_()
+                self.starts.append(model[key])
+        return replace(inputs, model=model)
 
     def take_refused(self, observer: Observer) -> list[nn.Parameter]:
         """Takes in the layers whose streams could not be read, and returns their weights; raises if there is no way.
@@ -80,6 +90,20 @@ class Alone:
         new, self.refused = sorted(self.refused), {}
         self.indices |= set(new)
         return [weight for index in new for weight in self._layers[index].own_parameters]
+
+    def require_provable(self, inputs: Inputs) -> None:
+        """Raises InvalidBatchError where nothing could show that sequences depend on each other, or on pads.
+
+        Streams would, and gradients where the pass starts do, if that was found.
+        """
+        padded = inputs.mask is not None and not bool(inputs.mask.all())
+        if self.indices and not self.starts and (inputs.n_sequences > 1 or padded):
+            raise InvalidBatchError(
+                f"layer {self._layers[min(self.indices)].name!r} has no stream of tokens with a row a sequence, and no "
+                "embeddings of the batch's tokens were seen, so that it cannot be told whether sequences depend on "
+                "each other or on pads: pass batches of one sequence without pads, or leave it out with "
+                "layers=lambda name: .."
+            )
 
     def read(self, n_sequences: int) -> None:
         """Takes note that the streams of all other layers have been read."""
@@ -105,14 +129,16 @@ class Alone:
         Args:
             observer: shown them.
             gradients: of each sequence's outputs in all `targets`; None where they do not depend on one.
-            require_own: is given the gradient in the embeddings, and of which sequence.
+            require_own: is given the gradient where the pass starts, and of which sequence.
 
         Returns:
             The layers that some gradient reached.
         """
+        n_weights = len(self.weights)
         for sequence, each in enumerate(gradients):
-            if self.embedded is not None and each[-1] is not None:
-                require_own(each[-1], sequence)
+            for gradient in each[n_weights:]:
+                if gradient is not None:
+                    require_own(gradient, sequence)
         reached, start = set(), 0
         for index in sorted(self.indices):
             layer = self._layers[index]
@@ -132,14 +158,39 @@ def takes_jacobians(observer: Any) -> bool:
 
 
 def embedded_tokens(g: Tensor, inputs: Inputs) -> Stream:
-    """A stream at the input embeddings as [S, T, d] with its mask. Tokens may come first there, or pads be added."""
+    """A stream where a pass starts as [S, T, d] with its mask. Tokens may come first there, or pads be added.
+
+    No mask is known of what has other axes, pictures and sound.
+    """
     if g.dim() == 3 and g.shape[0] != inputs.n_sequences == g.shape[1]:
         g = g.transpose(0, 1)
     if g.dim() == 3 and g.shape[0] == inputs.n_sequences and g.shape[1] > (inputs.length or g.shape[1]):
         if inputs.mask is None:
             return g, None
         return g, nn.functional.pad(inputs.mask, (0, g.shape[1] - inputs.mask.shape[1])).to(g.device)
+    if g.shape[0] == inputs.n_sequences and (g.dim() != 3 or g.shape[1] != inputs.length):
+        return g.reshape(len(g), 1, -1), None
     return tokens_and_mask(g, inputs, "embeddings")
+
+
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """All modules that may embed a batch's tokens: the one that the model names, and any other."""
+    named = _named(model)
+    found = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return [*([] if named is None else [named]), *(module for module in found if module is not named)]
+
+
+def embeds(model: nn.Module, module: nn.Module, args: Any, output: Any, inputs: Inputs | None) -> bool:
+    """Whether it embeds the batch's tokens: some models do so by other modules than they name."""
+    given, ids = (args[0] if args else None), (inputs.model.get("input_ids") if inputs else None)
+    of_batch = isinstance(ids, Tensor) and isinstance(given, Tensor) and given.data_ptr() == ids.data_ptr()
+    return isinstance(output, Tensor) and (of_batch or module is _named(model))
+
+
+def _named(model: nn.Module) -> nn.Module | None:
+    with suppress(StopIteration, NotImplementedError):  # a model without
+        return input_embeddings(model)
+    return None
 
 
 @contextmanager

@@ -31,12 +31,12 @@ class Leaves:
         self.all: list[Tensor] = [*self._parameters, self.anchor]
         self._elsewhere = True
 
-    def find(self, u: Tensor, but: Sequence[nn.Parameter]) -> None:
+    def find(self, u: Tensor, but: Sequence[Tensor]) -> None:
         """Looks for them in the graph of u, while there were others than the anchor in the last one.
 
         Args:
             u: [S, U] with its graph.
-            but: parameters whose gradients are taken by themselves.
+            but: tensors whose gradients are taken by themselves.
 
         Raises:
             UnsupportedAdapterError: they cannot be, for reentrant checkpoints.

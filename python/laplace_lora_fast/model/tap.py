@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
-from laplace_lora_fast.model.alone import Alone, embedded_tokens, thawed
+from laplace_lora_fast.model.alone import Alone, embedded_tokens, embeddings, embeds, thawed
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
     autocast_of_caller,
@@ -22,7 +22,6 @@ from laplace_lora_fast.model.contexts import (
     evaluation_mode,
     exclusive,
     frozen,
-    input_embeddings,
     reentrant,
     without_autocast,
     without_fast_path,
@@ -114,7 +113,9 @@ class Tap:
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(frozen(self.model, self._parameters))
             stack.enter_context(thawed(self._alone.weights))
-            stack.enter_context(checkpointed(checkpointing, self._may_checkpoint))
+            stack.enter_context(
+                checkpointed(checkpointing, lambda: self._is_own() and not self._alone.indices)
+            )
             stack.enter_context(self.head.installed())
             stack.enter_context(differentiable_kernels(self.model))
             stack.enter_context(without_fast_path())
@@ -156,6 +157,7 @@ class Tap:
         if self._alone.refused:
             self._stack.enter_context(thawed(self._alone.take_refused(self.observer)))
             u = self._run(inputs)
+        self._alone.require_provable(inputs)
         self._alone.read(inputs.n_sequences)
         require_all_ran(self.layers, self._sharing.uses, self._first.parts_ran)
         self._finish_inputs(self.observer)
@@ -165,13 +167,13 @@ class Tap:
                 "checkpointing with use_reentrant=True in custom code whose inputs do not require grad: call "
                 "model.enable_input_require_grads())"
             )
-        self._leaves.find(u, self._alone.weights)
+        self._leaves.find(u, self._alone.targets)
         return u
 
     def _run(self, inputs: Inputs) -> Tensor:
         """A forward pass under observation."""
         self._sharing.start()
-        self._alone.embedded = None
+        inputs = self._alone.started(inputs) if self.observer is not None else inputs
         self._leaks.start_batch(inputs)
         self._streams.clear()
         self._outputs.clear()
@@ -263,24 +265,23 @@ class Tap:
             stack.callback(handle.remove)
             self._first.watch(index, self._is_own, stack)
         self._first.watch_kernels(self.model, self._is_own, stack)
-        with suppress(StopIteration, NotImplementedError):  # a model without
-            stack.callback(input_embeddings(self.model).register_forward_hook(self._embedding_hook).remove)
+        for module in embeddings(self.model):
+            stack.callback(module.register_forward_hook(self._embedding_hook).remove)
 
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not (self._starts_early or self._alone.indices) or not self._is_own():
             return output
-        started = self._start_graph(output) if isinstance(output, Tensor) else output
-        if self._forward_phase and self._alone.may_embed(started):
-            self._alone.embedded = started
+        if not embeds(self.model, module, args, output, self._inputs):
+            return output
+        started = self._start_graph(output)
+        if self._forward_phase and self._alone.indices:
+            self._alone.starts.append(started)
         return started
 
     def _require_own_tokens(self, g: Tensor, sequence: int) -> None:
         assert self._inputs is not None
         stream = embedded_tokens(g, self.head.as_called(self._inputs))
         self._leaks.require_own_tokens(*stream, sequence)
-
-    def _may_checkpoint(self) -> bool:
-        return self._is_own() and not self._alone.indices
 
     def _is_own(self) -> bool:
         """Whether this code runs in one of the tap's passes, not in a plain forward pass of another thread.
