@@ -20,9 +20,8 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.evaluation.predictions import Predictions
 
 Loader = Sequence[dict[str, Tensor]]
-MOST_REFIT_ROWS = (
-    2000  # the evidence of a refit takes dozens of factorisations of a matrix with that many rows
-)
+# The evidence of a refit takes dozens of factorisations of a matrix with that many rows.
+MOST_REFIT_ROWS = 2000
 
 
 class NotHereError(Exception):

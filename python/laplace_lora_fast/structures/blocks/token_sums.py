@@ -1,7 +1,7 @@
 """Sums over the real tokens of 16-bit streams with pads, one product each: the way of a GPU.
 
     W x = [sum over real tokens | weighted sum over pads]        W [2, T] of each sequence: 1 at its real tokens, 0 at
-                                                                 pads, and no two weights of pads alike below
+                                                                 pads, and random weights of pads below
 
 The stream is read once; to select its real tokens and add them up would read it twice and write it once. The second
 row is zero where the pads are, so that no check of them has to look at them again.
@@ -77,7 +77,8 @@ class PaddedTokens:
     def _rows(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Columns of W: [2, 1] at a real token and [2, T] at pads.
 
-        Weights of pads differ, so that gradients which are each other's opposite do not add up to zero.
+        Weights of pads are drawn, so that gradients which are each other's opposite do not add up to zero: in 16 bits
+        they take 128 or more values, and two pads have the same one rarely, not never.
         """
         key = like.dtype, like.device
         if key not in self._constants or self._constants[key][1].shape[1] < length:

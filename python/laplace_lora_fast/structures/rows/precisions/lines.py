@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 _DIGITS = 9  # of a direction's logarithm; scales of a grid are rounded
-_FEW, _A_DECADE = (
-    8,
-    3,
-)  # values of a smooth function that are found one by one, and where it is found for more
+_FEW = 8  # values of a smooth function, each found by itself
+_A_DECADE = 3  # places where it is found for more of them
 
 
 @dataclass(frozen=True)
