@@ -96,8 +96,9 @@ class Alone:
 
         Streams would, and gradients where the pass starts do, if that was found.
         """
-        padded = inputs.mask is not None and not bool(inputs.mask.all())
-        if self.indices and not self.starts and (inputs.n_sequences > 1 or padded):
+        if not self.indices or self.starts:
+            return
+        if inputs.n_sequences > 1 or (inputs.mask is not None and not bool(inputs.mask.all())):
             raise InvalidBatchError(
                 f"layer {self._layers[min(self.indices)].name!r} has no stream of tokens with a row a sequence, and no "
                 "embeddings of the batch's tokens were seen, so that it cannot be told whether sequences depend on "
