@@ -22,10 +22,15 @@ import torch
 from torch import Tensor
 
 from bench.real_rows import MODELS, NAMES, PIECE, Jacobians, jacobians, subject, texts
-from laplace_kernels import gram_sketch_
 from laplace_lora_fast import KFAC, LaplaceLoRA
 from laplace_lora_fast.evaluation.provenance import provenance
-from laplace_lora_fast.structures.low_rank.algebra import as_curvature, nystrom, test_matrix
+from laplace_lora_fast.structures.low_rank.algebra import (
+    add_rows_,
+    as_curvature,
+    as_rows,
+    nystrom,
+    test_matrix,
+)
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.sketches.sketch import (
@@ -36,7 +41,7 @@ from laplace_lora_fast.structures.rows.sketches.sketch import (
 )
 
 FIXED = (0.1, 1.0, 10.0, 100.0)
-LARGEST = 2048  # rank that the default budget holds for both models
+LARGEST = 4096  # rank that the default budget holds for both models
 
 
 def kfac_variances(model: str, n_train: int, n_test: int, cache: Path) -> tuple[Tensor, float, float]:
@@ -84,14 +89,17 @@ def low_rank(found: Jacobians, n: int, rank: int, seed: int) -> RowCurvature:
     device = torch.device("cpu")
     features = sum(rows.shape[1] for rows in whole.rows)
     omega = test_matrix(features, min(rank, features), seed + len(found.means), device)
-    sketch, trace = torch.zeros_like(omega), 0.0
+    sketch, trace = torch.zeros_like(omega, dtype=torch.float64), 0.0
     for start in range(0, n, PIECE):
         place = slice(start, min(n, start + PIECE))
         weighted = torch.cat([rows[place].double() for rows in whole.rows], 1) * found.roots[place, None]
-        gram_sketch_(sketch, weighted, omega)
+        add_rows_(sketch, omega, weighted)
         trace += float(weighted.square().sum())
-    rows = nystrom(sketch, omega, torch.float32)
-    return as_curvature(found.names, found.means, whole.projections, rows, trace, n)
+    back = nystrom(sketch, omega)
+    parts = [
+        as_rows(part, back, torch.float32) for part in sketch.split([rows.shape[1] for rows in whole.rows])
+    ]
+    return as_curvature(found.names, found.means, whole.projections, parts, trace, n)
 
 
 class Tested:
@@ -175,7 +183,8 @@ def measure(
     keep_rows("Rows(columns=128)", lambda: sketched(found, n, uniform, seed))
     keep_rows("the same at the prior's own precision", lambda: sketched(found, n, uniform, seed), plain=True)
     keep_rows(f"LowRank(), rank {rank:,}", lambda: low_rank(found, n, rank, seed))
-    keep_rows("LowRank(rank=512)", lambda: low_rank(found, n, 512, seed))
+    for fewer in (each for each in (2048, 512) if each < rank):
+        keep_rows(f"LowRank(rank={fewer})", partial(low_rank, found, n, fewer, seed))
     if kfac is not None:
         variances, seconds, size = kfac()
         keep("KFAC()", variances, [], seconds, size)

@@ -28,6 +28,17 @@ def test_every_export_is_there_on_first_use():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_short_names_need_no_import_of_their_objects():
+    code = """if True:
+        from laplace_lora_fast import LaplaceLoRA
+        from laplace_lora_fast.options import named
+        from laplace_lora_fast.prior.tuning import Tuning
+        print(named("tuning", "leave_one_out", Tuning), named("tuning", "evidence", Tuning))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LeaveOneOut" in done.stdout
+
+
 def test_the_package_imports_nothing_heavy():
     code = "import sys, laplace_lora_fast; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from laplace_lora_fast.fitting.checkpoint import Checkpoint
     from laplace_lora_fast.laplace import LaplaceLoRA
     from laplace_lora_fast.likelihoods import MonteCarlo
-    from laplace_lora_fast.prior.cross_fit import CrossFit
-    from laplace_lora_fast.prior.evidence import Evidence
-    from laplace_lora_fast.prior.held_out import HeldOut
-    from laplace_lora_fast.prior.leave_one_out import LeaveOneOut
+    from laplace_lora_fast.prior import CrossFit, Evidence, HeldOut, LeaveOneOut
     from laplace_lora_fast.structures import EKFAC, KFAC, Diagonal, LowRank, Rows
     from laplace_lora_fast.tasks import (
         Answers,
@@ -51,10 +48,7 @@ _MODULES = {
     ),
     "structures": ("Diagonal", "EKFAC", "KFAC", "LowRank", "Rows"),
     "likelihoods": ("MonteCarlo",),
-    "prior.cross_fit": ("CrossFit",),
-    "prior.evidence": ("Evidence",),
-    "prior.held_out": ("HeldOut",),
-    "prior.leave_one_out": ("LeaveOneOut",),
+    "prior": ("CrossFit", "Evidence", "HeldOut", "LeaveOneOut"),
     "fitting.checkpoint": ("Checkpoint",),
     "errors": (
         "InvalidBatchError",

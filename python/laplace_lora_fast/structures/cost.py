@@ -17,7 +17,7 @@ class Cost:
         least: smallest budget with which the structure works; 0 where it goes to memory or disk beyond the budget.
         backward: backward passes over the data, in all stages.
         forward: forward passes likewise.
-        operations: fp64 floating-point operations at the end of a fit and of one tuning of the prior.
+        operations: fp64 floating-point operations of a fit, its end included, and of one tuning of the prior.
     """
 
     layers: Sequence[int]

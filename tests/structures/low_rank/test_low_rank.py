@@ -10,7 +10,7 @@ import torch
 
 from laplace_lora_fast import Evidence, HeldOut, LaplaceLoRA, LowRank, MonteCarlo, Rows
 from laplace_lora_fast.structures.low_rank import algebra as low_rank
-from laplace_lora_fast.structures.low_rank.algebra import nystrom
+from laplace_lora_fast.structures.low_rank.algebra import add_rows_, as_rows, nystrom
 from tests import tiny
 from tests.oracle import assert_close
 from tests.structures.dense import PRIORS, TEST, fitted, model_of
@@ -49,19 +49,37 @@ def test_a_few_directions_leave_curvature_out_and_never_add_any() -> None:
     assert medians[0] < 1.1 < medians[1] < medians[2]
 
 
+def approximated(sketch: torch.Tensor, omega: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """B^T of a sketch, which is changed."""
+    return as_rows(sketch, nystrom(sketch, omega), dtype)
+
+
+def test_batches_add_up_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test matrix is kept in 16 bits, and used as it is."""
+    monkeypatch.setattr(low_rank, "BLOCK", 7)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 31, generator=generator, dtype=torch.float64)
+    omega = low_rank.test_matrix(31, 5, 0, torch.device("cpu"))
+    assert omega.dtype == torch.float16
+    sketch = torch.zeros(31, 5, dtype=torch.float64)
+    for batch in rows.split(5):
+        add_rows_(sketch, omega, batch)
+    assert_close(sketch, rows.mT @ (rows @ omega.double()), 1e-12)
+
+
 def test_the_approximation_is_below_the_matrix_and_ordered() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 80, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 80)
     omega = torch.randn(80, 20, generator=generator, dtype=torch.float64)
     whole = rows.mT @ rows
-    found = nystrom(whole @ omega, omega, torch.float64)
+    found = approximated(whole @ omega, omega, torch.float64)
     gap = torch.linalg.eigvalsh(whole - found.mT @ found)
     assert gap.min() > -1e-9 * whole.trace()
     energies = found.square().sum(1)
     assert (energies.diff() <= 1e-12 * energies[0]).all()
     assert_close(found @ found.mT, torch.diag(energies), 1e-9)
     assert energies.sum() > 0.9 * whole.trace()
-    assert nystrom(torch.zeros(80, 20).double(), omega, torch.float64).abs().max() == 0
+    assert approximated(torch.zeros(80, 20).double(), omega, torch.float64).abs().max() == 0
 
 
 def test_a_model_in_single_precision_keeps_what_small_precisions_look_at() -> None:
@@ -70,7 +88,7 @@ def test_a_model_in_single_precision_keeps_what_small_precisions_look_at() -> No
     rows = torch.randn(30, 400, generator=generator) * torch.logspace(2, -2, 30)[:, None]
     omega = low_rank.test_matrix(400, 60, 0, torch.device("cpu"))
     wide = rows.double()
-    found = low_rank.nystrom(wide.mT @ (wide @ omega), omega, torch.float32)
+    found = approximated(wide.mT @ (wide @ omega.double()), omega, torch.float32)
     assert found.dtype == torch.float32
     exact, kept = (torch.linalg.eigvalsh(each @ each.mT)[-30:] for each in (wide, found.double()))
     assert exact[0] < 1e-7 * exact[-1]

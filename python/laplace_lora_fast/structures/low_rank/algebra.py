@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import laplace_kernels as lk
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.sketches.sketch import in_16_bits
@@ -59,77 +60,85 @@ class LowRankCurvature(RowCurvature):
         return cls(rows, tensors["traces"], int(tensors["n_seen"]))
 
 
-def nystrom(sketch: Tensor, omega: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows B^T [rank, features] with B B^T the Nystrom approximation of H, orthogonal, in descending order.
+def add_rows_(sketch: Tensor, omega: Tensor, rows: Tensor) -> None:
+    """Y += X^T (X Omega') for rows X [n, features], fp64; Omega' is widened a block of features at a time."""
+    seen = rows.new_zeros(len(rows), omega.shape[1])
+    for part, block in zip(rows.split(BLOCK, 1), omega.split(BLOCK), strict=True):
+        seen.addmm_(part, block.to(rows.dtype))
+    sketch.addmm_(rows.mT, seen)
+
+
+def nystrom(sketch: Tensor, omega: Tensor) -> Tensor:
+    """C [k, rank] with B = Y C and B B^T the Nystrom approximation of H, B's columns orthogonal, in descending order.
 
     Args:
-        sketch: Y = H Omega' [features, k]; overwritten.
+        sketch: Y = H Omega' [features, k], fp64; changed to that of a slightly shifted H, which C is for.
         omega: Omega' [features, k].
-        dtype: of what is returned.
 
     Returns:
-        No more rows than the arithmetic tells from zero; one of zeros for H = 0.
+        No more columns than the arithmetic tells from zero; one of zeros for H = 0.
     """
+    none = sketch.new_zeros(sketch.shape[1], 1)
     norm = float(torch.linalg.vector_norm(sketch, dtype=torch.float64))
     if norm == 0:
-        return sketch.new_zeros(1, len(sketch), dtype=dtype)
-    shift = 2 * torch.finfo(sketch.dtype).eps * norm / float(torch.linalg.vector_norm(omega))
-    sketch.add_(omega, alpha=shift)
-    core = _product(omega, sketch)
+        return none
+    shift = (
+        2 * torch.finfo(sketch.dtype).eps * norm / float(torch.linalg.vector_norm(omega, dtype=torch.float64))
+    )
+    for own, block in zip(sketch.split(BLOCK), omega.split(BLOCK), strict=True):
+        own.add_(block.to(own.dtype), alpha=shift)
+    core = torch.zeros(sketch.shape[1], sketch.shape[1], dtype=sketch.dtype, device=sketch.device)
+    for block, own in zip(omega.split(BLOCK), sketch.split(BLOCK), strict=True):
+        core.addmm_(block.to(own.dtype).mT, own)
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     sound = values > values[-1] * torch.finfo(sketch.dtype).eps
     whitening = vectors[:, sound] * values[sound].rsqrt()
-    gram = whitening.mT @ _product(sketch, sketch) @ whitening  # B^T B
+    squares = lk.mirror_(lk.gram_(torch.zeros_like(core), sketch))
+    gram = whitening.mT @ squares @ whitening  # B^T B
     energies, turn = torch.linalg.eigh((gram + gram.mT) / 2)
     energies, turn = energies.flip(0), turn.flip(1)
     kept = energies > 10 * shift
     shrunk = ((energies[kept] - shift) / energies[kept]).sqrt()
-    if not len(shrunk):
-        return sketch.new_zeros(1, len(sketch), dtype=dtype)
-    back = (whitening @ turn[:, kept] * shrunk).to(sketch.dtype)
+    return (whitening @ turn[:, kept] * shrunk).to(sketch.dtype) if len(shrunk) else none
+
+
+def as_rows(sketch: Tensor, back: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some columns of B^T = (Y C)^T [rank, n], from those rows Y [n, k]."""
     rows = sketch.new_empty(back.shape[1], len(sketch), dtype=dtype)
     for place in range(0, len(sketch), BLOCK):
         rows[:, place : place + BLOCK] = (sketch[place : place + BLOCK] @ back).mT
     return rows
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    """One^T other in fp64, block by block of their rows."""
-    total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64, device=one.device)
-    for a, b in zip(one.split(BLOCK), other.split(BLOCK), strict=True):
-        total.addmm_(a.double().mT, b.double())
-    return total
-
-
 def as_curvature(
     names: list[WeightName],
     means: list[Tensor],
     projections: list[Tensor],
-    rows: Tensor,
+    rows: list[Tensor],
     traces_total: float,
     n_seen: int,
 ) -> LowRankCurvature:
-    """The curvature of B^T [rank, features of all weights].
+    """The curvature of B^T.
 
     Args:
         names: of the weights.
         means: their MAP values [r, d].
         projections: Omega of every weight, [d, m].
-        rows: B^T.
+        rows: B^T of every weight, [rank, r m]; emptied one by one.
         traces_total: the trace of H.
         n_seen: rows that H is the sum of.
     """
-    widths = [mean.shape[0] * omega.shape[1] for mean, omega in zip(means, projections, strict=True)]
-    parts = [part.to(mean.device, copy=True) for part, mean in zip(rows.split(widths, 1), means, strict=True)]
-    kept = float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
-    parts = in_16_bits(parts, projections)
-    units = rows.new_ones(len(rows), 1, 1)
-    layout = Layout(torch.ones(len(rows)))
+    kept = sum(float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in rows)
+    units = rows[0].new_ones(len(rows[0]), 1, 1)
+    layout = Layout(torch.ones(len(units)))
+    parts = in_16_bits(rows, projections)
     curvature = RowCurvature(names, means, parts, projections, BlockDiagonal(layout, [units]))
     return LowRankCurvature(curvature, torch.tensor([kept, traces_total], dtype=torch.float64), n_seen)
 
 
 def test_matrix(features: int, rank: int, seed: int, device: torch.device) -> Tensor:
-    """Omega' [features, rank], fp64: normal numbers, the same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(features, rank, generator=generator, dtype=torch.float64).to(device)
+    """Omega' [features, rank], fp16: normal numbers, the same on every rank. Any will do, if it is always the same."""
+    generator, omega = torch.Generator().manual_seed(seed), torch.empty(features, rank, dtype=torch.float16)
+    for block in omega.split(BLOCK):
+        block.copy_(torch.randn(block.shape, generator=generator))
+    return omega.to(device)

@@ -10,7 +10,14 @@ import laplace_kernels as lk
 from laplace_lora_fast.errors import NumericalError
 from laplace_lora_fast.likelihoods import Fisher, Likelihood
 from laplace_lora_fast.ranks import Ranks
-from laplace_lora_fast.structures.low_rank.algebra import LowRankCurvature, as_curvature, nystrom, test_matrix
+from laplace_lora_fast.structures.low_rank.algebra import (
+    LowRankCurvature,
+    add_rows_,
+    as_curvature,
+    as_rows,
+    nystrom,
+    test_matrix,
+)
 from laplace_lora_fast.structures.rows.fit import Pieces, RowAccumulator
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal
 from laplace_lora_fast.structures.rows.store import RowStore
@@ -50,7 +57,7 @@ class LowRankAccumulator(RowAccumulator):
         )
         home = self._means[0].device
         self._omega = test_matrix(features, min(rank, features), seed + len(self._means), home)
-        self._sketch = torch.zeros_like(self._omega)
+        self._sketch = torch.zeros_like(self._omega, dtype=torch.float64)
         self._totals = torch.zeros(2, dtype=torch.float64, device=home)  # trace of H, number of rows
 
     def finish(self) -> None:
@@ -61,7 +68,7 @@ class LowRankAccumulator(RowAccumulator):
         rows = torch.cat([each.to(home, dtype) for each in self._store.matrices()], 1)
         blocks = [block.to(home, dtype) for block in roots.blocks]
         weighted = BlockDiagonal(layout, blocks).transposed_times(rows)
-        lk.gram_sketch_(self._sketch, weighted, self._omega)
+        add_rows_(self._sketch, self._omega, weighted)
         self._totals[0] += weighted.square().sum()
         self._totals[1] += len(weighted)
         self._store, self._sizes = RowStore(len(self._names), _NO_LIMIT), []
@@ -95,6 +102,10 @@ class LowRankAccumulator(RowAccumulator):
                 )
         trace, count = self._totals.tolist()
         means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
-        dtype = lk.accumulation_dtype(means[0].dtype)
-        rows = nystrom(self._sketch, self._omega, dtype)
+        dtype, back = lk.accumulation_dtype(means[0].dtype), nystrom(self._sketch, self._omega)
+        del self._omega  # as large as the rows will be
+        rows = [
+            as_rows(part, back, dtype).to(mean.device)
+            for part, mean in zip(self._sketch.split(widths), means, strict=True)
+        ]
         return as_curvature(self._names, means, self._projections, rows, trace, round(count))

@@ -22,12 +22,12 @@ from laplace_lora_fast.structures.rows.sketches.energies import shapes_of, sprea
 from laplace_lora_fast.structures.rows.sketches.sketch import checked_columns, features_for, mean_columns
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths
 
-_LARGEST = 2048  # rank, where the budget allows for more
+_LARGEST = 4096  # rank, where the budget allows for more
 _SPARE = (
     16  # directions, and a quarter, more than rows: their number may be an estimate, and none is to be lost
 )
 _SMALLEST = 256  # that "auto" takes, unless there are fewer rows
-_BYTES = 24  # of a feature and a rank: the sketch, its test matrix, and the rows made of them, in fp64
+_SKETCH, _TEST = 8, 2  # bytes of an entry: of the sketch, in fp64, and of its test matrix, in fp16
 
 
 @register
@@ -39,7 +39,7 @@ class LowRank(Structure):
     those of the GGN, and are close to them from a rank of about the effective number of parameters on.
 
     Args:
-        rank: k; None for as many as the memory budget holds, at most 2,048 and little more than there are rows.
+        rank: k; None for as many as the memory budget holds, at most 4,096 and little more than there are rows.
         columns: of a sketched Jacobian row, m a LoRA weight; exact from a layer's width on. None for as many over all
             weights as the rank asks for, spread by the energy of the first batch's Jacobians: 40 features a rank and
             at least 50,000, all of them where that is most of them.
@@ -79,7 +79,7 @@ class LowRank(Structure):
         features = self._features(problem, rank)
         rows = self._rows(problem)
         needed = min(_SMALLEST, features, features if rows is None else rows)
-        size = f"rank {rank} of {features} features, {_BYTES * features * rank / 2**20:.0f} MiB"
+        size = f"rank {rank} of {features} features, {_entry(problem) * features * rank / 2**20:.0f} MiB"
         if rank < needed:
             return Verdict(False, f"the budget holds less than rank {needed} of {features} features")
         return Verdict(True, f"{size}, suits low rank")
@@ -105,24 +105,24 @@ class LowRank(Structure):
         square = 8 * rank**2
         return Cost(
             layers=kept,
-            # the sketch, its test matrix, what becomes of them twice, and a block of that in fp64
+            # the sketch, beside it its test matrix or the rows, and a block of them in fp64
             fitting=projections
             + wide
-            + features * (16 * rank + 2 * item * directions)
+            + features * (_SKETCH * rank + max(_TEST * rank, item * directions))
             + min(features, BLOCK) * 8 * directions
             + 3 * square,
             solving=sum(kept) + 4 * square,
-            least=_BYTES * self._features(problem, 1) if self.rank is None else 0,
+            least=_entry(problem) * self._features(problem, 1) if self.rank is None else 0,
             backward=rows / examples,
             forward=1,
-            operations=6.0 * features * rank**2 + 20.0 * rank**3,
+            operations=4.0 * rows * features * rank + 5.0 * features * rank**2 + 20.0 * rank**3,
         )
 
     def stages(self, problem: Problem) -> list[Stage]:
         """Raises ValueError where the budget holds no rank at all."""
         rank = self._rank(problem)
         if rank < 1:
-            least = _BYTES * self._features(problem, 1)
+            least = _entry(problem) * self._features(problem, 1)
             raise ValueError(
                 f"a budget of {problem.budget} bytes holds no direction of the curvature: pass at least {least}"
             )
@@ -156,7 +156,7 @@ class LowRank(Structure):
         low, high = 0, _LARGEST if rows is None else min(_LARGEST, rows * 5 // 4 + _SPARE)
         while low < high:  # features grow with the rank
             middle = (low + high + 1) // 2
-            fits = _BYTES * middle * self._features(problem, middle) <= problem.budget
+            fits = _entry(problem) * middle * self._features(problem, middle) <= problem.budget
             low, high = (middle, high) if fits else (low, middle - 1)
         return min(low, self._features(problem, max(1, low)))
 
@@ -174,3 +174,9 @@ class LowRank(Structure):
         likelihood: Likelihood,
     ) -> LowRankCurvature:
         return LowRankCurvature.low_rank_from(RowCurvature.from_tensors(names, tensors, devices), tensors)
+
+
+def _entry(problem: Problem) -> int:
+    """Most bytes of a feature and a rank: the sketch, with its test matrix before and the rows made of it after."""
+    item: int = lk.accumulation_dtype(problem.layers[0].matrices[0].dtype).itemsize
+    return _SKETCH + max(_TEST, item)
