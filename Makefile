@@ -81,7 +81,7 @@ $(HOSTS)/.stamp: $(VENV)/.test-stamp
 	test -x $(HOSTS)/bin/python || $(BIN)/python -m venv $(HOSTS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(HOSTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth"
-	$(HOSTS)/bin/pip install "lm-polygraph==0.7.*" "lm-eval==0.4.*"
+	$(HOSTS)/bin/pip install "lm-polygraph==0.7.*" "lm-eval==0.4.*" trl
 	touch $@
 
 $(VENV)/.test-stamp: $(VENV)/.torch-stamp pyproject.toml bench/requirements-peers.txt
