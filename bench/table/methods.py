@@ -201,3 +201,6 @@ GROUPS: dict[str, Callable[[Cell], Found]] = {
     "dropout": baseline("MC dropout", lambda cell: MCDropout()),
     "training-free": baseline("training-free", lambda cell: TrainingFree()),
 }
+
+# Those of them that need models without a fold.
+FOLDED = {"cross-fitted temperature", "rows", "refit"}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.table.draw import draw
-from bench.table.methods import GROUPS, Cell
+from bench.table.methods import FOLDED, GROUPS, Cell
 from bench.table.subjects import REGIMES, SUBJECTS
 from bench.table.train import FOLDS, MEMBERS, N_HELD_OUT, N_TEST, N_TRAIN, ensure
 from laplace_lora_fast import LaplaceWarning
@@ -64,12 +64,15 @@ def main() -> None:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore", LaplaceWarning)  # the grid's edge is an answer here
         subject = SUBJECTS[arguments.model]
-        needed = ["main", *(f"fold{k}" for k in range(FOLDS)), *(f"member{k + 1}" for k in range(MEMBERS))]
+        needed = ["main"]
+        if FOLDED & set(arguments.groups):
+            needed += [f"fold{k}" for k in range(FOLDS)]
+        if "ensemble" in arguments.groups:
+            needed += [f"member{k + 1}" for k in range(MEMBERS)]
         epochs = max(subject.epochs[regime] for regime in arguments.regimes)
         for seed in arguments.seeds:
             for run in needed:
-                if not run.startswith("member") or "ensemble" in arguments.groups:
-                    ensure(subject, seed, run, epochs)
+                ensure(subject, seed, run, epochs)
             for regime in arguments.regimes:
                 fill(Cell(subject, seed, subject.epochs[regime]), regime, arguments.groups)
     draw(OUT)
