@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from laplace_lora_fast import KFAC, CrossFit, Diagonal, Evidence, HeldOut, Lapla
 from laplace_lora_fast.baselines import (
     MAP,
     Baseline,
+    BLoB,
     Case,
     CrossFittedTemperature,
     Ensemble,
@@ -54,9 +55,9 @@ class Cell:
     def _adapted(self) -> tuple[nn.Module, Callable[[Sequence[Any], int], list[Batch]], Any]:
         return self.subject.adapted(self.seed)
 
-    def batches(self, rows: Sequence[Any]) -> list[Batch]:
+    def batches(self, rows: Sequence[Any], size: int = BATCH) -> list[Batch]:
         """Batches of rows."""
-        return self._adapted[1](rows, BATCH)
+        return self._adapted[1](rows, size)
 
     def model(self, run: str = "main", back: int = 0) -> nn.Module:
         """A run's snapshot, so many epochs before this one."""
@@ -92,12 +93,16 @@ def kept(predictions: Mapping[str, Predictions], **facts: Any) -> dict[str, Any]
     return {**facts, "log_odds": margins}
 
 
-def baseline(method: str, make: Callable[[Cell], Baseline]) -> Callable[[Cell], Found]:
+def baseline(
+    method: str,
+    make: Callable[[Cell], Baseline],
+    case: Callable[[Cell], Case] = lambda cell: cell.case,
+) -> Callable[[Cell], Found]:
     """A group of one method."""
 
     def run(cell: Cell) -> Found:
         start = time.process_time()
-        predict = make(cell).fit(cell.case)
+        predict = make(cell).fit(case(cell))
         found = {name: predict(loader) for name, loader in cell.tests.items()}
         return {method: kept(found, cpu_seconds=round(time.process_time() - start, 1))}
 
@@ -156,6 +161,24 @@ def _without_heads(name: str) -> bool:
     return "modules_to_save" not in name
 
 
+@dataclass(frozen=True)
+class Reshuffled:
+    """A cell's training batches in another order each time, as its own training saw them."""
+
+    cell: Cell
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = list(self.cell.data.train)
+        order = torch.randperm(len(rows)).tolist()
+        yield from self.cell.batches([rows[i] for i in order], self.cell.subject.batch_size)
+
+
+def blob(cell: Cell) -> Baseline:
+    """Trained as long as the subject and at its rate; the rest as in the paper."""
+    subject = cell.subject
+    return BLoB(lambda seed: subject.adapted(seed)[0], epochs=cell.epoch, learning_rate=subject.learning_rate)
+
+
 GROUPS: dict[str, Callable[[Cell], Found]] = {
     "MAP": baseline("MAP", lambda cell: MAP()),
     "temperature": temperature("temperature, held-out", lambda cell: Temperature()),
@@ -199,6 +222,7 @@ GROUPS: dict[str, Callable[[Cell], Found]] = {
         "deep ensemble", lambda cell: Ensemble([cell.model(f"member{k + 1}") for k in range(MEMBERS)])
     ),
     "dropout": baseline("MC dropout", lambda cell: MCDropout()),
+    "blob": baseline("BLoB", blob, lambda cell: replace(cell.case, train=Reshuffled(cell))),
     "training-free": baseline("training-free", lambda cell: TrainingFree()),
 }
 

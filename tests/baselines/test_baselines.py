@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_lora_fast import KFAC, Classes, Diagonal, Evidence, HeldOut, LaplaceLoRA, LeaveOneOut, Rows
 from laplace_lora_fast.baselines import (
     MAP,
+    BLoB,
     Case,
     CrossFittedTemperature,
     Ensemble,
@@ -20,7 +21,9 @@ from laplace_lora_fast.baselines import (
     Temperature,
     TrainingFree,
 )
+from laplace_lora_fast.baselines.by_backprop import drawn, kl
 from laplace_lora_fast.baselines.training_free import moved, noise
+from laplace_lora_fast.errors import InvalidBatchError
 from laplace_lora_fast.evaluation.metrics import temperature_scale
 from laplace_lora_fast.model.lora import lora_layers
 from tests import tiny
@@ -193,3 +196,86 @@ def test_training_free_takes_the_widest_that_held_out_data_bear():
     assert nll(width * 1.02) > bound
     assert all(nll(width * share) <= bound for share in (0.25, 0.5, 0.75))
     assert TrainingFree(samples=5, largest=1e-6).width(ours, layers) == 1e-6
+
+
+def test_blob_divergence():
+    generator = torch.Generator().manual_seed(0)
+    mean, sd = torch.randn(3, 4, generator=generator), torch.rand(3, 4, generator=generator) + 0.1
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, sd), normal(0.0, 0.7)).sum()
+    torch.testing.assert_close(kl(mean, sd, 0.7), expected)
+
+
+def test_blob_draws_one_adapter_a_sequence():
+    """Each is a draw from N(M, G^4), the same for all tokens of a sequence, another one for the next."""
+    network = model()
+    layer = layers_of(network)[0]
+    part, width = layer.adapter_parts[0], torch.rand(layer.weights.A.shape, dtype=torch.float64) + 0.5
+    x = torch.eye(5, dtype=torch.float64).expand(2, 5, 5)  # tokens read off a sequence's lora_A
+    torch.manual_seed(0)
+    with drawn([layer], [width.sqrt()]):
+        steps = torch.stack([part(x).detach().mT - layer.weights.A for _ in range(4000)])  # [n, S, r, d_in]
+    assert steps.mean(0).abs().max() < 0.1
+    torch.testing.assert_close(steps.std(0), width.expand(2, -1, -1), rtol=0.05, atol=0)
+    assert (steps[:, 0] * steps[:, 1]).mean(0).abs().max() < 0.15
+    flat = steps[:, 0].flatten(1) / width.flatten()
+    assert (flat.mT.cov() - torch.eye(10, dtype=torch.float64)).abs().max() < 0.1
+    assert torch.equal(part(x), part(x))  # no hook is left
+
+
+def test_blob_takes_the_steps_of_its_definition():
+    """Two batches, written out with a weight matrix a sequence; only the likelihood moves lora_B."""
+    baseline = BLoB(model, epochs=1, learning_rate=0.02, kl_learning_rate=0.1, samples=2)
+    ours = Case(model(7), Classes(), TRAIN, seed=3)
+    found = baseline.fit(ours)(TEST).probs
+
+    torch.manual_seed(3)
+    network = model(3)
+    layers = layers_of(network)
+    means = [layer.adapter_parts[0].weight for layer in layers]
+    roots = [torch.empty_like(m).uniform_(0.05 / math.sqrt(2), 0.05).requires_grad_() for m in means]
+    adam = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad] + roots, lr=0.02)
+    for i, batch in enumerate(TRAIN):
+        x, parts = batch["x"], []
+        first, second = (layer.module for layer in layers)
+        draws = []
+        for root in roots:
+            e = torch.randn_like(root)
+            s, t = (torch.randint(2, (len(x), d)).double() * 2 - 1 for d in (root.shape[1], root.shape[0]))
+            draws.append((e, s, t))
+        for n in range(len(x)):
+            h = x[n]
+            for layer, root, (e, s, t), act in zip(
+                (first, second), roots, draws, (torch.tanh, lambda v: v), strict=True
+            ):
+                a = layer.lora_A["default"].weight + torch.outer(t[n], s[n]) * e * root**2
+                delta = layer.scaling["default"] * layer.lora_B["default"].weight @ a
+                h = act(layer.base_layer(h) + delta @ h)
+            parts.append(h)
+        adam.zero_grad()
+        nn.functional.cross_entropy(torch.stack(parts), batch["labels"]).backward()
+        adam.step()
+        divergence = sum(kl(m, g**2, 0.2) for m, g in zip(means, roots, strict=True)) * (1 / 3, 2 / 3)[i]
+        steps = torch.autograd.grad(divergence, [*means, *roots])
+        with torch.no_grad():
+            for weight, step in zip([*means, *roots], steps, strict=True):
+                weight -= 0.1 * step
+
+    torch.manual_seed(3)
+    expected = []
+    for _ in range(2):
+        with moved(layers, [root.detach() ** 2 * torch.randn_like(root) for root in roots]):
+            expected.append(plain(network).softmax(1))
+    torch.testing.assert_close(found, torch.stack(expected).mean(0))
+    mean = BLoB(model, epochs=1, learning_rate=0.02, kl_learning_rate=0.1, samples=0).fit(ours)(TEST).probs
+    torch.testing.assert_close(mean, plain(network).softmax(1))
+
+
+def test_blob_keeps_the_random_state_and_asks_for_labels():
+    ours, before = case(), torch.get_rng_state()
+    BLoB(lambda seed: ours.model, epochs=1).fit(ours)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(InvalidBatchError, match="labels"):
+        BLoB(model).fit(Case(model(), Classes(), [{"x": X}]))
+    with pytest.raises(ValueError, match="epochs"):
+        BLoB(model, epochs=0)
