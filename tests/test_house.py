@@ -127,9 +127,9 @@ def test_one_file_imports_peft() -> None:
 
 
 def test_one_loop_sends_gradients_back() -> None:
-    """demo.task trains an adapter, evaluation.metrics fits a temperature."""
+    """demo.task and baselines.by_backprop train an adapter, evaluation.metrics fits a temperature."""
     assert mentions(r"autograd\.(grad|backward)\(") == {"model.gradients"}
-    own = mentions(r"\.backward\(") - {"demo.task", "evaluation.metrics"}
+    own = mentions(r"\.backward\(") - {"demo.task", "baselines.by_backprop", "evaluation.metrics"}
     assert own == {"model.gradients", "model.tap", "fitting.passes"}
     assert mentions(r"\btap\.(forward|backward)\(") == {"fitting.passes"}
 
