@@ -55,6 +55,27 @@ def test_layers_below_are_run_once_and_change_nothing():
     assert len(known) == count
 
 
+def test_layers_of_several_kinds_keep_theirs_where_the_lower_ones_are_split_off():
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=3,
+        layer_types=kinds,
+    )
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForCausalLM(config).double().eval()
+    ids = torch.randint(1, 32, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = whole(input_ids=ids).logits
+    upper = models.split_below(whole, 2, {})
+    torch.testing.assert_close(upper(input_ids=ids, use_cache=False).logits, expected)
+
+
 def test_option_scores_are_the_tasks():
     model = models.adapted(words.base_model(), 0)
     (batch,) = option_batches(tokenizer(), rows(4, 1), 4)

@@ -66,6 +66,9 @@ def split_below(model: Any, top: int, known: dict[tuple[int, ...], Tensor], pad:
     count = len(body.layers)
     lower.layers, lower.norm = lower.layers[: count - top], nn.Identity()
     body.layers, body.embed_tokens = body.layers[count - top :], Below(lower, known, pad)
+    kinds = getattr(body.config, "layer_types", None)
+    if kinds:  # masks and rotations are looked up by a layer's place among those that are run
+        body.config.layer_types = kinds[count - top :]
     return model
 
 
