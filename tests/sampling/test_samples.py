@@ -263,6 +263,33 @@ def test_a_kernel_that_drops_derivatives_is_found() -> None:
         la.token_uncertainty(BATCH, n_samples=2)
     with pytest.raises(UnsupportedAdapterError, match="differ from those of its backward pass"):
         la.generate({"input_ids": BATCH["input_ids"][:1]}, n_samples=2, max_new_tokens=2)
+    samples = la.sample(2)
+    for act in (lambda: samples.outputs(BATCH), lambda: samples.apply(lambda: model(**BATCH).logits)):
+        with pytest.raises(UnsupportedAdapterError, match="differ from those of its backward pass"):
+            act()
+    assert samples.outputs(BATCH, linearised=False).isfinite().all()
+
+
+def test_what_hides_its_graph_is_evaluated_nevertheless() -> None:
+    model = tiny.tiny_llama()
+    samples = fitted(model).sample(2)
+
+    def silent() -> Tensor:
+        with torch.no_grad():
+            return model(**BATCH).logits
+
+    found = samples.apply(silent)
+    assert_close(found, samples.apply(lambda: model(**BATCH).logits), 1e-12)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = tiny.tiny_llama()
+    samples = fitted(model).sample(2)
+    expected = samples.outputs(BATCH)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(samples.outputs(BATCH), expected)
+    assert model.training
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
@@ -83,13 +86,48 @@ def require_forward_mode(linearised: LinearisedModel, deltas: Sequence[Tensor], 
         inputs = head.placed(subject.model, inputs)
         _, change = hooks.linearised(one, lambda: head.u(subject.model, inputs))
     error = float((change[0, :, 0].double().cpu() - backward).norm() / backward.norm())
-    if not error <= _LEAST[_is_narrow(subject.model)]:
+    _require_small(error, subject.model)
+    proved.forward_mode_is_exact = True
+
+
+def require_same_backward(
+    hooks: StepHooks, deltas: Sequence[Tensor], function: Callable[[], Any], change: Any
+) -> bool:
+    """Compares derivatives of any function of the model, along the first sample, with those of a backward pass.
+
+    Args:
+        hooks: of the model, installed.
+        deltas: steps of every weight, [n, r, d].
+        function: of nothing, by way of the model.
+        change: its derivatives, by forward mode, with a leading axis n.
+
+    Returns:
+        Whether there was something to compare: outputs have a graph, and the step changes them.
+
+    Raises:
+        UnsupportedAdapterError: forward and backward mode disagree.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found, signs = [each[0].double() for each in tree_leaves(change)], []
+    for each in found:  # signs of their own, so that nothing cancels; any where they are zero, or dropped
+        drawn = 2.0 * torch.randint(0, 2, each.shape, generator=generator).to(each) - 1
+        signs.append(torch.where(each != 0, each.sign(), drawn))
+    backward = float(hooks.backward(deltas, function, signs))
+    forward = sum(float((each * sign).sum()) for each, sign in zip(found, signs, strict=True))
+    largest = max(abs(forward), abs(backward))
+    if math.isnan(backward) or not largest:
+        return False
+    _require_small(abs(forward - backward) / largest, hooks.model)
+    return True
+
+
+def _require_small(error: float, model: nn.Module) -> None:
+    if not error <= _LEAST[_is_narrow(model)]:
         raise UnsupportedAdapterError(
             f"the model's forward-mode derivatives differ from those of its backward pass by {error:.0%}: something "
             "in it (a custom kernel) drops them, and linearised samples would be wrong. Load it with "
             "attn_implementation='sdpa' or 'eager' and without custom kernels"
         )
-    proved.forward_mode_is_exact = True
 
 
 def _is_narrow(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.model.batches import Batch
 from laplace_lora_fast.model.lora import Treated
+from laplace_lora_fast.sampling.proof import require_same_backward
 from laplace_lora_fast.sampling.tangents import StepHooks
 
 
@@ -74,12 +75,17 @@ class PosteriorSamples:
             The same with a leading axis n.
 
         Raises:
-            UnsupportedAdapterError: something in the model has no forward-mode derivative.
+            UnsupportedAdapterError: something in the model has no forward-mode derivative, or not that of its backward
+                pass, which is compared until `outputs` or a text has shown it.
         """
         with self._unchanged(), self._hooks().installed() as hooks:
             if not linearised:
                 return hooks.as_weights(self.deltas, function)
             value, change = hooks.linearised(self.deltas, function, at_a_time=at_a_time)
+            if (
+                not self._subject.head.forward_mode_is_exact
+            ):  # and stays so: a function may see a part of the model
+                require_same_backward(hooks, self.deltas, function, change)
             return tree_map(lambda f, step: f + step, value, change)
 
     def outputs(self, batch: Batch, *, linearised: bool = True, at_a_time: int = 8) -> Tensor:
@@ -100,6 +106,8 @@ class PosteriorSamples:
                 return stacked
             read = partial(head.u, model, inputs)
             value, change = hooks.linearised(self.deltas, read, at_a_time=at_a_time)
+            if not head.forward_mode_is_exact:
+                head.forward_mode_is_exact = require_same_backward(hooks, self.deltas, read, change)
             linear: Tensor = value + change
             return linear
 

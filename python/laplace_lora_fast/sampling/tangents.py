@@ -8,6 +8,7 @@ Forward mode carries that to the model's output: J delta, for all samples at onc
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import laplace_kernels as lk
 from laplace_lora_fast.errors import UnsupportedAdapterError
@@ -120,6 +121,31 @@ class StepHooks:
                 parts.append(derivative)
         return value, tree_map(lambda *each: torch.cat(each), *parts)
 
+    def backward(self, deltas: Sequence[Tensor], function: Function, cotangents: Sequence[Tensor]) -> Tensor:
+        """The derivative along the first sample, by a backward pass: the sum over outputs of cotangent times theirs.
+
+        Args:
+            deltas: of every weight, [n, r, d].
+            function: as for `linearised`, of no inputs.
+            cotangents: of each tensor that it gives.
+
+        Returns:
+            A number, fp64; NaN where the function's outputs have no graph.
+        """
+        steps = self._stored(deltas)
+        zeros = [[torch.zeros_like(each[0]).requires_grad_() for each in own] for own in steps]
+        # in the same attention as forward mode: what pads see is the same
+        with torch.enable_grad(), _ForwardMode(), self._set(zeros, _derivative):
+            pairs = zip(tree_leaves(function()), cotangents, strict=True)
+            total = sum((value.double() * c).sum() for value, c in pairs if value.requires_grad)
+        if not isinstance(total, Tensor):
+            return torch.tensor(math.nan)
+        leaves = [each for own in zeros for each in own]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        own = zip(gradients, (each[0] for step in steps for each in step), strict=True)
+        found = [(g.double() * step.double()).sum() for g, step in own if g is not None]
+        return torch.stack(found).sum() if found else torch.zeros(()).double()
+
     def as_weights(self, deltas: Sequence[Tensor], function: Function) -> Any:
         """The function's value with every sample's weights in turn, stacked."""
         steps = self._stored(deltas)
@@ -210,10 +236,12 @@ class _ForwardMode(TorchFunctionMode):
 
     Attention by matrix products, as fused kernels have no forward mode: of this thread alone, which
     `torch.nn.attention.sdpa_kernel` is not. Linear layers on a matrix of all tokens: on [S, 1, d] forward mode copies
-    their weights S times.
+    their weights S times. What asks for gradients of hidden states, as checkpointed models do, gets none.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.requires_grad_:
+            return args[0]
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear and args and args[0].dim() > 2:
