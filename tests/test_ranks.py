@@ -25,18 +25,21 @@ from laplace_lora_fast import (
     HeldOut,
     InvalidBatchError,
     LaplaceLoRA,
+    Options,
     RankError,
     Regression,
     Rows,
     Tokens,
     UnsupportedAdapterError,
 )
+from laplace_lora_fast.data import option_batches_from_ids
 from laplace_lora_fast.integrations.trainer import LaplaceCallback
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures.blocks.factors import SketchFactor
 from tests import tiny
 from tests.integrations import test_trainer as trainers
 from tests.oracle import assert_close
+from tests.tasks.test_options import examples as option_examples
 
 WORLD = 2
 TEST = tiny.batch(4, 5, seed=2)
@@ -62,6 +65,9 @@ FITS = {
     "rows, first rank empty": Rows(),
     "refit, last rank empty": Rows(refit=True),
     "auto, last rank empty": "auto",
+    "options, rows": Rows(),
+    "options, refit": Rows(refit=True),
+    "options, kfac, first rank empty": KFAC(factors="dense"),
     "tokens, rows": Rows(),
     "tokens, kfac expand": KFAC(tokens="expand", factors="dense"),
 }
@@ -70,9 +76,12 @@ FITS = {
 def shares(name=""):
     """Batches of every rank: not as many, not as large; or so few that no factor is accumulated."""
     if "first rank empty" in name:
-        return [[], *shares()[1:]]
+        return [[], *shares(name.split(",")[0])[1:]]
     if "last rank empty" in name:
         return [shares()[0], []]
+    if "options" in name:
+        drawn = option_examples(9)
+        return [option_batches_from_ids(drawn[:6], 2), option_batches_from_ids(drawn[6:], 3)]
     if name == "kfac, few rows":
         return [[tiny.batch(1, 6, seed=1)], [tiny.batch(1, 4, seed=2)]]
     first = [tiny.batch(n, length, seed=n) for n, length in ((3, 6), (2, 4), (5, 7))]
@@ -95,18 +104,20 @@ def seen(la):
     """Everything a user can see of a fit, by name; nothing in it depends on an eigenvector's sign."""
     if la.likelihood.sampled:
         return dict(zip(("mean", "variance"), la.sequence_log_prob(with_token_labels(TEST)), strict=True))
-    out = {"evidence": la.log_marginal_likelihood(), "probabilities": la.predict(TEST)}
-    out["mean"], out["covariance"] = la.logit_distribution(TEST)
+    of_options = la.task == Options()  # each has functions of its own number: no one covariance
+    test = option_batches_from_ids(option_examples(4, 1), 4)[0] if of_options else TEST
+    out = {"evidence": la.log_marginal_likelihood(), "probabilities": la.predict(test)}
+    if not of_options:
+        out["mean"], out["covariance"] = la.logit_distribution(test)
     for name, layer in la.factors.items() if type(la.structure) is KFAC else ():
         for side, weight in (("A", layer.A), ("B", layer.B)):
             out[f"{name} {side} input"] = weight.input_factor
             out[f"{name} {side} gradient"] = weight.gradient_factor
     if la.structure == FITS["refit"]:
         prior = torch.full((len(la.posterior.curvature.names),), 0.7, dtype=torch.float64)
-        ((examples, out["left out"], out["covariance left out"], labels),) = (
-            la.posterior.curvature.leave_one_out(prior)
-        )
-        out |= {"examples left out": examples.double(), "labels left out": labels.double()}
+        for size, (examples, *left, labels) in enumerate(la.posterior.curvature.leave_one_out(prior)):
+            left += [examples.double(), labels.double()]
+            out |= {f"left out, {part}, {size}": value for part, value in enumerate(left)}
     return out
 
 
@@ -119,6 +130,8 @@ def fit_named(name, loader, group=None):
     if "tokens" in name:
         loader = [with_token_labels(batch) for batch in loader]
         return fit(build(), loader, FITS[name], group, task=Tokens(samples=2))
+    if "options" in name:
+        return fit(build(), loader, FITS[name], group, task=Options())
     return fit(build(), loader, FITS[name], group, 1000 if "files" in name else None)
 
 
@@ -184,8 +197,15 @@ def texts():
     return build(), batches, [batches[0][:2], []]
 
 
+def options():
+    batches = shares("options")
+    held = option_batches_from_ids(option_examples(5, 2), 2)
+    return build(), batches, [held[:1], held[1:]]
+
+
 HELD = {
     "answers": {},
+    "options": {"task": Options(), "shares_of": options},
     "regression": {"task": Regression(), "shares_of": regression},
     "tokens": {"task": Tokens(samples=2), "shares_of": texts},
 }

@@ -18,6 +18,8 @@ and with a temperature and a precision that are fitted to held-out questions.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import statistics
 import time
@@ -41,7 +43,8 @@ BATCH, TEST_BATCH, GROUP, MOST_GROUPS = 4, 20, 8, 25
 
 def options(arguments: Any, seed: int, known: dict[Any, Any]) -> dict[str, Any]:
     """One adapter for multiple-choice questions; `known` is of the layers below it."""
-    model, tokenizer = LOAD[arguments.model]()
+    loaded, tokenizer = _loaded(arguments.model)
+    model = copy.deepcopy(loaded)
     sizes = arguments.train, arguments.held_out, arguments.test
     parts = data.arc_parts(tokenizer, arguments.arc, sizes, arguments.tokens, seed)
     train, held_out, test = (
@@ -58,6 +61,12 @@ def options(arguments: Any, seed: int, known: dict[Any, Any]) -> dict[str, Any]:
     found, _ = compared(model, Options(), train, held_out, {"ARC-Easy": test})
     found["cpu_seconds"]["train"] = seconds
     return found | {"loss": loss, "layers": layers}
+
+
+@functools.cache
+def _loaded(name: str) -> tuple[Any, Any]:
+    """Once for all seeds: to turn a file for llama.cpp into a model and a tokenizer takes a minute."""
+    return LOAD[name]()
 
 
 def preferences(arguments: Any, seed: int, known: dict[Any, Any]) -> dict[str, Any]:
