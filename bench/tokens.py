@@ -1,4 +1,4 @@
-"""What text costs on a real model, in units of plain passes: fitting `Tokens`, `token_uncertainty`, `generate`.
+"""What text costs on a real model, in units of plain passes: fits of `Options` and `Tokens`, scores, generation.
 
     python -m bench.tokens        # some minutes on one core; writes bench/results/tokens.json and tokens.md
 
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
-from laplace_lora_fast import KFAC, LaplaceLoRA, Rows, Tokens
+from bench.answers.models import option_scores
+from laplace_lora_fast import KFAC, LaplaceLoRA, Options, Rows, Tokens
+from laplace_lora_fast.data import option_batches_from_ids
 from laplace_lora_fast.demo.task import Recipe, add_adapter, load_examples, load_model
 from laplace_lora_fast.evaluation.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS, LENGTH, BATCHES, LABELS, SAMPLES, NEW, ROUNDS = 2, 24, 4, 4, 8, 12, 1
+CHOICES, OPTION = 4, 4  # options of a text, tokens of each: its last ones
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def main() -> None:
                 output = model(input_ids=x, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache, x = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
 
-    costs, fitted = [], None
+    costs, fitted = [options_cost(model, longest)], None
     passes = (1 + LABELS) * 1.25
     for structure in (Rows(), KFAC(tokens="expand")):
         la = LaplaceLoRA(model, Tokens(samples=LABELS), structure=structure, prior_precision=100.0)
@@ -106,6 +109,27 @@ def main() -> None:
     ratio = in_turns(lambda: fitted.generate({"input_ids": ids[:1]}, **options), plain_generation)
     costs.append(Cost(f"generate, {SAMPLES} samples", f"plain generation of {SAMPLES} rows", ratio, 4.5))
     write(costs)
+
+
+def options_cost(model: torch.nn.Module, texts: list[list[int]]) -> Cost:
+    """Of a fit to texts whose last tokens are one of several options, the others the last tokens of other texts."""
+    ends = [text[-OPTION:] for text in texts]
+    examples = [
+        (text[:-OPTION], [ends[place], *(ends[:place] + ends[place + 1 :])[: CHOICES - 1]], 0)
+        for place, text in enumerate(texts[:TEXTS])
+    ]
+    (batch,) = option_batches_from_ids(examples, TEXTS)
+
+    def training_steps() -> None:
+        for _ in range(BATCHES):
+            scores = option_scores(model, batch).view(TEXTS, CHOICES)
+            torch.nn.functional.cross_entropy(scores, batch["labels"]).backward()
+            model.zero_grad(set_to_none=True)
+
+    la = LaplaceLoRA(model, Options(), structure=Rows(), prior_precision=100.0)
+    ratio = in_turns(lambda: la.fit([batch] * BATCHES, progress=False), training_steps)
+    method = f"fit, {CHOICES} options of {OPTION} tokens, {la.structure}"
+    return Cost(method, "an epoch of training steps", ratio, 1.25)
 
 
 def write(costs: list[Cost]) -> None:
