@@ -112,7 +112,7 @@ def require_same_backward(
     for each in found:  # signs of their own, so that nothing cancels; any where they are zero, or dropped
         drawn = 2.0 * torch.randint(0, 2, each.shape, generator=generator).to(each) - 1
         signs.append(torch.where(each != 0, each.sign(), drawn))
-    backward = float(hooks.backward(deltas, function, signs))
+    backward = float(hooks.by_backward(deltas, function, signs))
     forward = sum(float((each * sign).sum()) for each, sign in zip(found, signs, strict=True))
     largest = max(abs(forward), abs(backward))
     if math.isnan(backward) or not largest:

@@ -32,6 +32,7 @@ from laplace_lora_fast.model.contexts import (
     exclusive,
     without_fast_path,
 )
+from laplace_lora_fast.model.gradients import leaves_of, send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.storage import differentiable_kernels
@@ -121,7 +122,9 @@ class StepHooks:
                 parts.append(derivative)
         return value, tree_map(lambda *each: torch.cat(each), *parts)
 
-    def backward(self, deltas: Sequence[Tensor], function: Function, cotangents: Sequence[Tensor]) -> Tensor:
+    def by_backward(
+        self, deltas: Sequence[Tensor], function: Function, cotangents: Sequence[Tensor]
+    ) -> Tensor:
         """The derivative along the first sample, by a backward pass: the sum over outputs of cotangent times theirs.
 
         Args:
@@ -138,10 +141,11 @@ class StepHooks:
         with torch.enable_grad(), _ForwardMode(), self._set(zeros, _derivative):
             pairs = zip(tree_leaves(function()), cotangents, strict=True)
             total = sum((value.double() * c).sum() for value, c in pairs if value.requires_grad)
-        if not isinstance(total, Tensor):
-            return torch.tensor(math.nan)
-        leaves = [each for own in zeros for each in own]
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+            if not isinstance(total, Tensor):
+                return torch.tensor(math.nan)
+            leaves = [each for own in zeros for each in own]
+            reentrant = leaves_of(total)[1]
+            gradients = send_back(total, torch.ones_like(total), leaves, retain=False, reentrant=reentrant)
         own = zip(gradients, (each[0] for step in steps for each in step), strict=True)
         found = [(g.double() * step.double()).sum() for g, step in own if g is not None]
         return torch.stack(found).sum() if found else torch.zeros(()).double()
