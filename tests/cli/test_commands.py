@@ -22,8 +22,9 @@ from laplace_lora_fast import (
 )
 from laplace_lora_fast.cli import checks
 from laplace_lora_fast.data.prompts import load_causal_lm, make_batches, read_rows
+from laplace_lora_fast.weights import weight_names
 from tests import words
-from tests.cli.run import api, invoke
+from tests.cli.run import api, invoke, refused
 
 # The labels are drawn: held-out NLL may be best with hardly any uncertainty, which the command has to say.
 loud = pytest.mark.filterwarnings("default::laplace_lora_fast.errors.LaplaceWarning")
@@ -51,6 +52,31 @@ def test_fit_does_what_the_api_does(files, tmp_path):
     assert got.prior_precision == expected.prior_precision
     batch = loader("test")[0]
     torch.testing.assert_close(got.predict(batch), expected.predict(batch))
+
+
+@loud
+def test_a_posterior_of_some_layers_and_weights(files, tmp_path):
+    folder, common = files
+    data = ["--data", folder / "train.jsonl", "--out", tmp_path, "--prior", "2"]
+    chosen = ["--layers", "(?!.*q_proj).*", "--trained", r".*lora_B"]
+    result = invoke("fit", *common, *data, *chosen)
+    assert result.exit_code == 0, result.output
+    model, answers, loader = api(folder)
+    names = [
+        name.removesuffix(".default.weight")
+        for name, _ in model.named_parameters()
+        if "v_proj.lora_B" in name
+    ]
+    expected = LaplaceLoRA(model, Answers(answers), trained=names, prior_precision=2.0)
+    expected.fit(loader("train"), progress=False)
+    got = LaplaceLoRA.load(tmp_path, model)
+    assert [str(name) for name in weight_names(got.layers)] == names
+    batch = loader("test")[0]
+    torch.testing.assert_close(got.predict(batch), expected.predict(batch))
+    rows = ["--data", folder / "test.jsonl", "--posterior", tmp_path, "--out", tmp_path / "probs.jsonl"]
+    assert invoke("predict", *common, *rows).exit_code == 0
+    assert "no regular expression" in refused("fit", *common, *data, "--layers", "(")
+    assert "trained" in refused("fit", *common, *data, "--trained", "lora_B")
 
 
 STRUCTURES = {

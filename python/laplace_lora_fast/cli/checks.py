@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,21 @@ def structure_of(name: str, options: Mapping[str, Any], refit: bool) -> Structur
         values.setdefault("refit", True)
     structure: Structure = kind(**values)
     return structure
+
+
+def names_matching(option: str, pattern: str | None, word: str) -> str | Callable[[str], bool] | None:
+    """What `layers` and `trained` take: a word of theirs, or whether a whole name matches a regular expression.
+
+    Raises:
+        ValueError: the pattern is no regular expression.
+    """
+    if pattern in (None, word):
+        return pattern
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option} is no regular expression: {error}") from error
+    return lambda name: compiled.fullmatch(name) is not None
 
 
 def may_refit(structure: str, options: Mapping[str, Any]) -> bool:

@@ -80,6 +80,22 @@ def fit(
     fisher: Annotated[
         str | None, typer.Option(help="Any but auto: exact (default), mc (sampled labels) or empirical.")
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help='Of the layers that get a posterior: their whole names match, as in PEFT\'s target_modules; "last" '
+            "for the output head or last layer. '(?!.*experts).*' leaves out what has experts in its name.",
+        ),
+    ] = None,
+    trained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help='Of the weights that were trained, where that is not all: ".*lora_B" for an adapter whose lora_A '
+            "stayed as it was drawn.",
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +142,14 @@ def fit(
     train = reader.batches(task, rows, data)
     if val is not None:
         tuning = replace(tuning, loader=reader.batches(task, val_rows, val).batches)  # type: ignore[type-var]
-    la = LaplaceLoRA(peft_model, task, structure=chosen, seed=seed)
+    la = LaplaceLoRA(
+        peft_model,
+        task,
+        structure=chosen,
+        layers=checks.names_matching("--layers", layers, "last"),
+        trained=checks.names_matching("--trained", trained, "all"),
+        seed=seed,
+    )
     checks.make_writable(out)
     checks.check_output("--out", out / FILE_NAME, [data, *([] if val is None else [val])])
     la.fit(train.batches)
