@@ -76,6 +76,8 @@ class Screen(Listener):
     def observe_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         if self._reads(x) and not self._wrong and not _is_finite(x, mask):
             self._wrong = f"the input of layer {self._names[group]!r}"
+        if not self._skip:  # at once, as `_show` does, without a partial at every layer
+            return self._inner.observe_input(group, x, mask)
         return self._show(partial(self._inner.observe_input, group, x, mask))
 
     def observe_gradient(self, layer: int, g: Tensor, mask: Tensor | None) -> PadImage | None:
@@ -84,6 +86,8 @@ class Screen(Listener):
             self._wrong = f"the gradient at the output of layer {self._names[layer]!r}"
             if not self._skip:
                 raise NumericalError(self._message(self._wrong))
+        if not self._skip:
+            return self._inner.observe_gradient(layer, g, mask)
         return self._show(partial(self._inner.observe_gradient, layer, g, mask))
 
     def observe_alignment(self, layer: int, aligned: Tensor) -> None:

@@ -149,17 +149,6 @@ def tokens_and_mask(x: Tensor, inputs: Inputs, layer: str) -> tuple[Tensor, Tens
     )
 
 
-def joined(streams: Sequence[Stream]) -> Stream:
-    """The streams of all uses of a layer, one behind the other."""
-    if len(streams) == 1:
-        return streams[0]
-    tokens = torch.cat([x for x, _ in streams], 1)
-    if all(mask is None for _, mask in streams):
-        return tokens, None
-    masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in streams]
-    return tokens, torch.cat(masks, 1)
-
-
 def aligned(g: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     """Sum over real tokens of g * y, [S, d], in the accumulation dtype."""
     dtype = lk.accumulation_dtype(g.dtype)

@@ -146,6 +146,10 @@ class FirstBatch:
                 hooks[name] = module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(hooks[name].remove)
 
+    def is_settled(self, index: int) -> bool:
+        """Whether `require_plain` has nothing left to prove of a layer."""
+        return index in self._settled
+
     def require_plain(self, index: int, x: Tensor, output: Tensor) -> None:
         """Raises UnsupportedAdapterError unless the layer's output is W0 x + s B A x, in a first batch."""
         if index in self._settled:

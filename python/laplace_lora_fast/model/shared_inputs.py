@@ -47,8 +47,11 @@ class SharedInputs:
         self._count = count()
         self._kept: list[tuple[ref[Tensor], int, int]] = []  # what was observed, its layer and version
 
-    def enter(self, index: int, x: Tensor) -> None:
+    def enter(self, index: int, x: Tensor) -> int:
         """Takes note that a layer runs with input x.
+
+        Returns:
+            How often it has run before in this pass.
 
         Raises:
             InvalidBatchError: it shared its input in an earlier pass, or ran less often, and does not now.
@@ -58,21 +61,23 @@ class SharedInputs:
             known = self._numbers[id(x)] = ref(x), next(self._count)
         number = known[1]
         inputs = self._inputs.setdefault(index, [])
+        use = len(inputs)
         inputs.append(number)
-        self.uses[index] = len(inputs)
-        layer = self._layers[index]
-        expected = None if index in self._varying else (self._expected or {}).get(index)
-        if expected is not None and len(inputs) > expected:
+        self.uses[index] = use + 1
+        known_uses = {} if self._expected is None or index in self._varying else self._expected
+        expected = known_uses.get(index)
+        if expected is not None and use >= expected:
             raise InvalidBatchError(
-                f"layer {layer!r} runs more often than in the first batch ({expected} times): pass batches in which it "
-                "runs as often"
+                f"layer {self._layers[index]!r} runs more often than in the first batch ({expected} times): pass "
+                "batches in which it runs as often"
             )
         if self.groups is not None and self.groups[index] != index:
-            leaders = self._inputs.get(self.groups[index], [])
-            if leaders[len(inputs) - 1 : len(inputs)] != [number]:
+            leaders = self._inputs.get(self.groups[index], ())
+            if use >= len(leaders) or leaders[use] != number:
                 raise InvalidBatchError(
-                    f"layer {layer!r} no longer shares its input with the layers it did before"
+                    f"layer {self._layers[index]!r} no longer shares its input with the layers it did before"
                 )
+        return use
 
     def count(self, index: int) -> None:
         """Takes note that a layer runs whose input is not observed: it shares it with none, and may run at will."""

@@ -34,7 +34,6 @@ from laplace_lora_fast.model.observer import (
     Stream,
     Tapped,
     aligned,
-    joined,
     tokens_and_mask,
 )
 from laplace_lora_fast.model.proofs import (
@@ -46,6 +45,7 @@ from laplace_lora_fast.model.proofs import (
 )
 from laplace_lora_fast.model.shared_inputs import SharedInputs
 from laplace_lora_fast.model.storage import differentiable_kernels
+from laplace_lora_fast.model.uses import Uses
 
 
 class Tap:
@@ -85,6 +85,7 @@ class Tap:
         self.model, self.head, self.layers, self.observer = model, head, layers, observer
         self._parameters = list(parameters)
         varying = [index for index, layer in enumerate(layers) if layer.module is head.output_layer]
+        self._of_output = {index for index, layer in enumerate(layers) if layer.outer is head.output_layer}
         self._sharing = SharedInputs([layer.name for layer in layers], shared_inputs, varying)
         self._alone = Alone(layers, head.layers_alone)
         self._checks = DeferredChecks()
@@ -92,10 +93,7 @@ class Tap:
         self._first = FirstBatch(head, layers)
         self._forward_phase = self._backward_phase = self._checks_rows = False
         self._inputs: Inputs | None = None
-        # inputs of layers that have not run as often as they will
-        self._streams: dict[int, list[Stream]] = {}
-        self._gradients: dict[int, dict[int, Stream]] = {}  # of a backward pass, by layer and use
-        self._outputs: dict[int, list[Stream]] = {}  # of layers with DoRA, without bias
+        self._uses = Uses()
         self._reached: set[int] = set()  # layers that saw a gradient of this batch
         self._stack = ExitStack()
 
@@ -175,8 +173,7 @@ class Tap:
         self._sharing.start()
         inputs = self._alone.started(inputs) if self.observer is not None else inputs
         self._leaks.start_batch(inputs)
-        self._streams.clear()
-        self._outputs.clear()
+        self._uses.start()
         self._reached.clear()
         self._first.start_pass()
         self._forward_phase = True
@@ -231,7 +228,7 @@ class Tap:
         Raises:
             UnsupportedAdapterError: no gradient arrived at a layer in any pass of the batch; names it.
         """
-        self._gradients.clear()
+        self._uses.start_backward()
         cotangent = cotangent.to(u.dtype)
         # among the leaves as well: layers behind these may be on the way to nothing else
         alone = self._alone.targets
@@ -244,8 +241,8 @@ class Tap:
         finally:
             self._backward_phase = False
         with torch.no_grad():
-            for index in sorted(self._gradients):  # uses that nothing depends on
-                self._deliver_gradient(index)
+            for index, stream in self._uses.other_gradients(self._sharing.uses):
+                self._deliver_gradient(index, *stream)
         self._leaks.finish_pass()
         if alone:
             assert self.observer is not None
@@ -293,29 +290,43 @@ class Tap:
         return self._backward_phase and torch._C._current_graph_task_id() != -1
 
     def _forward_hook(self, observer: Observer, index: int) -> Any:
+        """What it does at every layer of every pass takes Python time: see bench/results/host_time.md."""
+        of_first_use = partial(self._observe_gradient, index, 0)
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if not self._is_own():
                 return output
-            use = 0
-            if index in self._alone:
+            if index in self._alone.indices:
                 self._sharing.count(index)
                 return output
+            use = 0
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))
-                with torch.no_grad(), without_autocast(x.device.type):
-                    self._first.require_plain(index, x, output)
-                    x = self.layers[index].seen(x)
-                    self._sharing.enter(index, x)
-                    use = self._sharing.uses[index] - 1
-                    self._observe_input(observer, index, x)
-                    self._keep_output(index, output)
+                use = self._observe_use(observer, index, x, output)
             if not torch.is_grad_enabled():  # first run of a reentrant checkpoint: its rerun has the graph
                 return output
-            output = self._start_graph(output)
-            output.register_hook(partial(self._observe_gradient, index, use))
+            if not output.requires_grad:
+                output = self._start_graph(output)
+            output.register_hook(partial(self._observe_gradient, index, use) if use else of_first_use)
             return output
 
         return hook
+
+    def _observe_use(self, observer: Observer, index: int, x: Tensor, output: Tensor) -> int:
+        """Input and output of a layer in a forward pass. Returns how often it has run before in this one."""
+        groups = self.shared_inputs
+        shares = groups is not None and groups[index] != index  # in a first pass it is not known yet who does
+        if shares and index not in self._normalised and self._first.is_settled(index):
+            return self._sharing.enter(index, x)  # nothing else is new
+        with torch.no_grad(), without_autocast(x.device.type):
+            self._first.require_plain(index, x, output)
+            x = self.layers[index].seen(x)
+            use = self._sharing.enter(index, x)
+            if not shares:
+                self._observe_input(observer, index, use, x)
+            if index in self._normalised:
+                self._keep_output(index, use, output)
+        return use
 
     def _start_graph(self, output: Tensor) -> Tensor:
         if output.requires_grad or not torch.is_grad_enabled():
@@ -323,39 +334,33 @@ class Tap:
         started: Tensor = GraphStart.apply(output, self._leaves.anchor)  # type: ignore[no-untyped-call]
         return started
 
-    def _observe_input(self, observer: Observer, index: int, x: Tensor) -> None:
-        groups = self.shared_inputs
-        if groups is not None and groups[index] != index:  # in a first pass it is not known yet who shares
-            return
+    def _observe_input(self, observer: Observer, index: int, use: int, x: Tensor) -> None:
         try:
-            stream = self._tokens(index, self._sharing.uses[index] - 1, x.detach())
+            stream = self._tokens(index, use, x.detach())
         except InvalidBatchError as error:
-            leaders = range(len(self.layers)) if groups is None else groups
+            leaders = range(len(self.layers)) if self.shared_inputs is None else self.shared_inputs
             fed = [other for other, leader in enumerate(leaders) if leader == index]
             self._alone.refused |= dict.fromkeys(fed, error)
             return
         self._sharing.keep(index, stream[0])
-        self._streams.setdefault(index, []).append(stream)
-        if self._sharing.expected(index) == len(self._streams[index]):
-            self._deliver_input(observer, index)
+        whole = self._uses.add_input(index, stream, self._sharing.expected(index))
+        if whole is not None:
+            self._deliver_input(observer, index, *whole)
 
-    def _keep_output(self, index: int, output: Tensor) -> None:
-        if index in self._normalised:
-            y = self.layers[index].without_bias(output.detach())
-            stream = self._tokens(index, self._sharing.uses[index] - 1, y)
-            self._outputs.setdefault(index, []).append(stream)
+    def _keep_output(self, index: int, use: int, output: Tensor) -> None:
+        y = self.layers[index].without_bias(output.detach())
+        self._uses.add_output(index, self._tokens(index, use, y))
 
     @torch.no_grad()
     def _finish_inputs(self, observer: Observer) -> None:
         """After a forward pass: in a first one it is only known now how often each layer runs, and who shares."""
         self._sharing.finish()
         assert self.shared_inputs is not None
-        for index in list(self._streams):
+        for index, stream in self._uses.other_inputs():
             if self.shared_inputs[index] == index:
-                self._deliver_input(observer, index)
+                self._deliver_input(observer, index, *stream)
 
-    def _deliver_input(self, observer: Observer, index: int) -> None:
-        tokens, mask = joined(self._streams.pop(index))
+    def _deliver_input(self, observer: Observer, index: int, tokens: Tensor, mask: Tensor | None) -> None:
         image = observer.observe_input(index, tokens, mask)
         self._leaks.observe_input(index, tokens, mask, image)
 
@@ -368,33 +373,27 @@ class Tap:
             self._leaks.require_own_row(*stream, self.layers[index].name)
             return
         self._reached.add(index)
-        uses = self._gradients.setdefault(index, {})
-        uses[use] = stream
-        if len(uses) == self._sharing.uses[index]:
-            self._deliver_gradient(index)
+        whole = self._uses.add_gradient(index, use, stream, self._sharing.uses[index])
+        if whole is not None:
+            self._deliver_gradient(index, *whole)
 
-    def _deliver_gradient(self, index: int) -> None:
-        layer, uses = self.layers[index], self._gradients.pop(index)
-        if len(uses) < self._sharing.uses[index]:
-            zero = torch.zeros_like(next(iter(uses.values()))[0])
-            mask = next(iter(uses.values()))[1]
-            uses = {use: uses.get(use, (zero, mask)) for use in range(self._sharing.uses[index])}
-        g, mask = joined([uses[use] for use in sorted(uses)])
-        assert self.shared_inputs is not None
-        assert self.observer is not None
-        whole = g
+    def _deliver_gradient(self, index: int, g: Tensor, mask: Tensor | None) -> None:
+        layer, groups, observer = self.layers[index], self.shared_inputs, self.observer
+        assert groups is not None
+        assert observer is not None
+        shown = g
         if index in self._normalised:
-            self.observer.observe_alignment(index, aligned(g, joined(self._outputs[index])[0], mask))
+            observer.observe_alignment(index, aligned(g, self._uses.output(index), mask))
         if layer.features is not None:
-            g = g.index_select(-1, layer.features.to(g.device))
-        image = self.observer.observe_gradient(index, g, mask)
-        self._leaks.observe_gradient(self.shared_inputs[index], whole, layer.name, image)
+            shown = g.index_select(-1, layer.features.to(g.device))
+        image = observer.observe_gradient(index, shown, mask)
+        self._leaks.observe_gradient(groups[index], g, layer.name, image)
 
     def _tokens(self, index: int, use: int, x: Tensor) -> Stream:
         assert self._inputs is not None
-        inputs, layer = self.head.as_called(self._inputs), self.layers[index]
-        if layer.outer is self.head.output_layer:
+        inputs = self.head.as_called(self._inputs)
+        if index in self._of_output:
             stream = self.head.output_stream(x, inputs, use)
             if stream is not None:
                 return stream
-        return tokens_and_mask(x, inputs, layer.name)
+        return tokens_and_mask(x, inputs, self.layers[index].name)
