@@ -43,6 +43,7 @@ from laplace_kernels.dispatch import (
     register_backend,
     register_kernel,
     register_op,
+    unchecked,
     use_backend,
 )
 from laplace_kernels.halves import halves
@@ -73,6 +74,7 @@ __all__ = [
     "register_kernel",
     "register_op",
     "sums_in_fp32",
+    "unchecked",
     "use_backend",
 ]
 

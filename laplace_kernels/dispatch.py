@@ -188,6 +188,15 @@ def call(op: Op, *args: Any) -> Any:
         return _served(op, args)
 
 
+def unchecked(op: Op, *args: Any) -> Any:
+    """`call` for arguments that were made for it: what checks would take is the most of a small product's time.
+
+    Not for use where autograd is on, nor under `torch.compile`.
+    """
+    with FULL_PRECISION:
+        return _kernel(op.name, op.probed(args))(*args)
+
+
 def _served(op: Op, args: tuple[Any, ...]) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.laplace_kernels, op.name)(*args)

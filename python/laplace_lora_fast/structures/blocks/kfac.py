@@ -20,8 +20,7 @@ which for one token makes each example's Jacobian the product g x^T that it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -314,12 +313,7 @@ def _maps(layers: Sequence[LayerWeights], of_gradients: bool) -> Tensor:
 def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | None) -> Tensor | int:
     """Adds inputs x [S, T, d] with mask [S, T] to a factor. Returns by how much its divisor grows."""
     if tokens is TokenSharing.REDUCE:
-        with written_rows(factor, x) as rows:
-            if mask is None:
-                torch.mean(x, 1, dtype=rows.dtype, out=rows)
-            else:
-                _token_sum(x, mask, rows)
-                rows /= mask.sum(1, keepdim=True).clamp_min(1)  # a head may see no token
+        _add_reduced(factor, x, mask, mean=True)
         return x.shape[0]
     if tokens is TokenSharing.PAPER:
         factor.add_tokens(x, None)
@@ -331,25 +325,25 @@ def add_input(factor: Factor, tokens: TokenSharing, x: Tensor, mask: Tensor | No
 def add_gradient(factor: Factor, tokens: TokenSharing, g: Tensor, mask: Tensor | None) -> None:
     """Adds output gradients g [S, T, d] with mask [S, T] to a factor."""
     if tokens is TokenSharing.REDUCE:
-        with written_rows(factor, g) as rows:
-            _token_sum(g, mask, rows)
+        _add_reduced(factor, g, mask, mean=False)
     else:
         factor.add_tokens(g, None if tokens is TokenSharing.PAPER else mask)
 
 
-@contextmanager
-def written_rows(factor: Factor, x: Tensor) -> Iterator[Tensor]:
-    """New rows [S, d] of a factor, one a sequence of x [S, T, d], in the accumulation dtype: to be written inside."""
+def _add_reduced(factor: Factor, x: Tensor, mask: Tensor | None, mean: bool) -> None:
+    """Adds the sum or mean over the real tokens of every sequence, [S, T, d] -> [S, d], in the accumulation dtype."""
     dtype = lk.accumulation_dtype(x.dtype)
     place = factor.place(len(x), dtype)
-    if place is not None and place.dtype == dtype:
-        yield place
-        return
-    rows = x.new_empty((x.shape[0], x.shape[2]), dtype=dtype)
-    yield rows
+    written = place is not None and place.dtype == dtype
+    rows = place if place is not None and written else x.new_empty((x.shape[0], x.shape[2]), dtype=dtype)
+    if mask is not None:  # masked tokens are selected away
+        x = torch.where(mask[..., None], x, zero(x))
+    (torch.mean if mean and mask is None else torch.sum)(x, 1, dtype=dtype, out=rows)
+    if mean and mask is not None:
+        rows /= mask.sum(1, keepdim=True).clamp_min(1)  # a head may see no token
     if place is None:
         factor.add_rows(rows)
-    else:
+    elif not written:
         place.copy_(rows)
 
 
@@ -358,10 +352,3 @@ def _read_tokens(g: Tensor, real: Tensor | None) -> Tensor:
     read = (g != 0).any(-1)
     others = torch.ones_like(read) if real is None else real
     return torch.where(read.any(1, keepdim=True), read & others, others)
-
-
-def _token_sum(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
-    """Sum over real tokens, [S, T, d] -> [S, d]. Masked tokens are selected away."""
-    if mask is not None:
-        x = torch.where(mask[..., None], x, zero(x))
-    torch.sum(x, 1, dtype=out.dtype, out=out)

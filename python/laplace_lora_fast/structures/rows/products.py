@@ -23,6 +23,8 @@ from laplace_lora_fast.structures.columns import Columns, add_halves_
 from laplace_lora_fast.structures.pads import PadImage
 from laplace_lora_fast.weights import LayerWeights, by_layer, positions
 
+PROJECT = lk.OPS["project_"]
+
 
 def are_taken_of(stream: Tensor) -> bool:
     """Whether a stream goes this way."""
@@ -36,12 +38,14 @@ class Kind:
     Attributes:
         positions: for each layer of the model where its weights stand.
         layers: of each group.
+        members: of each layer its place in its group.
         inputs: columns for x of each group: A^T of every layer, then Omega_A of each.
         gradients: columns for g of each layer: B, then Omega_B.
     """
 
     positions: Sequence[Sequence[int]]
     layers: dict[int, list[int]] = field(default_factory=dict)
+    members: dict[int, int] = field(default_factory=dict)
     inputs: dict[int, Columns] = field(default_factory=dict)
     gradients: dict[int, Columns] = field(default_factory=dict)
 
@@ -57,6 +61,7 @@ class Products:
         x: [groups, S, T, n].
         g: for each layer's place in its group [groups, S, T, n].
         places: where each group is.
+        flat: where the products with each group's input go, [S T, n].
         reached: layers that saw a gradient in this pass: their place in the group, and the group's here.
         ready: whether the halves in `x` are added up and its pads are zero.
     """
@@ -67,30 +72,27 @@ class Products:
     x: Tensor
     g: dict[int, Tensor] = field(default_factory=dict)
     places: dict[int, int] = field(init=False)
+    flat: tuple[Tensor, ...] = field(init=False)
     reached: dict[int, dict[int, int]] = field(default_factory=dict)
     ready: bool = False
 
     def __post_init__(self) -> None:
         self.places = {group: place for place, group in enumerate(self.groups)}
         self._shape = self.x.shape[1:3]
-        self._flat = self.x.flatten(1, 2).unbind()
+        self.flat = self.x.flatten(1, 2).unbind()
         self._flat_g: dict[int, tuple[Tensor, ...]] = {}
 
     def fit(self, group: int, x: Tensor, mask: Tensor | None) -> bool:
         """Whether a stream has a place here."""
         return self.mask is mask and group in self.places and self._shape == x.shape[:2]
 
-    def of_input(self, group: int) -> Tensor:
-        """Where the products with its input go, [S T, n]."""
-        return self._flat[self.places[group]]
-
-    def of_gradient(self, group: int, member: int, layer: int, columns: int) -> Tensor:
-        """Where those with the gradient at the output of a layer go, in this pass, [S T, columns]."""
-        place = self.places[group]
+    def of_gradient(self, place: int, member: int, layer: int, columns: int) -> Tensor:
+        """Where the products with the gradient at the output of a layer go, in this pass, [S T, columns]."""
         if member not in self.g:
             self.g[member] = self.x.new_empty(*self.x.shape[:3], columns)
             self._flat_g[member] = self.g[member].flatten(1, 2).unbind()
-        self.reached.setdefault(member, {})[layer] = place
+            self.reached[member] = {}
+        self.reached[member][layer] = place
         return self._flat_g[member][place]
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
@@ -100,6 +102,8 @@ class Products:
             _finish_(self.x, of_x, self.mask)
             self.ready = True
         for member, reached in self.reached.items():
+            if not reached:
+                continue
             layers = [self.kind.layers[group][member] for group in self.groups]
             of_g = [self.kind.gradients.get(layer) for layer in layers]
             g, columns = self.g[member], next(each for each in of_g if each is not None)
@@ -113,7 +117,7 @@ class Products:
                 weight_a, weight_b = self.kind.positions[layer]
                 yield weight_a, rows_a[place]
                 yield weight_b, rows_b[place]
-        self.reached.clear()
+            reached.clear()
 
 
 class ProjectedStreams:
@@ -142,10 +146,11 @@ class ProjectedStreams:
         ]
         kind = self._kinds.setdefault((x.shape[-1], x.dtype, x.device, *shapes), Kind(self._positions))
         self._kind_of[group], kind.layers[group] = kind, list(members)
+        kind.members.update((layer, place) for place, layer in enumerate(members))
         parts = [layer.small_maps[1].mT for layer in layers] + [omega for omega, _ in omegas]
         kind.inputs[group] = Columns([part.to(x.device) for part in parts], x)
 
-    def take_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage:
+    def take_input(self, group: int, x: Tensor, mask: Tensor | None) -> PadImage | None:
         """Input x [S, T, d] of a group; it is read now and not kept."""
         kind = self._kind_of[group]
         products = self._common.get(kind)
@@ -156,20 +161,20 @@ class ProjectedStreams:
             products = Products(kind, groups, mask, x.new_empty(size, dtype=lk.accumulation_dtype(x.dtype)))
             self._common.setdefault(kind, products)
         self._open[group] = products
-        lk.project_(products.of_input(group), x.flatten(0, 1), kind.inputs[group].matrix)
-        return PadImage(products.x, products.places[group])
+        place = products.places[group]
+        _project_(products.flat[place], x, kind.inputs[group].matrix)
+        return None if mask is None else PadImage(products.x, place)
 
-    def take_gradient(self, group: int, layer: int, g: Tensor) -> PadImage:
+    def take_gradient(self, group: int, layer: int, g: Tensor) -> PadImage | None:
         """Gradient g [S, T, d] at the output of a layer whose group's input was taken."""
         products = self._open[group]
         kind = products.kind
         if layer not in kind.gradients:
             parts = self._layers[layer].small_maps[0].mT, self._projections[layer][1]
             kind.gradients[layer] = Columns([part.to(g.device) for part in parts], g)
-        columns, member = kind.gradients[layer].matrix, kind.layers[group].index(layer)
-        place = products.of_gradient(group, member, layer, columns.shape[1])
-        lk.project_(place, g.flatten(0, 1), columns)
-        return PadImage(products.g[member], products.places[group])
+        columns, member, place = kind.gradients[layer].matrix, kind.members[layer], products.places[group]
+        _project_(products.of_gradient(place, member, layer, columns.shape[1]), g, columns)
+        return None if products.mask is None else PadImage(products.g[member], place)
 
     def knows(self, group: int) -> bool:
         """Whether a group has entered."""
@@ -197,7 +202,12 @@ def _finish_(products: Tensor, columns: Sequence[Columns | None], mask: Tensor |
         products.masked_fill_(~mask[None, ..., None], 0)
 
 
-def _rows(small: Tensor, large: Tensor) -> Tensor:
-    """[groups, S, T, r] and [groups, S, T, m] -> [groups, S, r m]."""
+def _project_(products: Tensor, stream: Tensor, columns: Tensor) -> None:
+    """A stream [S, T, d] times columns [d, n], written to [S T, n]."""
+    lk.unchecked(PROJECT, products, stream.flatten(0, 1), columns)
+
+
+def _rows(small: Tensor, large: Tensor) -> tuple[Tensor, ...]:
+    """[groups, S, T, r] and [groups, S, T, m] -> [S, r m] of each group."""
     rows = lk.jacobian(small.flatten(0, 1), large.flatten(0, 1))
-    return rows.view(*small.shape[:2], -1)
+    return rows.view(*small.shape[:2], -1).unbind()
