@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +17,10 @@ from laplace_lora_fast import NumericalError
 from laplace_lora_fast.structures.blocks import factors
 from laplace_lora_fast.structures.blocks.factors import DenseFactor, Factor, SketchFactor, flush_full
 from laplace_lora_fast.structures.blocks.waiting import WaitingRows
+from tests.kernels.native import sixteen_bit_products
 from tests.oracle import assert_close
 
-CPU = torch.device("cpu")
+CPU, FP64 = torch.device("cpu"), torch.float64
 
 
 def rows(n: int, d: int, seed: int, decay: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -142,6 +147,44 @@ def test_sketch_keeps_quadratic_forms_of_its_exact_columns() -> None:
         factor.add_tokens(part, None)
     assert_close(factor.quadratic(exact[:, :3]), exact[:, :3].mT @ x.mT @ x @ exact[:, :3], 1e-10)
     assert factor.quadratic(exact[:, 3:4]).abs().max() == 0
+
+
+@pytest.mark.parametrize("products", [nullcontext, sixteen_bit_products], ids=["CPU", "GPU"])
+def test_bf16_rows_have_a_bf16_omega_of_as_many_columns(products: Callable[[], Any]) -> None:
+    """What it costs, against fp64 on the same rows: less than 2^-17 of a form, and what X Omega in bf16 does to it."""
+    d, ranks = 200, (3, 4)
+    stream = [rows(400, d, seed, decay=1.5, dtype=torch.bfloat16) for seed in range(6)]
+    exact = torch.cat([rows(rank, d, 50 + rank, dtype=torch.float32).mT for rank in ranks], 1)
+    factor, wide, whole = (
+        sketch(d, size, columns, dtype)
+        for size, columns, dtype in [
+            (57, exact, torch.float32),
+            (57, exact, torch.float32),
+            (d, exact[:, :0], FP64),
+        ]
+    )
+    with products():
+        for part in stream:
+            factor.add_tokens(part, None)
+            wide.add_tokens(part.float(), None)
+            whole.add_tokens(part.double(), None)
+    assert factor.omega.dtype == torch.bfloat16
+    assert factor.omega.shape == wide.omega.shape == (d, 64)
+    assert wide.omega.dtype == torch.float32
+    x = torch.cat(stream).double()
+    form = exact.double().mT @ x.mT @ x @ exact.double()
+    scale = (form.diagonal()[:, None] * form.diagonal()).sqrt()
+    bound = 2e-4 if products is sixteen_bit_products else 1e-5
+    assert ((factor.quadratic(exact) - form).abs() / scale).max() < bound
+    values = whole.spectrum(10).values
+    for each in (factor, wide):  # as good as the other
+        assert ((each.spectrum(10).values - values).abs() / values).max() < 0.01
+
+
+def test_fp16_has_no_room_for_products_with_omega() -> None:
+    factor = sketch(20, 8, dtype=torch.float32)
+    factor.add_tokens(rows(30, 20, 0, dtype=torch.float16), None)
+    assert factor.omega.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

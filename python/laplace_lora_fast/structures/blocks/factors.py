@@ -231,6 +231,10 @@ class SketchFactor(Factor):
     Omega = [leading directions of the first rows | random orthonormal | exact], where `exact` are columns on which
     quadratic forms must stay exact (A^T or B). The first part is up to half of the first two.
 
+    Beside bf16 rows Omega is in bf16: any will do, and products of bf16 matrices take half as many multiplications as
+    those of a halved one. The exact columns are there as their two halves then, in the place of as many random ones.
+    Not beside fp16, which has no room for X Omega.
+
     Args:
         size: number of columns of Omega besides the exact ones. A quarter of it is the spectrum's default rank.
         exact: [d, e].
@@ -272,7 +276,7 @@ class SketchFactor(Factor):
 
     def _sums(self) -> tuple[Tensor, ...]:
         if self._sketch is None:
-            self._sketch = torch.zeros_like(self.omega)
+            self._sketch = torch.zeros_like(self.omega, dtype=self.dtype)
         return self._sketch, self._trace
 
     def _own_state(self) -> dict[str, Tensor]:
@@ -322,19 +326,25 @@ class SketchFactor(Factor):
 
     def _start(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Omega [d, m], half of it warm-started from the first rows."""
+        exact, size, kept = self._exact, self._size, self.dtype
+        if rows.dtype == torch.bfloat16 and self.dtype == torch.float32:
+            exact, kept = torch.cat(lk.halves(exact, rows.dtype)[:2], 1), rows.dtype
+            size = max(size - self._exact.shape[1], size // 2, 1)
         rows = rows.to(self.dtype)
         if mask is not None:
             rows = rows.where(mask[:, None], 0)
-        if not len(rows):
-            return torch.cat([torch.linalg.qr(self._noise(rows, self.dim, self._size)).Q, self._exact], 1)
+        columns = self._warmed(rows, size) if len(rows) else self._noise(rows, self.dim, size)
+        return torch.cat([torch.linalg.qr(columns).Q.to(kept), exact], 1)
+
+    def _warmed(self, rows: Tensor, size: int) -> Tensor:
+        """Leading directions of rows, and random ones: [d, size]."""
         rows = rows.nan_to_num(0, 0, 0)  # `is_finite` tells on them later
         rows = rows / rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)  # only directions matter here
-        warm = min(self._size // 2, len(rows))
+        warm = min(size // 2, len(rows))
         probe = self._noise(rows, len(rows), min(len(rows), warm + 8))
         span = torch.linalg.qr(rows.mT @ (rows @ (rows.mT @ probe))).Q  # randomised subspace iteration
         leading = span @ right_pairs(rows @ span)[1].mT
-        columns = torch.cat([leading[:, :warm], self._noise(rows, self.dim, self._size - warm)], 1)
-        return torch.cat([torch.linalg.qr(columns).Q, self._exact], 1)
+        return torch.cat([leading[:, :warm], self._noise(rows, self.dim, size - warm)], 1)
 
     def _noise(self, like: Tensor, *shape: int) -> Tensor:
         noise = torch.randn(shape, generator=self._generator, dtype=torch.float64)
