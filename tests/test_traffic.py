@@ -9,8 +9,9 @@ from itertools import product
 import pytest
 import torch
 
-from bench import traffic
+from bench import ends, traffic
 from bench.traffic import Case, Meter, count
+from laplace_lora_fast.structures.rows.kernels import RowKernels
 
 # Bytes over one read of every distinct x and every g, and launches a layer and pass.
 ROWS = {("q, v", False): (1.5, 2.0), ("q, v", True): (1.8, 2.5), ("all linear", False): (1.4, 2.0)}
@@ -69,3 +70,28 @@ def test_the_table_holds_every_case() -> None:
         assert found[tuple(asdict(case).values())] == asdict(count(case))
     assert {record["case"]["classes"] for record in records} == {2, 5}
     assert len(records) == len(list(product(range(2), repeat=6)))
+
+
+def test_what_ends_of_fits_compute() -> None:
+    rows = [ends.empty(50, 8 * 16, dtype=torch.float16) for _ in range(3)]
+    omegas = [ends.empty(64, 16, dtype=torch.bfloat16) for _ in rows]
+    products = ends.count(lambda: RowKernels(rows, omegas).total([1.0] * 3))
+    assert products.flops == 3 * 2 * 50**2 * 8 * 16
+    assert products.factorisations == 0
+    matrix = ends.empty(2, 40, 30, dtype=torch.float64)
+    found = ends.count(lambda: torch.linalg.eigh(matrix.mT @ matrix))
+    assert (found.calls, found.factorisations, found.flops) == (2, 1, 2 * (2 * 30 * 30 * 40 + 9 * 30**3))
+    assert ends.count(lambda: torch.linalg.qr(matrix)).flops == 2 * (4 * 40 * 30**2 - 4 * 30**3 // 3)
+
+
+def test_the_table_of_ends_is_of_this_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m bench.ends` writes it; steps that take long to count are counted then."""
+    written = json.loads((ends.RESULTS / "ends.json").read_text())
+    assert set(written) == set(ends.WEIGHTS)
+    monkeypatch.setattr(ends, "_factors", lambda targets, n: None)
+    for targets, steps in written.items():
+        found = {step: asdict(each) for step, each in ends.steps(targets).items()}
+        assert list(found) == list(steps)
+        assert {step: found[step] for step in found if "KFAC" not in step} == {
+            step: steps[step] for step in steps if "KFAC" not in step
+        }
