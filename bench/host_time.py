@@ -3,7 +3,9 @@
 With short texts a GPU waits for Python, which then is what a fit costs. So: a Llama with the 32 decoder layers of a 7B
 model and next to no width, whose arithmetic takes no time. Its fits go the way of 16-bit streams on a GPU, made by the
 CPU's fp32 products, of which as many are called; what a call of CUDA takes is in neither side. One batch of a fit
-beside a forward and a backward pass of the bare model, in processor time, in turns, the medians of many.
+beside a forward and a backward pass of the bare model, in processor time, in turns, the medians of many. Beside them
+what no fit by hooks can do without: hooks on every LoRA layer and its output that do nothing, and gradients that are
+not written to anyone's `.grad`.
 
 Writes bench/results/host_time.json and .md, to which it adds what it finds under the name of a commit.
 """
@@ -26,16 +28,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bench.gpu.models import ANSWERS, TARGETS, forward_backward
+from bench.gpu.models import ANSWERS, TARGETS, answers_of, contrast, forward_backward
 from laplace_kernels.ops import blocks
 from laplace_lora_fast import KFAC, Answers, LaplaceLoRA, Rows
 from laplace_lora_fast.evaluation.provenance import provenance
 from laplace_lora_fast.fitting.finite import Screen
+from laplace_lora_fast.model.contexts import frozen
+from laplace_lora_fast.model.observer import GraphStart
 from laplace_lora_fast.structures import Structure
 
 RESULT = Path(__file__).parent / "results" / "host_time.json"
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 32, "vocab_size": 64,
          "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+EMPTY = "hooks that do nothing"
 STRUCTURES: dict[str, Structure] = {"rows": Rows(columns=8), "KFAC reduce": KFAC(factors="dense")}
 SEQUENCES, TOKENS, BATCHES = 2, 8, 12
 TARGET = 0.25
@@ -102,15 +107,17 @@ class Laps:
 
 
 def measure(targets: str, padded: bool, rounds: int) -> list[dict[str, Any]]:
-    """A record a structure: milliseconds of a batch, without the first two of each fit, and of the bare passes."""
+    """A record a structure, and one of empty hooks: milliseconds of a batch, but the first two, and of bare passes."""
     model, batches = build(targets), [make_batch(padded, seed) for seed in range(BATCHES)]
-    times: dict[str, list[float]] = {"bare": [], **{name: [] for name in STRUCTURES}}
+    times: dict[str, list[float]] = {name: [] for name in ("bare", EMPTY, *STRUCTURES)}
     for _ in range(rounds):
         for name, seconds in times.items():
             laps = Laps(batches)
             gc.collect()
             if name == "bare":
                 forward_backward(model, CPU, laps)  # type: ignore[arg-type]
+            elif name == EMPTY:
+                with_empty_hooks(model, laps)
             else:
                 fit(model, STRUCTURES[name], laps)
             seconds += laps.seconds[2:]
@@ -120,6 +127,31 @@ def measure(targets: str, padded: bool, rounds: int) -> list[dict[str, Any]]:
         {**about, "structure": name, "fit_ms": statistics.median(seconds) * 1e3}
         for name, seconds in times.items()
     ]
+
+
+def with_empty_hooks(model: nn.Module, laps: Laps) -> None:
+    """The bare passes, with the hooks of a fit but not what they do."""
+    anchor = torch.zeros((), requires_grad=True)
+
+    def on_output(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        started: Tensor = output if output.requires_grad else GraphStart.apply(output, anchor)
+        started.register_hook(_nothing)
+        return started
+
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    hooks = [layer.register_forward_hook(on_output, prepend=True, with_kwargs=True) for layer in layers]
+    try:
+        with frozen(model):
+            for batch in laps:
+                answers = contrast(answers_of(model, batch, CPU))
+                torch.autograd.grad(answers, [anchor], allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nothing(g: Tensor) -> None:
+    pass
 
 
 def fit(model: nn.Module, structure: Structure, laps: Laps) -> None:
@@ -142,18 +174,20 @@ def markdown(found: dict[str, Any]) -> str:
         f"{TARGET:.0%}), by `python -m bench.host_time`: a Llama of {SHAPE['num_hidden_layers']} decoder layers and",
         f"width {SHAPE['hidden_size']} on a CPU, whose arithmetic takes next to no time; {SEQUENCES} texts of {TOKENS}",
         "tokens,",
-        "two classes, the way of 16-bit streams on a GPU. In brackets milliseconds of the fit and of the model.",
+        "two classes, the way of 16-bit streams on a GPU. Hooks that do nothing are what no fit can do without. In",
+        "brackets milliseconds of the fit and of the model.",
         "",
         "| LoRA on | structure | pads | " + " | ".join(found) + " |",
         "|---|---|---|" + "---:|" * len(found),
     ]
-    cells: dict[tuple[str, ...], list[str]] = {}
-    for one in found.values():
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, one in found.items():
         for record in one["records"]:
             row = record["targets"], record["structure"], "yes" if record["padded"] else "no"
             text = f"{added(record):.0%} ({record['fit_ms']:.1f}, {record['bare_ms']:.1f})"
-            cells.setdefault(row, []).append(text)
-    lines += ["| " + " | ".join([*row, *texts]) + " |" for row, texts in cells.items()]
+            cells.setdefault(row, {})[name] = text
+    for row, texts in cells.items():
+        lines.append("| " + " | ".join([*row, *(texts.get(name, "") for name in found)]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -200,7 +200,7 @@ def _predict(model: nn.Module, structure: Structure, laps: Laps) -> None:
 def _forward(model: nn.Module, device: torch.device, laps: Laps) -> None:
     with torch.no_grad():
         for batch in laps:
-            _answers(model, batch, device)
+            answers_of(model, batch, device)
 
 
 def forward_backward(model: nn.Module, device: torch.device, laps: Laps) -> None:
@@ -210,7 +210,7 @@ def forward_backward(model: nn.Module, device: torch.device, laps: Laps) -> None
     try:
         with frozen(model):
             for batch in laps:
-                _contrast(_answers(model, batch, device)).backward()
+                contrast(answers_of(model, batch, device)).backward()
     finally:
         start.remove()
 
@@ -219,13 +219,13 @@ def _training_step(model: nn.Module, device: torch.device, laps: Laps) -> None:
     """With the gradients of the LoRA weights; no optimiser."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in laps:
-        torch.autograd.grad(_contrast(_answers(model, batch, device)), trained)
+        torch.autograd.grad(contrast(answers_of(model, batch, device)), trained)
 
 
-def _contrast(logits: Tensor) -> Tensor:
+def contrast(logits: Tensor) -> Tensor:
     return (logits[:, 0] - logits[:, 1]).sum()
 
 
-def _answers(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def answers_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     inputs = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")}
     return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, 0, ANSWERS]
