@@ -130,3 +130,23 @@ def test_no_batch_waits_for_the_device(backend, structure):
     la = fitted(model, watched(batches), structure)
     la.predictions(batches, progress=False)
     la.predictions(watched(batches), progress=False)
+
+
+@pytest.mark.parametrize("budget", [2 * 10**4, 1], ids=["pinned", "files"])
+def test_rows_that_leave_the_device(budget):
+    """The same rows, and the same predictions, wherever they live."""
+    train, test = tiny.batch(24, 5, seed=1), tiny.batch(4, 5, seed=2)
+    model, found = decoder(torch.bfloat16).cuda(), []
+    for kept in (None, budget):
+        la = LaplaceLoRA(model, Answers(tiny.ANSWERS), structure=Rows(columns=8), budget=kept)
+        la.fit(tiny.split(train, 4), progress=False)
+        samples = la.posterior.sample(3, torch.Generator().manual_seed(0))
+        found.append((la.posterior.curvature.rows, [*la.logit_distribution(test), *samples]))
+    (near, expected), (far, moved) = found
+    assert {rows.device.type for rows in near} == {"cuda"}
+    assert {rows.device.type for rows in far} == {"cpu"}
+    assert all(rows.is_pinned() for rows in far) == (budget > 1)
+    for mine, theirs in zip(far, near, strict=True):
+        assert torch.equal(mine, theirs.cpu())
+    for mine, theirs in zip(moved, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

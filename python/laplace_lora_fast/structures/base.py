@@ -143,7 +143,7 @@ class Accumulator(Listener):
 class Predictor(Listener, Generic[Seen]):
     """Listener that turns batches into Gaussians of their functions under G priors: first look, then conclude."""
 
-    together: ClassVar[int] = 1  # of how many functions at least it had better conclude at once
+    together: int = 1  # of how many functions at least it had better conclude at once
 
     @abstractmethod
     def seen(self) -> list[Seen]:

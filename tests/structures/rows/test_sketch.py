@@ -104,7 +104,7 @@ def test_sketched_rows_of_a_single_precision_model_are_kept_in_16_bits(tmp_path:
     whole = LaplaceLoRA(model, Classes(), structure=Rows(columns=999)).fit([data], progress=False)
     assert {rows.dtype for rows in whole.posterior.curvature.rows} == {torch.float32}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("laplace_lora_fast.structures.rows.fit.in_16_bits", lambda rows, _: rows)
+        patch.setattr("laplace_lora_fast.structures.rows.fit.in_16_bits", lambda rows, *_: rows)
         exact = LaplaceLoRA(model, Classes(), structure=Rows(columns=6)).fit([data], progress=False)
     assert_close(cov, exact.logit_distribution(data)[1], 2e-3)
     assert_close(la.log_marginal_likelihood(), exact.log_marginal_likelihood(), 1e-4)

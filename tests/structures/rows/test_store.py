@@ -34,6 +34,9 @@ def test_rows_come_back_from_files(dtype):
     empty.append(0, rows)
     empty.append(0, rows[:0])
     assert torch.equal(empty.matrices()[0], rows)
+    kept = empty.kept(rows + 1)  # in a file as well
+    assert torch.equal(kept, rows + 1)
+    assert kept.data_ptr() != rows.data_ptr()
 
 
 def test_no_name_is_ever_left_in_the_temporary_folder(tmp_path, monkeypatch):
@@ -43,6 +46,34 @@ def test_no_name_is_ever_left_in_the_temporary_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     assert before is None or len(os.listdir("/proc/self/fd")) <= before + 2
     assert all(matrix.isfinite().all() for matrix in matrices)
+
+
+def far_store(monkeypatch, budget, free=None):
+    """As if rows were on a GPU with so much room: they leave it for CPU memory."""
+    monkeypatch.setattr(store, "room", lambda devices: free)
+    found = RowStore(3, budget)
+    monkeypatch.setattr(type(found), "_can_leave", staticmethod(lambda devices: True))
+    return found
+
+
+@pytest.mark.parametrize(("budget", "free"), [(100, None), (10**6, 100)])
+def test_rows_that_leave_the_device_are_the_same_in_one_piece(budget, free, monkeypatch):
+    """Beyond the budget, or what is free: batch by batch in one piece of memory, in which each block is a view."""
+    batches = [[torch.randn(2, width) for width in (3, 4, 5)] for _ in range(3)]
+    found = far_store(monkeypatch, budget, free)
+    places = []
+    for batch in batches:
+        found.extend(batch)
+        places.append(found.place)
+    assert places == [Place.DEVICE, Place.CPU, Place.CPU]
+    assert len({chunk.untyped_storage().data_ptr() for chunk in (chunks[-1] for chunks in found.chunks)}) == 1
+    assert [[len(chunk) for chunk in chunks] for chunks in found.chunks] == [
+        [2, 2, 2]
+    ] * 3  # as they were added
+    expected = [torch.cat(block) for block in zip(*batches, strict=True)]
+    for mine, theirs in zip(found.matrices(), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert found.kept(expected[0]) is not expected[0]
 
 
 PROGRAM = """

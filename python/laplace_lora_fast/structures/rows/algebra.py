@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.devices import brought
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.structures.rows.kernels import RowKernels
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
@@ -72,9 +73,19 @@ class RowCurvature(Curvature):
         """R."""
         return self.rows[0].shape[0]
 
+    @property
+    def home(self) -> torch.device:
+        """Where R x R matrices are: on the model's device, wherever the rows live."""
+        return self.means[0].device
+
+    def _brought(self) -> Iterator[Tensor]:
+        """Rows of every weight, [R, r m] in fp64 beside the weight."""
+        for rows in brought(self.rows, [mean.device for mean in self.means]):
+            yield rows.double()
+
     def roots_at(self, prior_precision: Tensor) -> BlockDiagonal:
-        """S under a prior, fp64 beside the rows: the same under all, unless refitted."""
-        return self.roots.to(self.rows[0])
+        """S under a prior, fp64 at home: the same under all, unless refitted."""
+        return self.roots.to(self.means[0])
 
     def scaled(self, factor: float) -> RowCurvature:
         roots = self.roots.scaled(factor**0.5)
@@ -138,7 +149,7 @@ class RowCurvature(Curvature):
 
     def roots_of_equivalent(self) -> BlockDiagonal:
         """S under which the sketch is judged."""
-        return self.roots.to(self.rows[0])
+        return self.roots.to(self.means[0])
 
     def whitened_spectrum(self, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
         values = torch.linalg.eigvalsh(self.whitened_kernel(prior_precision)).clamp_min(0).cpu()
@@ -154,7 +165,8 @@ class RowCurvature(Curvature):
         roots, kernel = self.roots_at(prior_precision), self.whitened_kernel(prior_precision)
         inverse = torch.linalg.inv(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device))
         shares = []
-        for rows, weight in zip(self.rows, (1 / self.effective(prior_precision)).tolist(), strict=True):
+        weights = (1 / self.effective(prior_precision)).tolist()
+        for rows, weight in zip(self._brought(), weights, strict=True):
             phi = roots.transposed_times(rows.to(inverse))
             shares.append(weight * (phi * (inverse @ phi)).sum())
         return torch.stack(shares).cpu()
@@ -245,18 +257,18 @@ class RowCurvature(Curvature):
         for mean, rows, weight in zip(self.means, self.rows, weights, strict=True):
             noise = torch.randn((n, rows.shape[1]), generator=generator, dtype=torch.float64).to(mean.device)
             priors.append(noise * weight**0.5)
-        home = self.rows[0].device
+        home = self.home
         outputs = torch.zeros(self.n_rows, n, dtype=torch.float64, device=home)
-        for rows, prior in zip(self.rows, priors, strict=True):
-            outputs += (rows.double() @ prior.mT).to(home)
+        for rows, prior in zip(self._brought(), priors, strict=True):
+            outputs += (rows @ prior.mT).to(home)
         roots = self.roots_at(prior_precision)
         noise = torch.randn((self.n_rows, n), generator=generator, dtype=torch.float64).to(home)
         kernel = self.whitened_kernel(prior_precision)
         chol = torch.linalg.cholesky(kernel + torch.eye(len(kernel), dtype=kernel.dtype, device=home))
         solved = roots.times(torch.cholesky_solve(roots.transposed_times(outputs) + noise, chol))
         features = [
-            prior - weight * (rows.double().mT @ solved.to(rows.device)).mT
-            for rows, prior, weight in zip(self.rows, priors, weights, strict=True)
+            prior - weight * (rows.mT @ solved.to(rows.device)).mT
+            for rows, prior, weight in zip(self._brought(), priors, weights, strict=True)
         ]
         return self._moved(features)
 
@@ -277,8 +289,8 @@ class RowCurvature(Curvature):
         z = torch.linalg.solve_triangular(chol.mT, noise, upper=True)
         combined = vectors @ (z / values.sqrt()[:, None])  # of rows
         features = [
-            weight * (rows.double().mT @ combined.to(rows.device)).mT
-            for rows, weight in zip(self.rows, weights, strict=True)
+            weight * (rows.mT @ combined.to(rows.device)).mT
+            for rows, weight in zip(self._brought(), weights, strict=True)
         ]
         return self._moved(features)
 

@@ -140,18 +140,23 @@ class RowAccumulator(RowListener, Accumulator):
             if exact
             else Layout(torch.full((functions.n_examples,), passes))
         )
-        for weight, rows in enumerate(self._batch):
-            blocks = (
-                functions.combine(rows)
-                if exact
-                else [torch.stack([functions.by_example(each) for each in rows], 1)]
-            )
-            self._store.append(weight, layout.join(blocks))
+        if passes == 1 and functions.one_sequence:  # they are as they should be
+            self._store.extend([rows[0] for rows in self._batch])
+        else:
+            self._store.extend([layout.join(self._blocks(rows, exact)) for rows in self._batch])
+        for rows in self._batch:
             rows.clear()
         self._sizes.append(layout.sizes)
         for name, pieces in self._pieces.items():
             pieces.take(self._of_batch[name])
         super().finish()
+
+    def _blocks(self, rows: Sequence[Tensor], exact: bool) -> list[Tensor]:
+        """Of all passes of a weight the rows of each block's functions, [N_b, K, r m]."""
+        assert self._functions is not None
+        if exact:
+            return self._functions.combine(rows)
+        return [torch.stack([self._functions.by_example(each) for each in rows], 1)]
 
     def forget(self) -> None:
         super().forget()
@@ -194,7 +199,7 @@ class RowAccumulator(RowListener, Accumulator):
         """
         rows, layout = self._store.matrices(), self._layout()
         require_finite(self._names, rows, "Jacobian")
-        rows = in_16_bits(rows, self._projections)
+        rows = in_16_bits(rows, self._projections, self._store.kept)
         means = [mean.clone(memory_format=torch.contiguous_format) for mean in self._means]
         roots = BlockDiagonal(layout, self._pieces["roots"].joined(layout.block_sizes))
         return RowCurvature(self._names, means, rows, self._projections, roots)
@@ -228,7 +233,7 @@ class RefitAccumulator(RowAccumulator):
 
     def result(self) -> RefittedCurvature:
         rows = super().result()
-        home, sizes = rows.rows[0].device, rows.roots.layout.block_sizes
+        home, sizes = rows.home, rows.roots.layout.block_sizes
         prior = [each.to(home) for each in self._pieces["prior"].joined(sizes)]
         if not all(each.isfinite().all() for each in prior):
             raise NumericalError("without its adapter the model gives logits that are not finite")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import laplace_kernels as lk
+from laplace_lora_fast.devices import brought
 
 
 class RowKernels:
@@ -78,15 +79,15 @@ class RowKernels:
         return self._sum([1.0] * len(self._rows), 0, 1)
 
     def _sum(self, weights: Sequence[float], index: int, parts: int) -> Tensor:
-        home = self._rows[0].device
-        kernel = torch.zeros(len(self._rows[0]), len(self._rows[0]), dtype=torch.float64, device=home)
-        for rows, projection, weight in zip(self._rows, self._projections, weights, strict=True):
-            if weight == 0:
-                continue
-            dim, columns = projection.shape
+        home, size = self._projections[0].device, len(self._rows[0])
+        kernel = torch.zeros(size, size, dtype=torch.float64, device=home)
+        counted = [place for place, weight in enumerate(weights) if weight != 0]
+        near = brought([self._rows[place] for place in counted], [home] * len(counted))
+        for place, rows in zip(counted, near, strict=True):
+            (dim, columns), weight = self._projections[place].shape, weights[place]
             if parts > 1 and columns < dim:
                 start, stop = index * columns // parts, (index + 1) * columns // parts
                 rows = rows.view(len(rows), -1, columns)[..., start:stop].flatten(1)
                 weight *= columns / (stop - start)
-            lk.gram_(kernel, rows.to(home, torch.float64).mT, alpha=weight)
+            lk.gram_(kernel, rows.double().mT, alpha=weight)
         return lk.mirror_(kernel)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.devices import brought
 from laplace_lora_fast.likelihoods.functions import Functions
 from laplace_lora_fast.structures.base import Predictor, Step
 from laplace_lora_fast.structures.rows.listener import RowListener
@@ -60,6 +61,9 @@ class RowPredictor(RowListener, Predictor[Products]):
     ) -> None:
         super().__init__(layers, projections)
         self._rows, self._parts, self._solvers = rows, parts, solvers
+        self._home = projections[0].device
+        if any(each.device != omega.device for each, omega in zip(rows, projections, strict=True)):
+            self.together *= 8  # they come from afar
         self._refitted, self._passes = refitted, 1
         self._features: dict[int, list[Tensor]] = {}
         self._functions: Functions | None = None
@@ -69,7 +73,7 @@ class RowPredictor(RowListener, Predictor[Products]):
     def start(self, step: Step) -> Tensor:
         cotangents = super().start(step)
         self._passes, self._functions = cotangents.shape[2], step.functions
-        home, parts = self._rows[0].device, 1 + max(self._parts)
+        home, parts = self._home, 1 + max(self._parts)
         zeros = torch.zeros(0, dtype=torch.float64, device=home)
         means = step.functions.values(step.prior_u() if self._refitted else step.u)
         self._blocks = [Products(mean, zeros.new_zeros(parts, *mean.shape, mean.shape[1])) for mean in means]
@@ -86,17 +90,20 @@ class RowPredictor(RowListener, Predictor[Products]):
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        home, size = self._rows[0].device, len(self._rows[0])
+        home, size = self._home, len(self._rows[0])
         for block in waiting:
             block.cross = block.own.new_zeros(len(block.own), *block.mean.shape, size)
         # batch by batch, in the order in which the rows came: sums are the same, to the last bit, however many wait
-        for weight in dict.fromkeys(weight for block in waiting for weight in block.features):
-            rows = self._rows[weight]
-            some = next(block.features[weight] for block in waiting if weight in block.features)
-            columns = rows.to(some.device, torch.float64).mT
+        devices: dict[int, torch.device] = {}
+        for block in waiting:
+            for weight, features in block.features.items():
+                devices.setdefault(weight, features.device)
+        near = brought([self._rows[weight] for weight in devices], list(devices.values()))
+        for weight, rows in zip(devices, near, strict=True):
+            columns = rows.double().mT
             for block in waiting:
-                features = block.features.pop(weight, None)
-                if features is not None and block.cross is not None:
+                if weight in block.features and block.cross is not None:
+                    features = block.features.pop(weight)
                     block.cross[self._parts[weight]] += (features.double() @ columns).to(home)
 
     def gaussians(self, groups: Sequence[Sequence[Products]]) -> list[tuple[Tensor, Tensor]]:

@@ -276,7 +276,7 @@ class RefittedCurvature(RowCurvature):
         """K_s of the sketched rows and K_w of the whole ones, fp64 [R, R]; a scalar 0 where there are none."""
         sketched = torch.tensor(self.kernels.are_sketched)
         apart = [(1 / prior_precision) * mine for mine in (sketched, ~sketched)]
-        none = torch.zeros((), dtype=torch.float64, device=self.rows[0].device)
+        none = torch.zeros((), dtype=torch.float64, device=self.home)
         parts = [self.kernels.total(each.tolist()) if bool(each.any()) else none for each in apart]
         return parts[0], parts[1]
 
@@ -285,7 +285,7 @@ class RefittedCurvature(RowCurvature):
 
     def roots_of_equivalent(self) -> BlockDiagonal:
         """At the prior's functions: at the trained model's they vanish where it is certain."""
-        return self.observed.roots(self.observed.layout.join(self.observed.prior)).to(self.rows[0])
+        return self.observed.roots(self.observed.layout.join(self.observed.prior)).to(self.means[0])
 
     def log_det_ratio(self, prior_precision: Tensor) -> Tensor:
         mode = self.mode(prior_precision)
@@ -379,7 +379,7 @@ class RefittedCurvature(RowCurvature):
         cls, rows: RowCurvature, tensors: dict[str, Tensor], likelihood: Likelihood
     ) -> RefittedCurvature:
         """Of the rows and what `tensors` gave. Raises KeyError for a missing tensor."""
-        home, layout = rows.rows[0].device, rows.roots.layout
+        home, layout = rows.home, rows.roots.layout
         prior, targets = (
             [tensors[f"{part}.{size}"].to(home) for size in layout.block_sizes]
             for part in ("prior", "targets")

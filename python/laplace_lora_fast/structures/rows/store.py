@@ -10,6 +10,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from laplace_lora_fast.devices import room
 from laplace_lora_fast.ranks import Ranks
 
 
@@ -24,10 +25,11 @@ class Place(str, Enum):
 class RowStore:
     """One growing matrix [R, features] per block.
 
-    Rows stay on the device until all blocks together exceed `memory_budget`, then move to CPU memory, and once four
-    times the budget is exceeded to memory-mapped files in the temporary folder (TMPDIR). There they stay: a kernel or
-    a prediction reads one block at a time. The files have no names, so that nothing is left of them however the
-    process ends.
+    Rows stay on the device until all blocks together exceed `memory_budget`, or half of what a GPU had free when the
+    first ones came, then move to CPU memory, and once four times the budget is exceeded to memory-mapped files in the
+    temporary folder (TMPDIR). There they stay: a kernel or a prediction reads one block at a time. From a GPU they go
+    to pinned memory, those of a batch together, and nothing waits for them until they are read. The files have no
+    names, so that nothing is left of them however the process ends.
 
     Args:
         n_blocks: number of matrices.
@@ -39,26 +41,35 @@ class RowStore:
         self._budget = memory_budget
         self._chunks: list[list[Tensor]] = [[] for _ in range(n_blocks)]
         self._devices: list[torch.device] = [torch.device("cpu")] * n_blocks
+        self._room: int | None = None  # bytes, once there are any
         self._bytes = 0
+        self._copying: set[torch.device] = set()  # GPUs from which copies may be under way
 
     def append(self, block: int, rows: Tensor) -> None:
         """Adds rows [n, features] below the block's others. Raises OSError where they do not fit on the disk."""
         self._devices[block] = rows.device
-        self._bytes += rows.numel() * rows.element_size()
-        wanted = self._place_for(self._bytes)
-        if wanted is not self.place:
-            self.place = wanted
-            for index, chunks in enumerate(self._chunks):
-                self._chunks[index] = [self._stored(chunk) for chunk in chunks]
-        self._chunks[block].append(self._stored(rows))
+        self._move_for(rows.nbytes)
+        self._chunks[block] += self._stored([rows])
+
+    def extend(self, rows: Sequence[Tensor]) -> None:
+        """Adds rows to every block; see `append`."""
+        self._devices = [each.device for each in rows]
+        self._move_for(sum(each.nbytes for each in rows))
+        for chunks, each in zip(self._chunks, self._stored(rows), strict=True):
+            chunks.append(each)
 
     def matrices(self) -> list[Tensor]:
         """[R, features] of every block, where its rows live; chunks are let go block by block."""
         return [self._matrix(block) for block in range(len(self._chunks))]
 
+    def kept(self, matrix: Tensor) -> Tensor:
+        """A matrix made of one of `matrices`, where those live."""
+        return self._stored([matrix])[0]
+
     @property
     def chunks(self) -> list[list[Tensor]]:
         """For each block what has been appended, where it lives."""
+        self._settle()
         return self._chunks
 
     def gathered(self, ranks: Ranks, devices: Sequence[torch.device]) -> RowStore:
@@ -70,28 +81,59 @@ class RowStore:
         return whole
 
     def _matrix(self, block: int) -> Tensor:
+        self._settle()
         chunks, self._chunks[block] = self._chunks[block], []
-        if self.place is not Place.DISK:
+        if self.place is Place.DEVICE:
             return torch.cat(chunks)
-        rows = sum(len(chunk) for chunk in chunks)
-        matrix = _mapped(torch.Size([rows, chunks[0].shape[1]]), chunks[0].dtype)
-        return torch.cat(chunks, out=matrix)
+        shape = torch.Size([sum(len(chunk) for chunk in chunks), *chunks[0].shape[1:]])
+        return torch.cat(chunks, out=self._memory(shape, chunks[0].dtype))
+
+    def _move_for(self, n_bytes: int) -> None:
+        """Moves all that is there where so many bytes more do not fit."""
+        if self._room is None:
+            self._room = room(self._devices)
+        self._bytes += n_bytes
+        wanted = self._place_for(self._bytes)
+        if wanted is not self.place:
+            self.place = wanted
+            for index, chunks in enumerate(self._chunks):
+                self._chunks[index] = self._stored(chunks)
 
     def _place_for(self, used: int) -> Place:
-        if used <= self._budget:
+        if used <= self._budget and (self._room is None or used <= self._room):
             return Place.DEVICE
-        on_cpu = all(device.type == "cpu" for device in self._devices)
-        if used <= 4 * self._budget and not on_cpu:
-            return Place.CPU
-        return Place.DISK
+        return Place.CPU if used <= 4 * self._budget and self._can_leave(self._devices) else Place.DISK
 
-    def _stored(self, rows: Tensor) -> Tensor:
-        if self.place is Place.DEVICE:
-            return rows
-        rows = rows.cpu()
-        if self.place is Place.CPU:
-            return rows
-        return _mapped(rows.shape, rows.dtype).copy_(rows)
+    @staticmethod
+    def _can_leave(devices: Sequence[torch.device]) -> bool:
+        """Whether CPU memory is another place than these."""
+        return any(device.type != "cpu" for device in devices)
+
+    def _stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of one dtype where rows are to live: in one piece of pinned memory, or each in a file."""
+        if self.place is Place.DEVICE or not tensors:
+            return list(tensors)
+        if self.place is Place.DISK:
+            return [_mapped(each.shape, each.dtype).copy_(each) for each in tensors]
+        sizes = [each.numel() for each in tensors]
+        parts = self._memory(torch.Size([sum(sizes)]), tensors[0].dtype).split(sizes)
+        self._copying |= {each.device for each in tensors if each.is_cuda}
+        return [
+            part.view(each.shape).copy_(each, non_blocking=True)
+            for part, each in zip(parts, tensors, strict=True)
+        ]
+
+    def _memory(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Where rows that have left the device live."""
+        if self.place is Place.DISK:
+            return _mapped(shape, dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=any(each.type == "cuda" for each in self._devices))
+
+    def _settle(self) -> None:
+        """Waits for copies: before they are read by the host."""
+        for device in self._copying:
+            torch.cuda.synchronize(device)
+        self._copying.clear()
 
 
 def _mapped(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,7 +81,9 @@ def spread(features: int, energies: Sequence[float], shapes: Sequence[tuple[int,
     return at(low)
 
 
-def in_16_bits(rows: list[Tensor], projections: Sequence[Tensor]) -> list[Tensor]:
+def in_16_bits(
+    rows: list[Tensor], projections: Sequence[Tensor], kept: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> list[Tensor]:
     """Rows of a sketch in fp16, whose rounding is far below the sketch's error; as they are where fp16 is too narrow.
 
     Rows that are not sketched, or in fp64, stay as they are. The rounding is of 2^-11 an entry, independent: a row's
@@ -90,6 +92,7 @@ def in_16_bits(rows: list[Tensor], projections: Sequence[Tensor]) -> list[Tensor
     Args:
         rows: [R, r m] of every weight; emptied one by one.
         projections: Omega [d, m] of every weight.
+        kept: puts what is new where rows live.
     """
     sketched_rows = any(omega.shape[1] < omega.shape[0] for omega in projections)
     if not sketched_rows or any(each.dtype != torch.float32 for each in rows):
@@ -100,7 +103,7 @@ def in_16_bits(rows: list[Tensor], projections: Sequence[Tensor]) -> list[Tensor
     if largest > _LARGEST or typical < _SMALLEST:
         return rows
     for index in range(len(rows)):
-        rows[index] = rows[index].half()
+        rows[index] = kept(rows[index].half())
     return rows
 
 
