@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from laplace_lora_fast import Classes, LaplaceLoRA, LaplaceWarning, LeaveOneOut, Regression, Rows
+from laplace_lora_fast import Classes, Evidence, LaplaceLoRA, LaplaceWarning, LeaveOneOut, Regression, Rows
 from laplace_lora_fast.prediction import Block
 from laplace_lora_fast.prior.grid import DEFAULT_GRID, lowest, scores
+from laplace_lora_fast.prior.leave_one_out import SUSPICIOUS
 from tests import tiny
 from tests.oracle import assert_close
 
@@ -95,3 +97,21 @@ def test_along_a_path_they_are_those_of_each_precision_alone(noise: float | None
         ((_, path_mean, path_cov, _),) = along(value)
         assert_close(path_mean, mean, 1e-5)
         assert_close(path_cov, cov, 1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_far_above_the_evidence_it_warns(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of labels that the kernel may have learnt."""
+    data = tiny.batch(7, length=6, seed=1, padding="right", classes=2)
+    model = tiny.tiny_llama_classifier(2)
+    la = LaplaceLoRA(model, Classes(), structure=Rows(refit=True)).fit([data], progress=False)
+    evidence = la.optimize_prior_precision(Evidence(), progress=False)
+    chosen = factor * SUSPICIOUS * evidence
+    grid = [chosen, chosen * (1 + 1e-9)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LaplaceWarning)
+        la.optimize_prior_precision(LeaveOneOut(grid=grid), progress=False)
+    said = [str(each.message) for each in caught if "times the evidence's" in str(each.message)]
+    assert len(said) == (factor > 1)
+    if said:
+        assert f"{chosen:.3g}, 22 times the evidence's {evidence:.3g}" in said[0]
