@@ -148,6 +148,15 @@ def test_pairs_prefer_the_better_rated():
     assert len(seen) == len(set(seen))
 
 
+def test_fewer_short_questions_than_asked_for_are_an_error(monkeypatch):
+    rows = [{"prompt": f"the film {n}", "choices": ["good", "dull"], "label": 0} for n in range(5)]
+    monkeypatch.setattr(data, "arc_rows", lambda folder, split: rows if split == "train" else rows[:0])
+    with pytest.raises(ValueError, match="5 train questions have at most 50 tokens, 6 are asked for"):
+        data.arc_parts(tokenizer(), None, (4, 2, 0), 50, 0)
+    train, held_out, test = data.arc_parts(tokenizer(), None, (3, 2, 0), 50, 0)
+    assert (len(train), len(held_out), test) == (3, 2, [])
+
+
 def test_answers_are_scored_in_the_prompts_order(monkeypatch, tmp_path):
     encoder = transformers.BertConfig(
         vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2

@@ -42,6 +42,11 @@ def arc_parts(
     known = {row["prompt"] for row in train}  # two questions stand in both splits
     tests = [row for row in arc_rows(folder, "test") if row["prompt"] not in known]
     pool, tests = (short(tokenizer, rows, tokens) for rows in (train, tests))
+    for split, rows, needed in (("train", pool, n_train + n_held_out), ("test", tests, n_test)):
+        if len(rows) < needed:
+            raise ValueError(
+                f"{len(rows)} {split} questions have at most {tokens} tokens, {needed} are asked for: allow more tokens"
+            )
     random.Random(0).shuffle(tests)
     random.Random(seed).shuffle(pool)
     return pool[:n_train], pool[n_train : n_train + n_held_out], tests[:n_test]
