@@ -295,6 +295,19 @@ def test_other_models_are_refused() -> None:
         LaplaceLoRA(tiny.tiny_llama_classifier(3), Tokens())
 
 
+def test_a_head_that_is_called_decoder_is_not_taken_for_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ModernBERT's decoder has it."""
+    monkeypatch.setattr(chunks, "CHUNK", 4 * tiny.VOCAB * 2)
+    reference, model, data = fitted([batch()]), tiny.tiny_llama(), batch()
+    inner = model.get_base_model()
+    inner.get_decoder = inner.get_output_embeddings
+    la = LaplaceLoRA(model, Tokens(samples=M), structure=Rows(columns=64), prior_precision=0.7)
+    la.fit([data], progress=False)
+    found, expected = (each.token_uncertainty(data, n_samples=2).total for each in (la, reference))
+    assert_close(found[found.isfinite()], expected[found.isfinite()], 1e-10)
+    assert found.isfinite().any()
+
+
 def test_text_needs_a_posterior_of_all_tokens() -> None:
     la = LaplaceLoRA(tiny.tiny_llama(targets=("lm_head",)), Answers(tiny.ANSWERS))
     la.fit([tiny.batch(4)], progress=False)

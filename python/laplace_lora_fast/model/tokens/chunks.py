@@ -93,9 +93,14 @@ class Backbone:
 
 
 def _backbone_of(model: nn.Module) -> nn.Module | None:
-    """The part of a model that gives the hidden states; None where the model does not say."""
-    get = getattr(model, "get_decoder", None)
-    part = get() if callable(get) else getattr(model, "base_model", None)
+    """The part of a model that gives the hidden states; None where the model does not say.
+
+    ModernBERT's decoder calls its language-model head `decoder`.
+    """
+    get, head = (getattr(model, f"get_{what}", None) for what in ("decoder", "output_embeddings"))
+    part = get() if callable(get) else None
+    if part is None or (callable(head) and part is head()):
+        part = getattr(model, "base_model", None)
     return part if isinstance(part, nn.Module) and part is not model else None
 
 
