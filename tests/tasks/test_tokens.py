@@ -295,12 +295,15 @@ def test_other_models_are_refused() -> None:
         LaplaceLoRA(tiny.tiny_llama_classifier(3), Tokens())
 
 
-def test_a_head_that_is_called_decoder_is_not_taken_for_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ModernBERT's decoder has it."""
+@pytest.mark.parametrize("given", ["head", "itself"])
+def test_the_backbone_is_found(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `get_decoder` gives the language-model head, as ModernBERT's does, or the model, as that of Llama 4."""
     monkeypatch.setattr(chunks, "CHUNK", 4 * tiny.VOCAB * 2)
     reference, model, data = fitted([batch()]), tiny.tiny_llama(), batch()
     inner = model.get_base_model()
-    inner.get_decoder = inner.get_output_embeddings
+    inner.get_decoder = inner.get_output_embeddings if given == "head" else lambda: inner
+    if given == "itself":
+        monkeypatch.setattr(type(inner), "base_model", property(lambda self: self))
     la = LaplaceLoRA(model, Tokens(samples=M), structure=Rows(columns=64), prior_precision=0.7)
     la.fit([data], progress=False)
     found, expected = (each.token_uncertainty(data, n_samples=2).total for each in (la, reference))

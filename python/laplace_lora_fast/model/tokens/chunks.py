@@ -93,15 +93,20 @@ class Backbone:
 
 
 def _backbone_of(model: nn.Module) -> nn.Module | None:
-    """The part of a model that gives the hidden states; None where the model does not say.
+    """The part of a model that gives the hidden states; None where there is none to be found.
 
-    ModernBERT's decoder calls its language-model head `decoder`.
+    What `get_decoder` gives may be the language-model head (ModernBERT's decoder) or the model itself (Llama 4).
     """
     get, head = (getattr(model, f"get_{what}", None) for what in ("decoder", "output_embeddings"))
-    part = get() if callable(get) else None
-    if part is None or (callable(head) and part is head()):
-        part = getattr(model, "base_model", None)
-    return part if isinstance(part, nn.Module) and part is not model else None
+    others = (model, head() if callable(head) else None)
+    parts = (
+        get() if callable(get) else None,
+        *(getattr(model, name, None) for name in ("base_model", "model")),
+    )
+    found = (
+        part for part in parts if isinstance(part, nn.Module) and all(part is not each for each in others)
+    )
+    return next(found, None)
 
 
 def _blank(output: Any) -> Any:
