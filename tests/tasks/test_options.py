@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from laplace_lora_fast import (
     KFAC,
     Answers,
+    DirectPreference,
     HeldOut,
     InvalidBatchError,
     LaplaceLoRA,
@@ -130,6 +131,27 @@ def test_against_the_dense_posterior(score: str, targets: tuple[str, ...]) -> No
         assert not found[len(expected) :].any()
 
 
+def test_rows_of_ragged_options_and_the_covariance_of_all_scores() -> None:
+    """With a prior that data cannot move the covariance is that of the rows, J J^T / lambda."""
+    model, train, test, prior = trainable(tiny.tiny_llama()), examples(5), examples(4, 1), 0.7
+    weights = [p for name, p in model.named_parameters() if "lora_" in name]
+    la = LaplaceLoRA(model, Options(), structure=EXACT, prior_precision=prior)
+    la.fit(option_batches_from_ids(train, 2), progress=False)
+    dense = Dense(model, train, prior, mean=False)
+    for example in test:
+        u = scores(model, example)
+        J = torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(each, weights, retain_graph=True)])
+                for each in u
+            ]
+        )
+        (batch,) = option_batches_from_ids([example], 1)
+        assert_close(la.reward(batch, prior_precision=1e15).covariance[0] * 1e15, J @ J.mT, 1e-12)
+        assert_close(la.reward(batch).covariance[0], J @ dense.covariance @ J.mT, 1e-10)
+        assert_close(la.reward(batch).mean[0], u.detach(), 1e-12)
+
+
 def test_one_backward_pass_a_batch() -> None:
     model = tiny.tiny_llama()
     la = LaplaceLoRA(model, Options())
@@ -152,16 +174,29 @@ def test_options_of_one_token_are_answers() -> None:
         answers = LaplaceLoRA(model, Answers(tiny.ANSWERS), structure=structure).fit([data], progress=False)
         options = LaplaceLoRA(model, Options(), structure=structure)
         options.fit(option_batches_from_ids(listed, 6), progress=False)
-        assert_close(options.log_marginal_likelihood(), answers.log_marginal_likelihood(), 1e-9)
-        assert_close(options.predict(option_batches_from_ids(listed, 6)[0]), answers.predict(data), 1e-9)
+        assert_close(options.log_marginal_likelihood(), answers.log_marginal_likelihood(), 1e-10)
+        assert_close(options.predict(option_batches_from_ids(listed, 6)[0]), answers.predict(data), 1e-10)
     ones = torch.ones(8, dtype=torch.float64)
     expected, found = (la.posterior.curvature.leave_one_out(ones) for la in (answers, options))
-    assert_close(found[0][1], expected[0][1], 1e-9)
-    assert_close(found[0][2], expected[0][2], 1e-9)
+    assert_close(found[0][1], expected[0][1], 1e-10)
+    assert_close(found[0][2], expected[0][2], 1e-10)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LaplaceWarning)  # of the grid's edge
         best = [la.optimize_prior_precision(WIDE, progress=False) for la in (answers, options)]
     assert best[0] == best[1]
+
+
+def test_preferences_of_two_are_options_of_two() -> None:
+    """With a reward of log p, as against a reference that finds everything equally likely."""
+    model = tiny.tiny_llama()
+    pairs = [(prompt, options[:2], min(label, 1)) for prompt, options, label in examples(5)]
+    (batch,) = option_batches_from_ids(pairs, 5)
+    by_reward = batch | {"reference": torch.zeros(len(batch["group"]), dtype=torch.float64)}
+    options = LaplaceLoRA(model, Options(), structure=EXACT).fit([batch], progress=False)
+    preferences = LaplaceLoRA(model, DirectPreference(beta=1.0), structure=EXACT)
+    preferences.fit([by_reward], progress=False)
+    assert_close(preferences.predict(by_reward), options.predict(batch), 1e-10)
+    assert_close(preferences.log_marginal_likelihood(), options.log_marginal_likelihood(), 1e-10)
 
 
 @pytest.mark.parametrize("structure", [EXACT, Rows(refit=True), KFAC()], ids=["rows", "refit", "kfac"])
