@@ -58,6 +58,25 @@ def refuse_meta(model: nn.Module) -> None:
                 )
 
 
+def quantised_linears(model: nn.Module) -> list[nn.Module]:
+    """Linear layers whose weights are packed, or of a kind of tensor of their own."""
+
+    def packed(weight: torch.Tensor) -> bool:
+        own = type(weight.data) is not torch.Tensor or getattr(weight, "quant_state", None) is not None
+        return own or not (weight.is_floating_point() or weight.is_complex())
+
+    def is_linear(module: nn.Module) -> bool:
+        sizes = all(isinstance(getattr(module, f"{side}_features", None), int) for side in ("in", "out"))
+        return sizes and not hasattr(module, "base_layer")  # which is one of PEFT's around it
+
+    return [
+        module
+        for module in model.modules()
+        if is_linear(module)
+        and any(map(packed, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
+    ]
+
+
 @contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Bitsandbytes' 4-bit layers without their packed form for CPUs, which lets no gradient through.

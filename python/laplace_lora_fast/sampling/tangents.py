@@ -36,6 +36,7 @@ from laplace_lora_fast.model.gradients import leaves_of, send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.model.storage import differentiable_kernels
+from laplace_lora_fast.sampling.quantised import forward_mode_of_quantised_layers
 from laplace_lora_fast.weights import RowNorm, by_layer, is_head
 
 Function = Callable[..., Any]  # of no or more tensors, to a tensor or a structure of tensors
@@ -65,6 +66,7 @@ class StepHooks:
             if self.head is not None:
                 stack.enter_context(self.head.installed())
             stack.enter_context(differentiable_kernels(self.model))
+            stack.enter_context(forward_mode_of_quantised_layers(self.model))
             stack.enter_context(without_fast_path())
             stack.enter_context(eager())
             stack.enter_context(torch.inference_mode(False))
