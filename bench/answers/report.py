@@ -151,13 +151,13 @@ def markdown(what: str, model: str, runs: Sequence[Run], found: dict[str, Any]) 
         f"## {model}",
         "",
         f"LoRA r = 8 on queries and values{_where(runs[0])}; {setting['train']} training, {setting['held_out']} "
-        f"held-out and {setting['test']} test examples, {setting['epochs']} epochs at {setting['rate']:g}"
+        f"held-out and {setting['test']} test examples, {_counted(setting['epochs'], 'epoch')} at {setting['rate']:g}"
         f"{_short(setting)}; training loss {', '.join(f'{loss:.3f}' for loss in found['loss'])}. "
         f"{environment['machine']}, 1 thread, {environment['date']}; CPU seconds a seed: "
         f"{', '.join(f'{key} {statistics.mean(values):.0f}' for key, values in seconds.items())}.",
         f"Command: `python -m bench.answers {what} {own}{given} --seeds {seeds}`.",
         f"Brackets: 95 % paired bootstrap intervals, over {'seeds and ' if len(runs) > 1 else ''}examples, of the "
-        f"difference to the temperature; {len(runs)} {'seeds' if len(runs) > 1 else 'seed'}.",
+        f"difference to the temperature; {_counted(len(runs), 'seed')}.",
         "",
     ]
     for name, methods in found["tests"].items():
@@ -170,6 +170,10 @@ def markdown(what: str, model: str, runs: Sequence[Run], found: dict[str, Any]) 
     if "picked" in found:
         lines += _best_of(found["picked"])
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 def _where(run: Run) -> str:
