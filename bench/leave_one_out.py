@@ -19,11 +19,14 @@ import torch
 from laplace_lora_fast.evaluation.provenance import provenance
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.prediction import Block
-from laplace_lora_fast.prior.grid import DEFAULT_GRID, lowest, scores
+from laplace_lora_fast.prior.grid import DEFAULT_GRID, scores
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.left_out import LeftOut
+from laplace_lora_fast.structures.rows.mode import Observations
 from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
-from laplace_lora_fast.structures.rows.refit import LeftOut, Observations, RefittedCurvature
+from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.search import lowest
 from laplace_lora_fast.weights import weight_names
 
 FEATURES = 2048

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from laplace_lora_fast import Classes, Evidence, LaplaceLoRA, LaplaceWarning, LeaveOneOut, Regression, Rows
 from laplace_lora_fast.prediction import Block
-from laplace_lora_fast.prior.grid import DEFAULT_GRID, lowest, scores
+from laplace_lora_fast.prior.grid import DEFAULT_GRID, scores
 from laplace_lora_fast.prior.leave_one_out import SUSPICIOUS
+from laplace_lora_fast.structures.search import lowest
 from tests import tiny
 from tests.oracle import assert_close
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,7 +18,6 @@ from laplace_lora_fast.prior.precision import require_representable
 
 DEFAULT_GRID = tuple(torch.logspace(-4, 6, 101, dtype=torch.float64).tolist())
 DEFAULT_SAMPLES = 1000
-_STRIDE = 8  # of a grid's first values
 _CHUNK = 64  # priors integrated at a time
 
 
@@ -102,36 +101,6 @@ def least(nll: Tensor, tried: Sequence[object]) -> int:
     if not nll[best].isfinite():
         raise NumericalError("the negative log-likelihood is infinite at every value of the grid")
     return best
-
-
-def lowest(value_at: Callable[[int], float], count: int) -> int:
-    """The place of 0 .. count - 1 with the least value, coarse to fine: of a smooth function, by a fifth of the values.
-
-    Every eighth place, from the last to the first, then neighbours at half the distance of the best so far until both
-    next to it are known. A number that is none counts as the least, so that it is seen.
-
-    Args:
-        value_at: asked once a place; places that follow each other are close.
-        count: of places.
-    """
-    known: dict[int, float] = {}
-
-    def look(place: int) -> None:
-        if 0 <= place < count and place not in known:
-            value = value_at(place)
-            known[place] = -math.inf if math.isnan(value) else value
-
-    for place in sorted({*range(0, count, _STRIDE), count - 1}, reverse=True):
-        look(place)
-    distance = _STRIDE
-    while True:
-        distance = max(distance // 2, 1)
-        best = min(sorted(known), key=known.__getitem__)
-        before = len(known)
-        look(best + distance)
-        look(best - distance)
-        if distance == 1 and len(known) == before:
-            return best
 
 
 def warn_of_edge(best: Sequence[float], grid: Sequence[float]) -> None:

@@ -12,9 +12,10 @@ from laplace_lora_fast.errors import LaplaceWarning, NumericalError
 from laplace_lora_fast.options import register
 from laplace_lora_fast.prediction import Block
 from laplace_lora_fast.prior.evidence import Evidence
-from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, lowest, scores, warn_of_edge
+from laplace_lora_fast.prior.grid import checked_grid, checked_link, least, scores, warn_of_edge
 from laplace_lora_fast.prior.tuning import Fitted, Tuned, Tuning
 from laplace_lora_fast.structures.base import Ability
+from laplace_lora_fast.structures.search import lowest
 
 # So many times the evidence's precision say that the kernel may have learnt its labels. Measured: 26 to 53 on five
 # over-trained encoders, where leave-one-out was clearly worse than the evidence; 11 at most on their ten shorter

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from laplace_lora_fast.errors import NumericalError
 
+_CLOSE, _NEAR = 1e-4, 2e-3  # of log lambda: a step, and three places between which a parabola is exact
+
 
 def evidence_root(values: Tensor, counts: Tensor, distance: float, group: str) -> float:
     """The prior precision lambda at which lambda ||theta - mean||^2 = gamma(lambda), the maximum of the evidence.
@@ -129,7 +131,7 @@ def increasing_root(function: Callable[[float], tuple[float, float]], start: flo
 
 
 def maximum_on_log_axis(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of a positive number is largest: four values a decade, then golden-section search.
+    """Where a smooth function of a positive number is largest: four values a decade, coarse to fine, then parabolas.
 
     Args:
         function: x -> value.
@@ -141,22 +143,70 @@ def maximum_on_log_axis(function: Callable[[float], float], low: float, high: fl
     """
     steps = round(4 * math.log10(high / low))
     points = [math.log(low) + math.log(high / low) * i / steps for i in range(steps + 1)]
-    best = max(range(steps, -1, -1), key=lambda i: function(math.exp(points[i])))
+    found: dict[int, float] = {}
+
+    def negative(place: int) -> float:
+        found[place] = -function(math.exp(points[place]))
+        return found[place]
+
+    best = lowest(negative, steps + 1, stride=4)
     if best in (0, steps):
         raise NumericalError(
             f"the evidence has no maximum for a prior precision between {low:g} and {high:g}"
         )
-    left, right = points[best - 1], points[best + 1]
-    share = (math.sqrt(5) - 1) / 2
-    a, b = right - share * (right - left), left + share * (right - left)
-    at_a, at_b = function(math.exp(a)), function(math.exp(b))
-    while right - left > 1e-7:
-        if at_a > at_b:
-            right, b, at_b = b, a, at_a
-            a = right - share * (right - left)
-            at_a = function(math.exp(a))
+    around = [(points[place], found[place]) for place in (best - 1, best, best + 1)]
+    return math.exp(_least_of_parabolas(lambda x: -function(math.exp(x)), around))
+
+
+def _least_of_parabolas(function: Callable[[float], float], around: list[tuple[float, float]]) -> float:
+    """Where a smooth function is least, from three places around, (x, value) ascending in x, the middle one least.
+
+    The vertex of the parabola through them takes the place of one; where it is as good as known, a step into the wider
+    side does. The last vertex is not looked at.
+    """
+    for _ in range(40):
+        (a, fa), (b, fb), (c, fc) = around
+        left, right = (b - a) * (fb - fc), (b - c) * (fb - fa)
+        curved = left - right
+        x = b - 0.5 * ((b - a) * left - (b - c) * right) / curved if curved else b
+        if abs(x - b) < _CLOSE and c - a < _NEAR:
+            return x
+        if abs(x - b) < _CLOSE or not a < x < c:
+            x = b + max(_CLOSE, 0.1 * max(c - b, b - a)) * (1 if c - b > b - a else -1)
+        value = function(x)
+        if value < fb:
+            around = [(b, fb), (x, value), (c, fc)] if x > b else [(a, fa), (x, value), (b, fb)]
         else:
-            left, a, at_a = a, b, at_b
-            b = left + share * (right - left)
-            at_b = function(math.exp(b))
-    return math.exp((left + right) / 2)
+            around = [(a, fa), (b, fb), (x, value)] if x > b else [(x, value), (b, fb), (c, fc)]
+    return around[1][0]
+
+
+def lowest(value_at: Callable[[int], float], count: int, stride: int = 8) -> int:
+    """The place of 0 .. count - 1 with the least value, coarse to fine: of a smooth function, by a fifth of the values.
+
+    Every `stride`-th place, from the last to the first, then neighbours at half the distance of the best so far until
+    both next to it are known. A number that is none counts as the least, so that it is seen.
+
+    Args:
+        value_at: asked once a place; places that follow each other are close.
+        count: of places.
+        stride: of the coarse search.
+    """
+    known: dict[int, float] = {}
+
+    def look(place: int) -> None:
+        if 0 <= place < count and place not in known:
+            value = value_at(place)
+            known[place] = -math.inf if math.isnan(value) else value
+
+    for place in sorted({*range(0, count, stride), count - 1}, reverse=True):
+        look(place)
+    distance = stride
+    while True:
+        distance = max(distance // 2, 1)
+        best = min(sorted(known), key=known.__getitem__)
+        before = len(known)
+        look(best + distance)
+        look(best - distance)
+        if distance == 1 and len(known) == before:
+            return best

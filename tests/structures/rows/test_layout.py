@@ -56,13 +56,16 @@ def test_the_layout_of_a_batch_is_that_of_its_examples() -> None:
 
 
 @pytest.mark.parametrize("sizes", [RAGGED, UNIFORM])
-def test_products_equal_those_of_the_dense_matrix(sizes: list[int]) -> None:
+def test_products_equal_those_of_the_dense_matrix(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.layout.WIDTH", 4)
     blocks, dense = block_diagonal(sizes)
     x, root = noise(len(dense), 5), noise(len(dense), len(dense), seed=9)
     kernel = root @ root.mT
     torch.testing.assert_close(blocks.times(x), dense @ x)
     torch.testing.assert_close(blocks.transposed_times(x), dense.mT @ x)
     torch.testing.assert_close(blocks.whiten(kernel), dense.mT @ kernel @ dense)
+    whole = torch.eye(len(dense)) + 0.3 * dense.mT @ kernel @ dense
+    torch.testing.assert_close(blocks.plus_identity(kernel, 0.3), whole)
     torch.testing.assert_close(blocks.scaled(0.3).times(x), 0.3 * dense @ x)
     low = BlockDiagonal(blocks.layout, [block.float() for block in blocks.blocks]).to(x)
     assert {block.dtype for block in low.blocks} == {torch.float64}

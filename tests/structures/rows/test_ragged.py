@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from laplace_lora_fast.likelihoods import Categorical, Gaussian, Likelihood
-from laplace_lora_fast.structures.rows.layout import Layout
-from laplace_lora_fast.structures.rows.refit import Observations, leave_one_out, newton
+from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
+from laplace_lora_fast.structures.rows.left_out import leave_one_out
+from laplace_lora_fast.structures.rows.mode import Observations, newton
 from tests.oracle import assert_close
 
 SIZES = [2, 1, 3, 2, 1, 3, 3, 2]  # functions of each example
@@ -99,6 +100,35 @@ def test_the_optimum_and_what_is_left_without_each_example(kind: str) -> None:
             if not classification:
                 retrained = optimum(lambda w, rest=rest: loss(w, rest))
                 assert_close(mean[place], alone.functions(retrained), 1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_that_determine_next_to_nothing_are_left_out_by_their_own_columns(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways give the same where both can, in pieces too; and where W vanishes there is the posterior itself."""
+    classification, _, likelihood, precision = KINDS[kind]
+    kernel, observations = observed(examples(classification), likelihood, precision)
+    mode = newton(kernel, observations)
+    plain = leave_one_out(kernel, observations, mode)
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.solver.WIDTH", 4)
+    pieces = leave_one_out(kernel, observations, mode)
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.left_out._SEEN", 2.0)  # all of them
+    own = leave_one_out(kernel, observations, mode)
+    weighted = leave_one_out(kernel / 0.3, observations, mode, 0.3)
+    for others in (pieces, own, weighted):
+        for one, other in zip(plain, others, strict=True):
+            assert_close(other[0], one[0], 1e-9)
+            assert_close(other[1], one[1], 1e-9)
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.left_out._SEEN", 1e-7)
+    blocks = [block.clone() for block in mode.roots.blocks]
+    blocks[0][0] = 0
+    roots = BlockDiagonal(observations.layout, blocks)
+    ((_, cov), *_) = leave_one_out(kernel, observations, replace(mode, roots=roots))
+    weights = torch.linalg.inv(torch.eye(len(kernel)) + roots.whiten(kernel))
+    posterior = kernel - roots.transposed_times(kernel).mT @ weights @ roots.transposed_times(kernel)
+    place = observations.layout.rows[0][0]
+    assert_close(cov[0], posterior[place[:, None], place], 1e-9)
 
 
 def optimum(loss: Callable[[Tensor], Tensor]) -> Tensor:

@@ -202,9 +202,9 @@ class RowCurvature(Curvature):
 
     def _solvers(self, precisions: Tensor, parts: Tensor) -> Iterator[Solver]:
         weights = [[float(other == part) for other in parts] for part in range(len(precisions))]
-        yield from self.solvers(
-            torch.stack([self.kernels.total(each) for each in weights]), parts, precisions
-        )
+        totals = [self.kernels.total(each) for each in weights]
+        kernels = totals[0][None] if len(totals) == 1 else torch.stack(totals)  # one is not copied
+        yield from self.solvers(kernels, parts, precisions)
 
     def solvers(self, kernels: Tensor, parts: Tensor, precisions: Tensor) -> Iterator[Solver]:
         """One a prior.

@@ -49,9 +49,9 @@ class RowKernels:
         return min((columns for dim, columns in sizes if columns < dim), default=0)
 
     def total(self, weights: Sequence[float]) -> Tensor:
-        """Weighted sum, fp64 [R, R]; kernels of weight 0 are not touched."""
+        """Weighted sum, fp64 [R, R], not to be written to; kernels of weight 0 are not touched."""
         if len(set(weights)) == 1:
-            return weights[0] * self._plain
+            return self._plain if weights[0] == 1 else weights[0] * self._plain
         return self._sum(weights, 0, 1)
 
     def part(self, weights: Sequence[float], index: int, parts: int) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+WIDTH = 512  # columns of an R x R matrix that are worked on at a time
+
 
 class Layout:
     """The rows of examples one after the other.
@@ -88,7 +90,9 @@ class BlockDiagonal:
     def times(self, x: Tensor) -> Tensor:
         """S x for x [R, n]."""
         parts = zip(self.blocks, self.layout.split(x), strict=True)
-        return self.layout.join([block @ part for block, part in parts])
+        return self.layout.join(
+            [block @ part if block.shape[1] > 1 else block * part for block, part in parts]
+        )
 
     def transposed_times(self, x: Tensor) -> Tensor:
         """S^T x for x [R, n]."""
@@ -97,3 +101,16 @@ class BlockDiagonal:
     def whiten(self, kernel: Tensor) -> Tensor:
         """S^T K S [R, R] for a symmetric K."""
         return self.transposed_times(self.transposed_times(kernel).mT)
+
+    def plus_identity(self, kernel: Tensor, weight: float = 1.0) -> Tensor:
+        """I + w S^T K S [R, R] for a symmetric K, in the memory of one such matrix."""
+        found = torch.empty_like(kernel)
+        for start in range(0, len(kernel), WIDTH):
+            some = slice(start, start + WIDTH)
+            found[some] = self.transposed_times(kernel[some].mT).mT
+        for start in range(0, len(kernel), WIDTH):
+            some = slice(start, start + WIDTH)
+            found[:, some] = self.transposed_times(found[:, some])
+        found *= weight
+        found.diagonal().add_(1)
+        return found

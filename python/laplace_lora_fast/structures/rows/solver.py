@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_lora_fast.structures.rows.layout import BlockDiagonal
+from laplace_lora_fast.structures.rows.layout import WIDTH, BlockDiagonal, Layout
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,63 @@ def one_solver(
         alpha: as for `Solver`.
         prior: as for `Solver`.
     """
-    weights = (1 / column).to(kernels.device)
-    kernel = roots.whiten(torch.einsum("p,pij->ij", weights, kernels))
-    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(identity + kernel), identity, upper=False)
-    return Solver(weights, roots.times(inverse.mT), torch.zeros_like(inverse[0]), alpha, prior)
+    weights = 1 / column
+    if len(kernels) == 1:
+        matrix = roots.plus_identity(kernels[0], float(weights[0]))
+    else:
+        matrix = roots.plus_identity(torch.einsum("p,pij->ij", weights.to(kernels.device), kernels))
+    basis = _inverse_root(cholesky_(matrix), roots)
+    return Solver(weights.to(kernels.device), basis, torch.zeros_like(basis[0]), alpha, prior)
+
+
+def cholesky_(matrix: Tensor) -> Tensor:
+    """L with L L^T the symmetric positive definite matrix [R, R], whose memory it takes."""
+    factor: Tensor = torch.linalg.cholesky(matrix.mT, out=matrix.mT)
+    return factor
+
+
+def solved(chol: Tensor, x: Tensor) -> Tensor:
+    """(L L^T)^-1 x for x [R, n]; `torch.cholesky_solve` copies L."""
+    half = torch.linalg.solve_triangular(chol, x, upper=False)
+    whole: Tensor = torch.linalg.solve_triangular(chol.mT, half, upper=True)
+    return whole
+
+
+def inverse_blocks(chol: Tensor, layout: Layout) -> list[Tensor]:
+    """Diagonal blocks [N_b, K, K] of (L L^T)^-1, an example each: R^3 / 3 operations, no R x R matrix.
+
+    Args:
+        chol: L [R, R].
+        layout: of its rows.
+    """
+    ends = layout.sizes.cumsum(0)
+    found = [chol.new_zeros(*rows.shape, rows.shape[1]) for rows in layout.rows]
+    start = 0
+    while start < len(chol):
+        first = int(torch.searchsorted(ends, start, right=True))
+        last = int(torch.searchsorted(ends, start + WIDTH, right=True)) - 1
+        stop = int(ends[max(first, last)])  # whole examples, one at least
+        unit = torch.eye(len(chol) - start, stop - start, dtype=chol.dtype, device=chol.device)
+        columns = torch.linalg.solve_triangular(chol[start:, start:], unit, upper=False)
+        gram = columns.mT @ columns
+        for block, rows in zip(found, layout.rows, strict=True):
+            mine = ((rows[:, 0] >= start) & (rows[:, 0] < stop)).nonzero().flatten()
+            place = (rows[mine] - start).to(gram.device)
+            block[mine.to(gram.device)] = gram[place[:, :, None], place[:, None, :]]
+        start = stop
+    return found
+
+
+def _inverse_root(chol: Tensor, roots: BlockDiagonal) -> Tensor:
+    """S L^-T [R, R], in R^3 / 3 operations and one more matrix."""
+    found = torch.zeros_like(chol)
+    for start in range(0, len(chol), WIDTH):
+        stop = min(start + WIDTH, len(chol))
+        unit = torch.zeros(stop, stop - start, dtype=chol.dtype, device=chol.device)
+        unit[start:].fill_diagonal_(1)
+        found[:stop, start:stop] = torch.linalg.solve_triangular(chol[:stop, :stop].mT, unit, upper=True)
+        found[:, start:stop] = roots.times(found[:, start:stop])
+    return found
 
 
 def shared_solvers(kernels: Tensor, roots: BlockDiagonal, precisions: Tensor) -> Iterator[Solver]:
