@@ -1,9 +1,12 @@
-"""Leave-one-out tuning of a refit: seconds, by 101 refits from scratch and coarse to fine with warm starts.
+"""Tuning of a refit: CPU seconds, by 101 refits from scratch and coarse to fine with warm starts, and memory.
 
     python -m bench.leave_one_out --rows 1000 2000 --out bench/results
+    python -m bench.leave_one_out --rows 8000 --every 0 --out bench/results
 
 Random features with labels that follow them: a kernel [R, R] and R two-class examples, as `Rows(refit=True)` has them.
-The old way is timed at every `--every`-th value of the grid and scaled to all of it; both in one run.
+Leave-one-out from scratch is timed at every `--every`-th value of the grid and scaled to all of it, 0 for never; all in
+one run. The evidence's precision is that of `Evidence`. Memory is the most that tensors take at a time beside the rows,
+the kernel included, in matrices [R, R] of fp64. Runs of other numbers of rows that the file has are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from laplace_lora_fast.structures.rows.mode import Observations
 from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
 from laplace_lora_fast.structures.search import lowest
-from laplace_lora_fast.weights import weight_names
+from laplace_lora_fast.weights import WeightName
+from tests.memory import Peak
 
 FEATURES = 2048
 
@@ -42,7 +46,8 @@ def problem(rows: int) -> RefittedCurvature:
     layout = Layout(torch.ones(rows))
     roots = BlockDiagonal(layout, [torch.full((rows, 1, 1), 0.5)])
     means, identity = [torch.ones(1, FEATURES)] * 2, [torch.eye(FEATURES)] * 2
-    whole = RowCurvature(weight_names(["layer"]), means, sides, identity, roots)
+    names = [WeightName("layer", side) for side in ("A", "B")]
+    whole = RowCurvature(names, means, sides, identity, roots)
     observed = Observations(layout, Categorical(), [torch.zeros(rows, 1, dtype=torch.float64)], [labels])
     return RefittedCurvature(whole, observed)
 
@@ -57,45 +62,61 @@ def measure(rows: int, every: int) -> dict[str, Any]:
     """Seconds of both ways, and what each found."""
     curvature = problem(rows)
     ones = torch.ones(2, dtype=torch.float64)
-    curvature.kernels.total([1.0, 1.0])  # both need it
-    tried = range(0, len(DEFAULT_GRID), every)
-    start = time.perf_counter()
-    old = {place: nll(curvature.leave_one_out(DEFAULT_GRID[place] * ones)) for place in tried}
-    middle = time.perf_counter()
-    path, new = LeaveOneOutPath(curvature), {}
+    start = time.process_time()
+    with Peak() as peak:
+        curvature.kernels.total([1.0, 1.0])  # all need it
+        made = time.process_time()
+        path, new = LeaveOneOutPath(curvature), {}
 
-    def value_at(place: int) -> float:
-        new[place] = nll(path.at(DEFAULT_GRID[place]))
-        return new[place]
+        def value_at(place: int) -> float:
+            new[place] = nll(path.at(DEFAULT_GRID[place]))
+            return new[place]
 
-    best = lowest(value_at, len(DEFAULT_GRID))
-    end = time.perf_counter()
-    seconds = (middle - start) * len(DEFAULT_GRID) / len(tried)
-    both = sorted(set(old) & set(new))
-    return {
+        best = lowest(value_at, len(DEFAULT_GRID))
+        found = time.process_time()
+        evidence = curvature.maximise_evidence(["all"] * 2, [1.0] * 2)["all"]
+    end = time.process_time()
+    result = {
         "rows": rows,
-        "from_scratch_seconds": seconds,
-        "coarse_to_fine_seconds": end - middle,
-        "ratio": seconds / (end - middle),
+        "kernel_seconds": made - start,
+        "coarse_to_fine_seconds": found - made,
         "values_looked_at": len(new),
         "best": DEFAULT_GRID[best],
+        "evidence_seconds": end - found,
+        "evidence_best": evidence,
+        "peak_matrices": peak.most / (8 * rows**2),
+    }
+    if not every:
+        return result
+    tried = range(0, len(DEFAULT_GRID), every)
+    start = time.process_time()
+    old = {place: nll(curvature.leave_one_out(DEFAULT_GRID[place] * ones)) for place in tried}
+    seconds = (time.process_time() - start) * len(DEFAULT_GRID) / len(tried)
+    both = sorted(set(old) & set(new))
+    return result | {
+        "from_scratch_seconds": seconds,
+        "ratio": seconds / (found - made),
         "best_from_scratch_among_tried": DEFAULT_GRID[min(old, key=old.__getitem__)],
         "largest_nll_difference": max(abs(old[place] - new[place]) for place in both),
     }
 
 
 def main() -> None:
-    """Writes leave_one_out.json."""
+    """Writes leave_one_out.json; other numbers of rows in it are kept."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 2000])
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"environment": provenance(("torch",)), "every": arguments.every, "runs": []}
+    path = arguments.out / "leave_one_out.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    results: dict[str, Any] = {"runs": [run for run in runs if run["rows"] not in arguments.rows]}
     for rows in arguments.rows:
-        results["runs"].append(measure(rows, arguments.every))
-        print(json.dumps(results["runs"][-1]), flush=True)
-        (arguments.out / "leave_one_out.json").write_text(json.dumps(results, indent=1) + "\n")
+        origin = {"environment": provenance(("torch",)), "every": arguments.every}
+        results["runs"].append(measure(rows, arguments.every) | origin)
+        results["runs"].sort(key=lambda run: run["rows"])
+        print(json.dumps(results["runs"]), flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ from laplace_lora_fast.structures.rows.sketches.sketch import (
 )
 
 FIXED = (0.1, 1.0, 10.0, 100.0)
+PLACES = [  # of structures in the table
+    "Rows()",
+    "Rows(columns=128)",
+    "Rows(columns=128) at the prior's own precision",
+    "LowRank()",
+    "LowRank(rank=2048)",
+    "LowRank(rank=512)",
+    "KFAC()",
+]
 LARGEST = 4096  # rank that the default budget holds for both models
 
 
@@ -133,9 +142,13 @@ class Tested:
 
 
 def measure(
-    found: Jacobians, n: int, seed: int, kfac: Callable[[], tuple[Tensor, float, float]] | None
-) -> list[Any]:
-    """All structures at n rows."""
+    found: Jacobians,
+    n: int,
+    seed: int,
+    kfac: Callable[[], tuple[Tensor, float, float]] | None,
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """All structures at n rows, what takes longest last; each is written as soon as it is there."""
     widths, ones = [width for _, width in found.shapes], torch.ones(len(found.names), dtype=torch.float64)
     default, rank = default_columns(found, n), min(LARGEST, n * 5 // 4 + 16)
     start = time.process_time()
@@ -144,7 +157,6 @@ def measure(
     seconds = time.process_time() - start
     gammas = [float(exact_curvature.effective_parameters(p * ones).sum()) for p in FIXED]
     features = sum(rank * columns for (rank, _), columns in zip(found.shapes, default, strict=True))
-    results: list[Any] = []
 
     def keep(name: str, variances: Tensor, errors: list[float], seconds: float, kept: float) -> None:
         ratios = variances / exact
@@ -160,8 +172,8 @@ def measure(
             "cpu_seconds": seconds,
             "megabytes": kept / 2**20,
         }
-        results.append(row)
         print(json.dumps(row), flush=True)
+        write(row)
 
     def keep_rows(name: str, make: Callable[[], RowCurvature], plain: bool = False) -> None:
         start = time.process_time()
@@ -179,16 +191,19 @@ def measure(
     else:
         del exact_curvature
         keep_rows(f"Rows(), {features:,} features", lambda: sketched(found, n, default, seed))
-    uniform = [min(128, width) for width in widths]
-    keep_rows("Rows(columns=128)", lambda: sketched(found, n, uniform, seed))
-    keep_rows("the same at the prior's own precision", lambda: sketched(found, n, uniform, seed), plain=True)
-    keep_rows(f"LowRank(), rank {rank:,}", lambda: low_rank(found, n, rank, seed))
-    for fewer in (each for each in (2048, 512) if each < rank):
+    for fewer in (each for each in (512, 2048) if each < rank):
         keep_rows(f"LowRank(rank={fewer})", partial(low_rank, found, n, fewer, seed))
     if kfac is not None:
         variances, seconds, size = kfac()
         keep("KFAC()", variances, [], seconds, size)
-    return results
+    uniform = [min(128, width) for width in widths]
+    keep_rows(
+        "Rows(columns=128) at the prior's own precision",
+        lambda: sketched(found, n, uniform, seed),
+        plain=True,
+    )
+    keep_rows("Rows(columns=128)", lambda: sketched(found, n, uniform, seed))
+    keep_rows(f"LowRank(), rank {rank:,}", lambda: low_rank(found, n, rank, seed))
 
 
 def kept_bytes(curvature: RowCurvature) -> float:
@@ -196,6 +211,11 @@ def kept_bytes(curvature: RowCurvature) -> float:
     return float(
         sum(each.numel() * each.element_size() for each in [*curvature.rows, *curvature.projections])
     )
+
+
+def kind(row: dict[str, Any]) -> str:
+    """What its structure is called in the legend."""
+    return str(row["structure"].partition(", ")[0])
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -262,7 +282,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axis, (model, n, rows) in zip(axes[0], panels, strict=True):
         axis.axhspan(0.95, 1.05, color="0.9")
         for index, row in enumerate(rows):
-            label = row["structure"].partition(", ")[0]
+            label = kind(row)
             axis.plot(FIXED, row["median"], marker="o", color=f"C{index}", label=label)
             axis.fill_between(FIXED, row["q05"], row["q95"], color=f"C{index}", alpha=0.12)
         axis.set(xscale="log", yscale="log", xlabel="prior precision", title=f"{NAMES[model]}, {n:,} rows")
@@ -316,10 +336,14 @@ def main() -> None:
     for n in arguments.rows:
         for seed in arguments.seeds:
             kfac = partial(kfac_variances, model, n, arguments.tests, cache)
-            mine["results"] += measure(found, n, 1000 * seed, None if arguments.without_kfac else kfac)
-            mine["results"].sort(key=lambda row: row["rows"])
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            write(results, arguments.out)
+
+            def keep(row: dict[str, Any]) -> None:
+                mine["results"].append(row)
+                mine["results"].sort(key=lambda each: (each["rows"], PLACES.index(kind(each))))
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                write(results, arguments.out)
+
+            measure(found, n, 1000 * seed, None if arguments.without_kfac else kfac, keep)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from laplace_lora_fast.weights import (
     by_layer,
     in_order,
     long_side_is_input,
+    matrices,
     positions,
 )
 
@@ -42,6 +43,11 @@ def jacobian(small: Tensor, large: Tensor) -> Tensor:
     k = large.shape[1]
     rows = lk.jacobian(small.expand(n, k, tokens, r).flatten(0, 1), large.flatten(0, 1))
     return rows.view(n, k, r, large.shape[3])
+
+
+def bytes_of_maps(layers: Sequence[LayerWeights]) -> int:
+    """What a listener for Jacobians keeps of the LoRA weights: in fp64, and as streams of 32 or 16 bits take them."""
+    return sum(each.numel() * (8 if each.dtype == torch.float64 else 12) for each in matrices(layers))
 
 
 class JacobianListener(Listener):

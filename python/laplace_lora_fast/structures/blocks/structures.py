@@ -26,6 +26,7 @@ from laplace_lora_fast.structures.blocks.kfac import (
 from laplace_lora_fast.structures.blocks.moments import DiagonalAccumulator, EkfacAccumulator
 from laplace_lora_fast.structures.blocks.predict import BlockPredictor
 from laplace_lora_fast.structures.cost import Cost
+from laplace_lora_fast.structures.jacobians import bytes_of_maps
 from laplace_lora_fast.weights import LayerWeights, WeightName
 
 _SKETCH_COLUMNS = 128
@@ -185,7 +186,8 @@ class Diagonal(BlockStructure):
         kept = [2 * each for each in sums]  # with the means
         passes = fisher_passes(self.fisher, 1) * problem.n_examples
         rows = problem.n_functions if self.fisher == "exact" else passes
-        return Cost(kept, sum(kept), 2 * sum(kept), 0, rows / problem.n_examples, 1, 0.0)
+        fitting = sum(kept) + bytes_of_maps(problem.layers)
+        return Cost(kept, fitting, 2 * sum(kept), 0, rows / problem.n_examples, 1, 0.0)
 
     def stages(self, problem: Problem) -> list[Stage]:
         return [Stage("fit", lambda _: DiagonalAccumulator(problem.layers, self.fisher))]

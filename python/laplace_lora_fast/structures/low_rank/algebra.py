@@ -87,19 +87,37 @@ def nystrom(sketch: Tensor, omega: Tensor) -> Tensor:
     )
     for own, block in zip(sketch.split(BLOCK), omega.split(BLOCK), strict=True):
         own.add_(block.to(own.dtype), alpha=shift)
-    core = torch.zeros(sketch.shape[1], sketch.shape[1], dtype=sketch.dtype, device=sketch.device)
+    values, whitening = _eigen(_core(sketch, omega))
+    sound = values > values[-1] * torch.finfo(sketch.dtype).eps
+    whitening = whitening[:, sound].mul_(values[sound].rsqrt())
+    energies, turn = _eigen(_gram(sketch, whitening))  # of B^T B
+    kept = energies > 10 * shift
+    if not kept.any():
+        return none
+    shrunk = ((energies[kept] - shift) / energies[kept]).sqrt()
+    return (whitening @ turn[:, kept].mul_(shrunk).flip(1)).to(sketch.dtype)
+
+
+def _core(sketch: Tensor, omega: Tensor) -> Tensor:
+    """Omega'^T Y [k, k]."""
+    core = sketch.new_zeros(sketch.shape[1], sketch.shape[1])
     for block, own in zip(omega.split(BLOCK), sketch.split(BLOCK), strict=True):
         core.addmm_(block.to(own.dtype).mT, own)
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    sound = values > values[-1] * torch.finfo(sketch.dtype).eps
-    whitening = vectors[:, sound] * values[sound].rsqrt()
-    squares = lk.mirror_(lk.gram_(torch.zeros_like(core), sketch))
-    gram = whitening.mT @ squares @ whitening  # B^T B
-    energies, turn = torch.linalg.eigh((gram + gram.mT) / 2)
-    energies, turn = energies.flip(0), turn.flip(1)
-    kept = energies > 10 * shift
-    shrunk = ((energies[kept] - shift) / energies[kept]).sqrt()
-    return (whitening @ turn[:, kept] * shrunk).to(sketch.dtype) if len(shrunk) else none
+    return core
+
+
+def _gram(sketch: Tensor, whitening: Tensor) -> Tensor:
+    """Of the whitened sketch Y W, W^T (Y^T Y) W."""
+    squares = lk.mirror_(lk.gram_(sketch.new_zeros(sketch.shape[1], sketch.shape[1]), sketch))
+    half = whitening.mT @ squares
+    del squares
+    return half @ whitening
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the symmetric part."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT).mul_(0.5))
+    return values, vectors
 
 
 def as_rows(sketch: Tensor, back: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import positive_integer, register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
 from laplace_lora_fast.structures.cost import Cost
+from laplace_lora_fast.structures.jacobians import bytes_of_maps
 from laplace_lora_fast.structures.low_rank.algebra import BLOCK, LowRankCurvature
 from laplace_lora_fast.structures.low_rank.fit import LowRankAccumulator
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
@@ -103,14 +104,17 @@ class LowRank(Structure):
                 sum(width * kept for width, kept in widths) * item * (item == 4)
             )  # sketches for fp32 streams
         square = 8 * rank**2
+        widest = max(layer.rank * most for layer in problem.layers for _, most in kept_widths(layer, columns))
+        # beside the sketch: its test matrix with a block of it in fp64, or what finds directions; then the rows
+        beside = _TEST * rank * features + max(8 * rank * min(features, BLOCK), 5 * square)
+        rows_made = directions * (item * features + 8 * min(widest, BLOCK)) + square
         return Cost(
             layers=kept,
-            # the sketch, beside it its test matrix or the rows, and a block of them in fp64
             fitting=projections
             + wide
-            + features * (_SKETCH * rank + max(_TEST * rank, item * directions))
-            + min(features, BLOCK) * 8 * directions
-            + 3 * square,
+            + bytes_of_maps(problem.layers)
+            + _SKETCH * rank * features
+            + max(beside, rows_made),
             solving=sum(kept) + 4 * square,
             least=_entry(problem) * self._features(problem, 1) if self.rank is None else 0,
             backward=rows / examples,

@@ -38,6 +38,8 @@ from laplace_lora_fast.structures.rows.precisions.path import ModePath
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver
 from laplace_lora_fast.structures.search import maximum_on_log_axis
 
+_TOLERANCE = 1e-12  # of modes whose evidences are compared: what is left of a step is in them
+
 
 class RefittedCurvature(RowCurvature):
     """The curvature of the linearised model at its own optimum, which moves with the prior.
@@ -106,7 +108,7 @@ class RefittedCurvature(RowCurvature):
         """A search over one prior precision; ValueError for several."""
         if len(set(keys)) > 1:
             raise ValueError("Rows(refit=True) is tuned with one prior precision: pass Evidence(per='all')")
-        path = ModePath(self)
+        path = ModePath(self, _TOLERANCE)
         return {keys[0]: maximum_on_log_axis(lambda lam: path.mode(lam).log_evidence, 1e-6, 1e8)}
 
     def maximise_evidence_with_noise(self, keys: Sequence[str]) -> tuple[dict[str, float], float]:
@@ -115,7 +117,7 @@ class RefittedCurvature(RowCurvature):
         The evidence is that of y - m ~ N(0, s^2 (I + K / mu)), mu the prior precision times s^2: for each mu the best
         s^2 is q / R, q the quadratic form at unit noise. What is left is a search over mu.
         """
-        path = ModePath(self)
+        path = ModePath(self, _TOLERANCE)
 
         def at(mu: float) -> tuple[float, float]:
             """Evidence at the best noise, and that noise."""

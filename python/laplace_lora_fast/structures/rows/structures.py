@@ -15,6 +15,7 @@ from laplace_lora_fast.likelihoods.fisher import checked_fisher, fisher_passes
 from laplace_lora_fast.options import register
 from laplace_lora_fast.structures.base import Ability, Problem, Stage, Structure, Verdict
 from laplace_lora_fast.structures.cost import Cost
+from laplace_lora_fast.structures.jacobians import bytes_of_maps
 from laplace_lora_fast.structures.low_rank.structures import LowRank
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
@@ -136,7 +137,8 @@ class Rows(Structure):
         in_fp64 = largest * 8 // item
         return Cost(
             layers=kept,
-            fitting=sum(kept) + chunks + wide + roots + largest,  # chunks become one matrix, weight by weight
+            # chunks become one matrix, weight by weight
+            fitting=sum(kept) + chunks + wide + bytes_of_maps(problem.layers) + roots + largest,
             solving=sum(kept) + roots + max(4 * kernel, 2 * kernel + in_fp64),
             least=0,
             backward=rows / examples,
