@@ -25,10 +25,10 @@ from laplace_lora_fast.prediction import Block
 from laplace_lora_fast.prior.grid import DEFAULT_GRID, scores
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.left_out import LeftOut
-from laplace_lora_fast.structures.rows.mode import Observations
-from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.refits.left_out import LeftOut
+from laplace_lora_fast.structures.rows.refits.mode import Observations
+from laplace_lora_fast.structures.rows.refits.path import LeaveOneOutPath
 from laplace_lora_fast.structures.search import lowest
 from laplace_lora_fast.weights import WeightName
 from tests.memory import Peak

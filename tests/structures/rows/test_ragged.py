@@ -11,8 +11,8 @@ from torch import Tensor
 
 from laplace_lora_fast.likelihoods import Categorical, Gaussian, Likelihood
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.left_out import leave_one_out
-from laplace_lora_fast.structures.rows.mode import Observations, newton
+from laplace_lora_fast.structures.rows.refits.left_out import leave_one_out
+from laplace_lora_fast.structures.rows.refits.mode import Observations, newton
 from tests.oracle import assert_close
 
 SIZES = [2, 1, 3, 2, 1, 3, 3, 2]  # functions of each example
@@ -113,14 +113,14 @@ def test_examples_that_determine_next_to_nothing_are_left_out_by_their_own_colum
     plain = leave_one_out(kernel, observations, mode)
     monkeypatch.setattr("laplace_lora_fast.structures.rows.solver.WIDTH", 4)
     pieces = leave_one_out(kernel, observations, mode)
-    monkeypatch.setattr("laplace_lora_fast.structures.rows.left_out._SEEN", 2.0)  # all of them
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.refits.left_out._SEEN", 2.0)  # all of them
     own = leave_one_out(kernel, observations, mode)
     weighted = leave_one_out(kernel / 0.3, observations, mode, 0.3)
     for others in (pieces, own, weighted):
         for one, other in zip(plain, others, strict=True):
             assert_close(other[0], one[0], 1e-9)
             assert_close(other[1], one[1], 1e-9)
-    monkeypatch.setattr("laplace_lora_fast.structures.rows.left_out._SEEN", 1e-7)
+    monkeypatch.setattr("laplace_lora_fast.structures.rows.refits.left_out._SEEN", 1e-7)
     blocks = [block.clone() for block in mode.roots.blocks]
     blocks[0][0] = 0
     roots = BlockDiagonal(observations.layout, blocks)

@@ -25,8 +25,8 @@ from laplace_lora_fast import (
 from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.model.tap import Tap
 from laplace_lora_fast.structures.rows.layout import Layout
-from laplace_lora_fast.structures.rows.left_out import leave_one_out
-from laplace_lora_fast.structures.rows.mode import Observations, newton
+from laplace_lora_fast.structures.rows.refits.left_out import leave_one_out
+from laplace_lora_fast.structures.rows.refits.mode import Observations, newton
 from tests import oracle, tiny
 from tests.oracle import assert_close
 

@@ -17,8 +17,8 @@ from laplace_lora_fast.structures.base import Accumulator, Step, require_finite
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
 from laplace_lora_fast.structures.rows.listener import RowListener
-from laplace_lora_fast.structures.rows.mode import Observations
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.refits.mode import Observations
 from laplace_lora_fast.structures.rows.sketches.sketch import in_16_bits, random_projection
 from laplace_lora_fast.structures.rows.store import RowStore
 from laplace_lora_fast.structures.state import State

@@ -9,8 +9,8 @@ process over the training outputs (Rasmussen and Williams 2006, sections 3.4 and
     alpha = d/df log p(y | f),  W = S S^T = -d2/df2 log p(y | f) at the optimum
     evidence = log p(y | f) - alpha^T K alpha / 2 - logdet(I + S^T K S) / 2
 
-The optimum is found in mode.py, its leave-one-out predictions in left_out.py: by them the prior precision can be chosen
-without held-out data and without a model pass.
+The optimum is found in refits/mode.py, its leave-one-out predictions in refits/left_out.py: by them the prior precision
+can be chosen without held-out data and without a model pass.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.structures.base import Curvature
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal
-from laplace_lora_fast.structures.rows.left_out import LeftOut, leave_one_out
-from laplace_lora_fast.structures.rows.mode import (
+from laplace_lora_fast.structures.rows.refits.left_out import LeftOut, leave_one_out
+from laplace_lora_fast.structures.rows.refits.mode import (
     Mode,
     Observations,
     equivalent_mode,
     log_det_of_shrinkage,
     newton,
 )
-from laplace_lora_fast.structures.rows.precisions.path import ModePath
+from laplace_lora_fast.structures.rows.refits.path import ModePath
 from laplace_lora_fast.structures.rows.solver import Solver, one_solver
 from laplace_lora_fast.structures.search import maximum_on_log_axis
 

@@ -19,10 +19,10 @@ from laplace_lora_fast.structures.jacobians import bytes_of_maps
 from laplace_lora_fast.structures.low_rank.structures import LowRank
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.fit import RefitAccumulator, RowAccumulator
-from laplace_lora_fast.structures.rows.left_out import LeftOut
-from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.predict import RowPredictor
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.refits.left_out import LeftOut
+from laplace_lora_fast.structures.rows.refits.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.sketches.energies import shapes_of, spread_stages
 from laplace_lora_fast.structures.rows.sketches.sketch import checked_columns, features_for, mean_columns
 from laplace_lora_fast.weights import LayerWeights, WeightName, kept_features, kept_widths

@@ -14,9 +14,9 @@ from laplace_lora_fast.likelihoods import Categorical
 from laplace_lora_fast.prior.precision import group_keys
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.mode import Observations
 from laplace_lora_fast.structures.rows.precisions.lines import lines
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.refits.mode import Observations
 from laplace_lora_fast.structures.rows.sketches.sketch import random_projection
 from laplace_lora_fast.weights import SIDES, WeightName
 from tests import tiny

@@ -12,9 +12,9 @@ from laplace_lora_fast.likelihoods import Categorical, Gaussian, Likelihood
 from laplace_lora_fast.prior.precision import group_keys
 from laplace_lora_fast.structures.rows.algebra import RowCurvature
 from laplace_lora_fast.structures.rows.layout import BlockDiagonal, Layout
-from laplace_lora_fast.structures.rows.mode import Observations
-from laplace_lora_fast.structures.rows.precisions.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.refit import RefittedCurvature
+from laplace_lora_fast.structures.rows.refits.mode import Observations
+from laplace_lora_fast.structures.rows.refits.path import LeaveOneOutPath
 from laplace_lora_fast.structures.rows.sketches.sketch import random_projection
 from laplace_lora_fast.weights import SIDES, WeightName
 from tests.oracle import assert_close

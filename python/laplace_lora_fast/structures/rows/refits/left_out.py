@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.structures.rows.layout import WIDTH
-from laplace_lora_fast.structures.rows.mode import Mode, Observations
+from laplace_lora_fast.structures.rows.refits.mode import Mode, Observations
 from laplace_lora_fast.structures.rows.solver import cholesky_, inverse_blocks
 
 LeftOut = tuple[Tensor, Tensor, Tensor, Tensor]  # examples, mean, covariance, targets

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from laplace_lora_fast.structures.rows.kernels import RowKernels
-from laplace_lora_fast.structures.rows.left_out import LeftOut, leave_one_out
-from laplace_lora_fast.structures.rows.mode import Mode, Observations, equivalent_mode, newton
 from laplace_lora_fast.structures.rows.precisions.equivalent import Equivalent
+from laplace_lora_fast.structures.rows.refits.left_out import LeftOut, leave_one_out
+from laplace_lora_fast.structures.rows.refits.mode import Mode, Observations, equivalent_mode, newton
 from laplace_lora_fast.weights import WeightName
 
 _TOLERANCE = 1e-5  # of a mode whose examples are left out: what is left is about its square
