@@ -33,7 +33,7 @@ from laplace_lora_fast import KFAC, Answers, Rows
 from laplace_lora_fast.fitting.fit import Tally
 from laplace_lora_fast.fitting.passes import Subject, run
 from laplace_lora_fast.model.lora import lora_layers
-from laplace_lora_fast.model.proofs import Leaks
+from laplace_lora_fast.model.proofs.leaks import Leaks
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.structures import Structure
 from laplace_lora_fast.structures.base import Listener, Problem, Step

@@ -102,7 +102,7 @@ def for_inference(model: nn.Module) -> None:
         (fuse, "went around the layer"),
         (lambda model: fuse(model, parts=True), r"calls layer.forward\(x\)"),
         (replace_forward, "without its lora_A and lora_B"),
-        (on("v_proj", lambda m, a, o: o.detach()), "no gradient arrived"),
+        (on("v_proj", lambda m, a, o: o.detach()), "v_proj.* lets no gradient through"),
         (on("layers.0.mlp", lambda m, a, o: o + torch.rand(()).double()), "two forward passes"),
         (on("layers.1.mlp.down_proj", lambda m, a, o: o.detach()), "down_proj.* lets no gradient through"),
         (on("layers.1.mlp", lambda m, a, o: o.detach()), "layers.1.mlp.* lets no gradient through"),

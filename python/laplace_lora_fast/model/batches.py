@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,16 @@ _OTHER_LABELS = (
     "targets",
     "y",
 )  # what no model takes, and labels are called elsewhere
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "seq_lens")  # of collators that pack
+_PACKED = (  # of collators that pack
+    *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "seq_lens", "seq_lengths"),
+    *("document_ids", "doc_ids", "segment_ids"),
+)
+_OF_GENERATION = (
+    "past_key_values",
+    "logits_to_keep",
+    "num_logits_to_keep",
+)  # other positions than the batch's
+_OF_TOKENS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,33 @@ class Inputs:
         """N."""
         return self.n_sequences if self.group is None else int(self.group.max()) + 1
 
+    def first(self) -> Inputs | None:
+        """The first sequence alone, as a copy; None where it cannot be told what is its own."""
+        several = self.n_sequences > 1
+
+        def own(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.dim():
+                return value
+            return value[:1].clone() if several else value.clone()
+
+        parts = [value for value in self.model.values() if isinstance(value, Tensor | list | tuple)]
+        if several and any(
+            not isinstance(part, Tensor) or part.shape[:1] != (self.n_sequences,) for part in parts
+        ):
+            return None
+        return replace(
+            self,
+            model={key: own(value) for key, value in self.model.items()},
+            mask=own(self.mask),
+            n_sequences=1,
+            labels=None,
+            last=own(self.last),
+            positions=own(self.positions),
+            group=None,
+            own={key: own(value) for key, value in self.own.items()},
+            pads=None,
+        )
+
 
 def read_batch(
     batch: Batch, device: torch.device, checks: DeferredChecks, grouped: bool, own: Sequence[str] = ()
@@ -76,8 +112,10 @@ def read_batch(
     """
     if not isinstance(batch, Mapping):
         raise InvalidBatchError(
-            f"a batch must be a dict of tensors as transformers makes them, got {type(batch)}"
+            f"a batch must be a dict of tensors as transformers makes them, got {type(batch)}: pass a loader, or a "
+            "list, of such dicts"
         )
+    batch = {key: value for key, value in batch.items() if value is not None}
     if batch.get("adapter_names") is not None:
         raise InvalidBatchError(
             "a batch mixes adapters ('adapter_names'): use the model's one active adapter"
@@ -85,7 +123,8 @@ def read_batch(
     _refuse_keys(batch)
     n, length = _shape(batch)
     if n == 0:
-        raise InvalidBatchError("a batch has no examples")
+        raise InvalidBatchError("a batch has no examples: leave it out")
+    _refuse_tensors(batch, device)
     mask = batch.get("attention_mask")
     last = positions = None
     if mask is not None:
@@ -96,7 +135,7 @@ def read_batch(
             mask = None
     elif length is not None:
         last = torch.full((n,), length - 1, device=device)
-    _refuse_packed(batch.get("position_ids"), mask, checks)
+    _refuse_packed(batch.get("position_ids"), mask, n, checks)
     labels = batch.get("labels", batch.get("label"))
     return Inputs(
         model={
@@ -107,7 +146,7 @@ def read_batch(
         mask=None if mask is None else to_device(mask, device),
         n_sequences=n,
         length=length,
-        labels=None if labels is None else torch.as_tensor(labels),
+        labels=None if labels is None else _numbers(labels),
         last=None if last is None else to_device(last, device),
         positions=None if positions is None or mask is None else (positions - 1).clamp(min=0),
         group=_checked_group(batch.get("group"), n, grouped),
@@ -140,21 +179,59 @@ def _refuse_keys(batch: Batch) -> None:
             f"a batch packs several examples into one row ({packed[0]!r}): collate with padding instead "
             "(DataCollatorWithPadding; packing=False, padding_free=False in TRL)"
         )
+    other = [key for key in _OF_GENERATION if batch.get(key) is not None]
+    if other:
+        raise InvalidBatchError(
+            f"a batch has {other[0]!r}, so that the model gives other positions than the batch has: leave it out"
+        )
 
 
-def _refuse_packed(positions: Any, mask: Tensor | None, checks: DeferredChecks) -> None:
-    """Positions that start again inside a row are those of a second example there."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
+def _refuse_tensors(batch: Batch, device: torch.device) -> None:
+    """Raises InvalidBatchError for tensors without values, and tokens that no embedding takes."""
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.is_meta and device.type != "meta":
+            raise InvalidBatchError(
+                f"{key!r} is on the meta device, which keeps no values: make batches on another (is there a "
+                "torch.set_default_device?)"
+            )
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested):
+            raise InvalidBatchError(f"{key!r} is a sparse or a nested tensor: pass padded, dense ones")
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dtype not in _OF_TOKENS:
+        raise InvalidBatchError(f"'input_ids' are {ids.dtype}: pass token ids as torch.int64 or torch.int32")
+    if ids is not None and batch.get("inputs_embeds") is not None:
+        raise InvalidBatchError("a batch has 'input_ids' and 'inputs_embeds': leave one of them out")
+
+
+def _numbers(labels: Any) -> Tensor:
+    """Labels as a tensor. Raises InvalidBatchError for others than numbers."""
+    try:
+        found = torch.as_tensor(labels)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidBatchError(
+            f"'labels' are no numbers ({error}): pass class indices, or real numbers for a regression"
+        ) from error
+    if found.is_complex():
+        raise InvalidBatchError(f"'labels' are {found.dtype}: pass class indices, or real numbers")
+    return found
+
+
+def _refuse_packed(positions: Any, mask: Tensor | None, n: int, checks: DeferredChecks) -> None:
+    """Positions that do not rise inside a row are those of another example there: so do models read them."""
+    if not isinstance(positions, Tensor) or positions.dim() > 2:
         return
-    falls = positions[:, 1:] < positions[:, :-1]
+    if positions.dim() < 2 or positions.shape[0] not in (1, n):
+        raise InvalidBatchError(f"position_ids has shape {tuple(positions.shape)}, expected [{n}, T]")
+    falls = positions[:, 1:] <= positions[:, :-1]
     if mask is not None:  # what pads have is nobody's business
-        if mask.shape != positions.shape:
+        if mask.shape[1] != positions.shape[1]:
             return
         real = mask.to(positions.device)
         falls = falls & real[:, 1:] & real[:, :-1]
     checks.require(
         ~falls.any(),
-        "'position_ids' start again inside a row: several examples are packed into it; collate with padding instead",
+        "'position_ids' start again or stand still inside a row: several examples are packed into it; pass rows of "
+        "one example each, collated with padding",
     )
 
 
@@ -187,7 +264,10 @@ def _shape(batch: Batch) -> tuple[int, int | None]:
         if isinstance(value, Tensor) and value.dim() > 0 and key not in _NOT_FOR_THE_MODEL
     ]
     if not tensors:
-        raise InvalidBatchError(f"a batch holds no input tensor; its keys are {sorted(map(str, batch))}")
+        raise InvalidBatchError(
+            f"a batch holds no input tensor; its keys are {sorted(map(str, batch))}: pass tensors, as tokenizers give "
+            "them with return_tensors='pt'"
+        )
     mask = batch.get("attention_mask")
     return tensors[0].shape[0], mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -198,7 +278,15 @@ def _checked_mask(mask: Any, n: int, length: int | None, checks: DeferredChecks)
     if mask.dim() != 2 or mask.shape[0] != n or (length is not None and mask.shape[1] != length):
         raise InvalidBatchError(f"attention_mask has shape {tuple(mask.shape)}, expected {(n, length)}")
     real: Tensor = mask.bool()
-    checks.require(real.any(1).all(), "attention_mask has an all-zero row: an example without a real token")
+    checks.require(
+        ((mask == 0) | (mask == 1)).all(),
+        "attention_mask has other values than 0 and 1 (numbers of packed examples, or what is added to scores): pass "
+        "1 at real tokens and 0 at pads",
+    )
+    checks.require(
+        real.any(1).all(),
+        "attention_mask has an all-zero row, an example without a real token: leave that example out",
+    )
     return real
 
 

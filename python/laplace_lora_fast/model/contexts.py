@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from laplace_lora_fast.devices import device_of
+
+T = TypeVar("T")
 
 _NOTHING = nullcontext()
 
@@ -56,10 +60,63 @@ def reentrant(checkpointing: list[nn.Module]) -> bool:
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
-def autocast_of_caller(model: nn.Module) -> torch.autocast:
-    """The autocast in force now, on the model's device, to be entered again later."""
-    kind = device_of(model).type
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+class Caller:
+    """The autocast in force now, on the model's device, and the caller's default device, to be entered again later.
+
+    Attributes:
+        device: kind of the model's.
+        casts: whether there is an autocast.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = device_of(model).type
+        self.casts = torch.is_autocast_enabled(self.device)
+        self._dtype, self._default = torch.get_autocast_dtype(self.device), _DEFAULT_DEVICE.get()
+        self._stacks: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        stack.enter_context(torch.autocast(self.device, self._dtype, self.casts))
+        if self._default is not None:
+            stack.enter_context(self._default)
+        self._stacks.append(stack)
+
+    def __exit__(self, *exc: object) -> None:
+        self._stacks.pop().close()
+
+
+_DEFAULT_DEVICE: ContextVar[torch.device | None] = ContextVar("default device of the caller", default=None)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is computed here depends on no mode of the caller's: no inference mode, new tensors on the CPU.
+
+    The model runs with the caller's default device: see `Caller`.
+    """
+    default = torch.get_default_device()
+    with torch.inference_mode(False):
+        if default.type == "cpu":
+            yield
+            return
+        token = _DEFAULT_DEVICE.set(default)
+        try:
+            with torch.device("cpu"):
+                yield
+        finally:
+            _DEFAULT_DEVICE.reset(token)
+
+
+def undisturbed_methods(kind: type[T]) -> type[T]:
+    """Decorator of a class: its public methods and its constructor run `undisturbed`."""
+    for name, member in list(vars(kind).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        if inspect.isfunction(member):
+            setattr(kind, name, undisturbed()(member))
+        elif isinstance(member, classmethod):
+            setattr(kind, name, classmethod(undisturbed()(member.__func__)))
+    return kind
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, Unsuppor
 from laplace_lora_fast.model.alone import Alone, embedded_tokens, embeddings, embeds, thawed
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
-    autocast_of_caller,
+    Caller,
     checkpointed,
     checkpointing_layers,
     eager,
@@ -36,13 +36,9 @@ from laplace_lora_fast.model.observer import (
     aligned,
     tokens_and_mask,
 )
-from laplace_lora_fast.model.proofs import (
-    FirstBatch,
-    Leaks,
-    first_sequence,
-    require_all_ran,
-    require_gradients,
-)
+from laplace_lora_fast.model.proofs.behaviour import code_of, without_backward_hooks
+from laplace_lora_fast.model.proofs.first import FirstBatch, require_all_ran, require_gradients
+from laplace_lora_fast.model.proofs.leaks import Leaks, first_sequence
 from laplace_lora_fast.model.shared_inputs import SharedInputs
 from laplace_lora_fast.model.storage import differentiable_kernels
 from laplace_lora_fast.model.uses import Uses
@@ -60,8 +56,8 @@ class Tap:
     forward runs in the backward phase), gradients in the backward phase only. The streams of a layer that runs several
     times are those of all its uses, one behind the other.
 
-    Gradients at pads are refused in every batch: at once on the CPU, elsewhere on exit. In a model's first batch more
-    is proved: see `proofs`.
+    Gradients at pads are refused in every batch: at once on the CPU, elsewhere on exit. More is proved in a model's
+    first batch: see `proofs`.
 
     Args:
         model: the model the layers belong to.
@@ -90,7 +86,7 @@ class Tap:
         self._alone = Alone(layers, head.layers_alone)
         self._checks = DeferredChecks()
         self._leaks = Leaks(self._checks)
-        self._first = FirstBatch(head, layers)
+        self._first = FirstBatch(head, layers, self._checks)
         self._forward_phase = self._backward_phase = self._checks_rows = False
         self._inputs: Inputs | None = None
         self._uses = Uses()
@@ -105,10 +101,11 @@ class Tap:
     def __enter__(self) -> Tap:
         with ExitStack() as stack:
             stack.enter_context(exclusive(self.model))
-            self._thread = threading.get_ident()
+            self._thread, code = threading.get_ident(), code_of(self.model)
             none = self._parameters or self._alone.indices
             checkpointing = [] if none else checkpointing_layers(self.model)
             stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(without_backward_hooks(self.model, self._is_own))
             stack.enter_context(frozen(self.model, self._parameters))
             stack.enter_context(thawed(self._alone.weights))
             stack.enter_context(
@@ -120,12 +117,14 @@ class Tap:
             stack.enter_context(eager())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(self.observer is not None))
-            self._autocast = autocast_of_caller(self.model)
-            stack.enter_context(torch.autocast(self._autocast.device, enabled=False))
+            self._caller = Caller(self.model)
+            self._first.casts = self._caller.casts
+            stack.enter_context(torch.autocast(self._caller.device, enabled=False))
             self._starts_early = reentrant(checkpointing)  # such segments need an input that requires grad
             self._leaves = Leaves(self._parameters, self._starts_early)
             for layer in self.layers:
                 layer.check()
+            self.head.recall(code, self._again, self._caller.casts)
             self._normalised = {index for index, layer in enumerate(self.layers) if layer.normalised}
             if self.observer is not None:
                 self._alone.require_taken(self.observer)
@@ -135,6 +134,8 @@ class Tap:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._stack.close()
+        if self.head.code is None:  # also what the passes have changed
+            self.head.code = code_of(self.model)
         if kind is None:
             self._checks.settle()
             self._first.finish()
@@ -146,7 +147,9 @@ class Tap:
         Raises:
             UnsupportedAdapterError: a layer did not run, or did what it should not; names it.
         """
-        with self._autocast:
+        if self.model.training:  # put there by the loader
+            self._stack.enter_context(evaluation_mode(self.model))
+        with self._caller:
             inputs = self.head.placed(self.model, inputs)
         self._inputs = inputs
         u = self._run(inputs)
@@ -178,14 +181,14 @@ class Tap:
         self._first.start_pass()
         self._forward_phase = True
         try:
-            with self._autocast:
+            with self._caller:
                 return self.head.u(self.model, inputs)
         finally:
             self._forward_phase = False
 
     def prior_u(self, inputs: Inputs) -> Tensor:
         """U [S, U] with every tapped layer as it was before training: no graph, nothing observed."""
-        with ExitStack() as stack, torch.no_grad(), self._autocast:
+        with ExitStack() as stack, torch.no_grad(), self._caller:
             for layer in self.layers:
                 handle = layer.switch_off(self._is_own)
                 if handle is not None:
@@ -195,24 +198,22 @@ class Tap:
     def prove(self, u: Tensor) -> None:
         """Between `forward` and `backward`, in the model's first batch: see `proofs`.
 
-        One forward pass more, which has to agree bit for bit, and one backward pass from the first sequence's outputs
-        alone, which the observer does not see.
+        Forward passes of the batch and of its first sequence, and a backward pass from that, all unobserved.
         """
         assert self._inputs is not None
-        if self._first.may_be_random:
-            self._first.require_same(u, self._again())
-        if self._first.may_mix_rows(len(u)):
-            self._checks_rows = True
-            try:
-                self.backward(u, first_sequence(u), last=False)
-            finally:
-                self._checks_rows = False
-            self._first.rows_are_sequences = True
+        self._first.prove(u, self._inputs, self._again, partial(self._compare_rows, u))
 
-    def _again(self) -> Tensor:
-        """U [S, U] of the batch once more, unobserved."""
-        with self._autocast:
-            return self.head.u(self.model, self._inputs)  # type: ignore[arg-type]
+    def _compare_rows(self, u: Tensor) -> None:
+        self._checks_rows = True
+        try:
+            self.backward(u, first_sequence(u), last=False)
+        finally:
+            self._checks_rows = False
+
+    def _again(self, inputs: Inputs) -> Tensor:
+        """U [S, U] of a batch, unobserved."""
+        with self._caller:
+            return self.head.u(self.model, inputs)
 
     def backward(self, u: Tensor, cotangent: Tensor, last: bool) -> Sequence[Tensor | None]:
         """Sends `cotangent` [S, U] back from `u` and shows the observer every gradient.
@@ -230,8 +231,7 @@ class Tap:
         """
         self._uses.start_backward()
         cotangent = cotangent.to(u.dtype)
-        # among the leaves as well: layers behind these may be on the way to nothing else
-        alone = self._alone.targets
+        alone = self._alone.targets  # leaves as well: layers behind them may be on the way to nothing else
         leaves, alone = [*self._leaves.all, *alone], [] if self._checks_rows else alone
         with_others = len(u) == 1  # of one sequence: gradients of all kinds come in one pass
         retain = not last or (bool(alone) and not with_others)

@@ -26,7 +26,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.adapters.layer import ParametersAdapted
 from laplace_lora_fast.model.contexts import (
-    autocast_of_caller,
+    Caller,
     eager,
     evaluation_mode,
     exclusive,
@@ -35,6 +35,7 @@ from laplace_lora_fast.model.contexts import (
 from laplace_lora_fast.model.gradients import leaves_of, send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.lora import Treated
+from laplace_lora_fast.model.proofs.behaviour import code_of
 from laplace_lora_fast.model.storage import differentiable_kernels
 from laplace_lora_fast.sampling.quantised import forward_mode_of_quantised_layers
 from laplace_lora_fast.weights import RowNorm, by_layer, is_head
@@ -63,6 +64,7 @@ class StepHooks:
             stack.enter_context(exclusive(self.model))
             self._thread = threading.get_ident()
             stack.enter_context(evaluation_mode(self.model))
+            code = code_of(self.model)
             if self.head is not None:
                 stack.enter_context(self.head.installed())
             stack.enter_context(differentiable_kernels(self.model))
@@ -71,7 +73,10 @@ class StepHooks:
             stack.enter_context(eager())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(autocast_of_caller(self.model))
+            caller = Caller(self.model)
+            stack.enter_context(caller)
+            if self.head is not None:
+                self.head.recall(code, partial(self.head.u, self.model), caller.casts)
             for index, layer in enumerate(self.layers):
                 layer.check()
                 if isinstance(layer, ParametersAdapted):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.model.batches import LABEL_KEYS, Batch, Inputs, read_batch
+from laplace_lora_fast.model.proofs.behaviour import Code, Sample
 
 OutputFn = Callable[[Any, Mapping[str, Any]], Tensor]
 
@@ -38,25 +39,60 @@ class Head:
         is_deterministic: whether a tap has found that two forward passes agree.
         plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
         layers_alone: names of the layers that a tap has found to have no streams with a row a sequence.
+        same_alone: whether u of a sequence is the same in any batch, up to rounding.
+        keeps_sample: whether a tap shall keep a sample, for later ones to compare with.
+        sample: the first sequence that a tap has seen, and its u.
+        code: what ran beside the modules' own code when the last tap ended: see `behaviour`.
         seed: of what the head draws.
         forward_mode_is_exact: whether forward-mode derivatives have been found to be those of a backward pass.
     """
 
     grouped = False
+    same_alone = True
     own_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.n_outputs: int | None = None
         self.output_layer: nn.Module | None = None
         self.features: Tensor | None = None
-        self.rows_checked = self.is_deterministic = False
-        self.plain_layers: set[str] = set()
+        self.forget_proofs()
         self.layers_alone: set[str] = set()
-        self.seed, self.forward_mode_is_exact = 0, False
+        self.keeps_sample, self.sample, self.seed = False, None, 0
         parameters = inspect.signature(innermost(model).forward).parameters
         self._accepts = set(parameters)
         self._accepts_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         self._vocabulary, self._context = _vocabulary(model), context_length(model)
+
+    sample: Sample | None
+    code: Code | None
+
+    def forget_proofs(self) -> None:
+        """What was proved of the model is to be proved again."""
+        self.code = None
+        self.rows_checked = self.is_deterministic = self.forward_mode_is_exact = False
+        self.plain_layers: set[str] = set()
+
+    def recall(self, code: Code, run: Callable[[Inputs], Tensor], casts: bool) -> None:
+        """Before a first pass: forgets what was proved of other code.
+
+        Args:
+            code: of the model, now.
+            run: gives u of a batch.
+            casts: whether that is under autocast.
+
+        Raises:
+            NotFittedError: the model computes something else than what the sample is of.
+        """
+        if self.code is None or self.code == code:
+            return
+        if self.sample is not None:
+            with torch.no_grad():
+                self.sample.require_same(run(self.sample.inputs), casts)
+        self.forget_proofs()
+
+    def expect_fit(self) -> None:
+        """A posterior of the model as it is now begins, or has been loaded: a sample is kept of its first batch."""
+        self.keeps_sample, self.sample = True, None
 
     def inputs(self, batch: Batch, device: torch.device, checks: DeferredChecks) -> Inputs:
         """Checks a batch and moves it to `device`. Raises InvalidBatchError as `read_batch` does."""
@@ -75,6 +111,17 @@ class Head:
             raise InvalidBatchError(
                 f"a batch has {unknown[0]!r}, which the model does not take: leave it out"
             )
+
+    def refuse_other_labels(self, inputs: Inputs) -> None:
+        """Raises InvalidBatchError for what may be the labels of a batch without them, under another key."""
+        for key, value in inputs.model.items():
+            several = isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() > 0)
+            per_sequence = several and len(value) == inputs.n_sequences
+            if key not in self._accepts and per_sequence and _is_flat(value):
+                raise InvalidBatchError(
+                    f"a batch has {key!r}, one number an example, which the model does not take, and no 'labels': "
+                    "rename it to 'labels' if it holds them, or leave it out"
+                )
 
     def _require_in_range(self, inputs: Inputs, checks: DeferredChecks) -> None:
         """Tokens in the vocabulary, and no more of them than the model has positions."""
@@ -134,8 +181,7 @@ class Head:
 
     def read(self, output: Any, inputs: Inputs) -> Tensor:
         """The output's `logits`, or the output itself."""
-        logits: Tensor = output.logits if hasattr(output, "logits") else output
-        return logits
+        return logits_of(output)
 
 
 class ClassHead(Head):
@@ -195,6 +241,24 @@ class OutputHead(Head):
 
     def read(self, output: Any, inputs: Inputs) -> Tensor:
         return self._fn(output, inputs.model)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Of a model's output, which may be the logits themselves."""
+    if isinstance(output, tuple):
+        raise InvalidBatchError(
+            "the model gives a tuple, not an output with logits: leave 'return_dict' out of batches, and set "
+            "config.return_dict=True"
+        )
+    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    return logits
+
+
+def _is_flat(values: Any) -> bool:
+    """Whether it is one number an example."""
+    if isinstance(values, Tensor):
+        return values.dim() == 1
+    return all(isinstance(value, int | float) for value in values)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -156,6 +156,8 @@ class SampledLabelsHead(TokenHead):
         samples: M.
     """
 
+    same_alone = False  # rounding may draw another token
+
     def __init__(self, model: nn.Module, samples: int) -> None:
         super().__init__(model)
         self.n_outputs = samples

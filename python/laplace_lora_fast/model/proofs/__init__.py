@@ -1,0 +1,1 @@
+"""What a tap has to see before its numbers may be believed."""
