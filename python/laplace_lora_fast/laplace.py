@@ -16,7 +16,7 @@ from laplace_lora_fast.fitting.choose import choose
 from laplace_lora_fast.fitting.finite import NON_FINITE
 from laplace_lora_fast.fitting.fit import fit
 from laplace_lora_fast.fitting.passes import Loader, Subject
-from laplace_lora_fast.model.contexts import undistributed
+from laplace_lora_fast.model.contexts import undistributed, undisturbed_methods
 from laplace_lora_fast.options import (
     DEFAULT_BUDGET,
     check_choice,
@@ -49,6 +49,7 @@ from laplace_lora_fast.tasks import Task
 from laplace_lora_fast.text.predictive import LaplaceText
 
 
+@undisturbed_methods
 class LaplaceLoRA(LaplaceText):
     """Laplace posterior over what a PEFT model was trained in (Yang, Robeyns, Wang, Aitchison, ICLR 2024).
 
@@ -143,6 +144,7 @@ class LaplaceLoRA(LaplaceText):
             fitted_on = FittedOn(self._peft_model, layers)
             facts = agreement.facts(self._described(layers), layers, fitted_on.surroundings, prior_mean)
         ranks.agree(facts)
+        self._head.expect_fit()
         subject = Subject(undistributed(self.model), self._head, layers, self.likelihood)
         problem = Problem(
             layers=[layer.weights for layer in layers],
@@ -343,6 +345,7 @@ class LaplaceLoRA(LaplaceText):
         la._prior_mean = la._given_prior_mean = prior_mean
         la.layers, _ = la._started(la.layers)
         la._fitted_on = saved.fitted_on(la._peft_model, la.layers)
+        la._head.expect_fit()
         return la
 
     def summary(self) -> Summary:

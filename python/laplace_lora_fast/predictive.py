@@ -10,6 +10,7 @@ from laplace_lora_fast.evaluation.rewards import Rewards
 from laplace_lora_fast.evaluation.uncertainty import Uncertainty
 from laplace_lora_fast.fitting.passes import Loader
 from laplace_lora_fast.model.batches import Batch, without_labels
+from laplace_lora_fast.model.contexts import undisturbed_methods
 from laplace_lora_fast.prediction import (
     MAP_LINK,
     Block,
@@ -23,6 +24,7 @@ from laplace_lora_fast.prior.precision import PriorPrecision, PriorPrecisions
 from laplace_lora_fast.state import LaplaceState
 
 
+@undisturbed_methods
 class LaplacePredictive(LaplaceState):
     """The posterior predictive of the linearised model; `LaplaceLoRA` adds fitting, tuning and files."""
 

@@ -18,7 +18,7 @@ from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.adapters.trained import ALL, Trained
-from laplace_lora_fast.model.contexts import undistributed, unwrapped
+from laplace_lora_fast.model.contexts import undistributed, undisturbed_methods, unwrapped
 from laplace_lora_fast.model.lora import (
     Treated,
     any_requires_grad,
@@ -45,6 +45,7 @@ AUTO = "auto"
 _RESIDUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+@undisturbed_methods
 class LaplaceState:
     """What a `LaplaceLoRA` was made with and what it has fitted; see there for the arguments."""
 
@@ -102,6 +103,8 @@ class LaplaceState:
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
+        if value is None:
+            raise ValueError("prior_precision must be a number or a dict of numbers, got None")
         self._resolve(value)
         if isinstance(value, Mapping):
             self._prior_precision: PriorPrecision = {key: float(each) for key, each in value.items()}
@@ -251,6 +254,7 @@ class LaplaceState:
 
     def _current_layers(self) -> list[Treated]:
         """The LoRA layers with the adapter that is active now, which may be another one than at the last fit."""
+        self.task.head(self._peft_model)  # refuses a model that has been trained for something else since
         trained = self._trained
         if trained is None and self._untrained and not any_requires_grad(self._peft_model):
             trained = self._trained_names()  # as was known before all was frozen

@@ -72,6 +72,8 @@ class Tally:
         self.shared_inputs = step.shared_inputs
         self.n_examples += step.functions.n_examples
         self.n_outputs = step.u.shape[1]
+        if step.targets is None:
+            step.tap.head.refuse_other_labels(step.inputs)
         if step.targets is None or self.log_likelihood is None:
             self.log_likelihood = None
             return
@@ -143,7 +145,7 @@ def fit(
     if tally.n_skipped:
         where = f", on this rank the first is {tally.first_skipped}" if tally.first_skipped else ""
         warnings.warn(
-            f"{tally.n_skipped} batches were skipped as not finite{where}", LaplaceWarning, stacklevel=3
+            f"{tally.n_skipped} batches were skipped as not finite{where}", LaplaceWarning, stacklevel=4
         )
     return Fit(
         structure=structure,

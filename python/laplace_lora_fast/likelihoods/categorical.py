@@ -44,7 +44,8 @@ class Categorical(Likelihood):
         n, classes = outputs.shape
         if labels.shape != (n,) or labels.is_floating_point():
             raise InvalidBatchError(
-                f"'labels' must hold {n} class indices, got shape {tuple(labels.shape)} of {labels.dtype}"
+                f"'labels' must hold {n} class indices, got shape {tuple(labels.shape)} of {labels.dtype}: pass one "
+                "integer an example"
             )
         valid = ((labels >= 0) & (labels < classes)).all()
         checks.require(valid, f"'labels' must lie in [0, {classes}): leave them out where there are none")

@@ -114,5 +114,5 @@ def warn_of_edge(best: Sequence[float], grid: Sequence[float]) -> None:
     warnings.warn(
         f"the best prior precision lies on the edge of the grid [{grid[0]:g}, {grid[-1]:g}]: {what}",
         LaplaceWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

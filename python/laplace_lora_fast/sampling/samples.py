@@ -15,11 +15,13 @@ from laplace_lora_fast.devices import device_of
 from laplace_lora_fast.errors import DeferredChecks
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.model.batches import Batch
+from laplace_lora_fast.model.contexts import undisturbed_methods
 from laplace_lora_fast.model.lora import Treated
 from laplace_lora_fast.sampling.proof import require_same_backward
 from laplace_lora_fast.sampling.tangents import StepHooks
 
 
+@undisturbed_methods
 class PosteriorSamples:
     """n samples of the LoRA weights: a function f of the model becomes f + J delta, or f at the weights themselves.
 

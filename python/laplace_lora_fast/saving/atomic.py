@@ -21,12 +21,16 @@ except ImportError:  # no Unix: nothing is cleared away
     fcntl = None  # type: ignore[assignment]
 
 
+_STREAMS = (("dev",), ("proc",))  # folders of what a process has open, which a new file would cut off
+
+
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """A file to write inside, which becomes `path` on leaving, and is removed after an error: `path` stays as it was.
 
     It has the same name, in a folder of its own beside `path`, so that several writers do not meet. What is no file, a
-    device or a pipe, is written to itself; a symbolic link stays, its target is replaced.
+    device or a pipe, is written to itself, as is /dev/stdout wherever that leads; a symbolic link stays, its target is
+    replaced.
 
     Args:
         path: in a folder that exists.
@@ -35,7 +39,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written; names `path`.
     """
     target = Path(path)
-    if target.exists() and not target.is_file():
+    if target.exists() and (not target.is_file() or Path(os.path.abspath(path)).parts[1:2] in _STREAMS):
         yield target
         return
     target = Path(os.path.realpath(target))

@@ -116,7 +116,8 @@ def require_layers(model: nn.Module, layers: Sequence[Treated], error: type[Lapl
     for layer in layers:
         if unloaded or not layer.is_present:
             raise error(
-                f"layer {layer.name!r} with adapter {layer.adapter!r} is gone from the model: fit again"
+                f"layer {layer.name!r} with adapter {layer.adapter!r} is gone from the model (unloaded, or merged into "
+                "the base model): load the adapter on the base model, and the posterior or a fit on that"
             )
         scaling = layer.current_scaling
         if scaling != layer.scaling:

@@ -11,6 +11,7 @@ from torch import Tensor
 from laplace_lora_fast.fitting.passes import Subject
 from laplace_lora_fast.likelihoods import SampledTokens
 from laplace_lora_fast.model.batches import Batch
+from laplace_lora_fast.model.contexts import undisturbed_methods
 from laplace_lora_fast.model.tokens.heads import LabelScoreHead
 from laplace_lora_fast.options import check_choice, integer, positive_integer
 from laplace_lora_fast.prediction import distribution, one_block
@@ -25,6 +26,7 @@ from laplace_lora_fast.text.prompts import end_tokens, prompt_batch
 from laplace_lora_fast.text.result import Generation, pieces_of
 
 
+@undisturbed_methods
 class LaplaceText(LaplacePredictive):
     """Samples of the weights, and what they say of text; `LaplaceLoRA` adds fitting, tuning and files."""
 

@@ -40,7 +40,7 @@ def require_plain(layer: AdaptedLayer, x: Tensor, base: Tensor | None, output: T
     x, output = some_tokens(x), some_tokens(output)
     inner = x.to(a.weight.dtype)  # type: ignore[arg-type]
     z = a(inner)
-    plain_z = nn.functional.linear(inner, a.weight, a.bias)  # type: ignore[arg-type]
+    plain_z = nn.functional.linear(inner, a.weight)  # type: ignore[arg-type]  # without a bias
     delta = b(z)
     plain_delta = nn.functional.linear(z, b.weight, b.bias)  # type: ignore[arg-type]
     dtypes = (x.dtype, output.dtype, z.dtype)

@@ -20,7 +20,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.model.batches import Batch, Inputs
-from laplace_lora_fast.model.heads.base import Head, innermost
+from laplace_lora_fast.model.heads.base import Head, innermost, logits_of
 
 _TEXT = {"input_ids", "inputs_embeds", "token_type_ids", "attention_mask"}
 _PROBED = 8  # tokens
@@ -80,11 +80,14 @@ class CausalHead(Head):
         return (x, mask) if x.dim() == 3 and x.shape[:2] == positions.shape else None
 
     def _places(self, inputs: Inputs) -> bool:
-        """Text alone: images take places of their own.
+        """Text alone: images take places of their own. What the model does not take by name has none.
 
         A classifier is called as its user calls it: its logits are the model's own, whatever padding does to them.
         """
-        text = all(key in _TEXT for key, value in inputs.model.items() if isinstance(value, Tensor))
+        taken = [
+            key for key, value in inputs.model.items() if isinstance(value, Tensor) and key in self._accepts
+        ]
+        text = all(key in _TEXT for key in taken)
         return text and "position_ids" in self._accepts
 
     @contextmanager
@@ -234,13 +237,16 @@ def _counts_from_zero(model: nn.Module, batch: Mapping[str, Any]) -> bool | None
 
     None where logits are not finite, which tell nothing: the next batch will.
     """
-    row = {key: value[:1, :_PROBED] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    row = {
+        key: value[:1, :_PROBED] if isinstance(value, Tensor) and value.dim() > 1 else value
+        for key, value in batch.items()
+    }
     row["attention_mask"] = torch.ones_like(row["attention_mask"])
     positions = torch.arange(row["attention_mask"].shape[1], device=row["attention_mask"].device)[None]
-    plain = model(**row).logits
+    plain = logits_of(model(**row))
     if not bool(plain.isfinite().all()):
         return None
-    return torch.equal(plain, model(**row, position_ids=positions).logits)
+    return torch.equal(plain, logits_of(model(**row, position_ids=positions)))
 
 
 def _require_causal(model: nn.Module, head: str) -> None:
