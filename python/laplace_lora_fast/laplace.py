@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from laplace_lora_fast.prior.tuning import Fitted, Tuning
 from laplace_lora_fast.ranks import Ranks
 from laplace_lora_fast.sampling.lengths import AdapterSamples, Lengths, gaps
 from laplace_lora_fast.sampling.samples import PosteriorSamples
-from laplace_lora_fast.saving import adapters, agreement
+from laplace_lora_fast.saving import adapters, agreement, tokenizers
 from laplace_lora_fast.saving import posterior as saved_posterior
 from laplace_lora_fast.saving.checked import MALFORMED
 from laplace_lora_fast.saving.fingerprint import FittedOn
@@ -307,31 +308,49 @@ class LaplaceLoRA(LaplaceText):
             print(written.report)
         return written
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save."""
+    def save(self, folder: str | PathLike[str], *, tokenizer: Any = None) -> None:
+        """Writes the posterior to `folder`/posterior.safetensors. The adapter itself is PEFT's to save.
+
+        Args:
+            folder: made where it is missing.
+            tokenizer: that the batches came from, so that `load` can refuse another one; none is kept, but digests.
+        """
         fitted = self._fitted()
         assert self._fitted_on is not None
         self._fitted_on.require_all()
         scalings = [layer.scaling for layer in self.layers]
         surroundings = self._fitted_on.surroundings
-        saved_posterior.save(folder, fitted, self._prior_mean, self._settings(), scalings, surroundings)
+        texts = None if tokenizer is None else tokenizers.described(tokenizer)
+        settings = self._settings()
+        saved_posterior.save(folder, fitted, self._prior_mean, settings, scalings, surroundings, texts)
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], model: nn.Module, *, task: Task | None = None) -> LaplaceLoRA:
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        model: nn.Module,
+        *,
+        task: Task | None = None,
+        tokenizer: Any = None,
+    ) -> LaplaceLoRA:
         """Reads a posterior that `save` wrote.
 
         Args:
             folder: what was passed to `save`.
             model: the model with the same adapter it was fitted on.
             task: the task it was fitted with, where that holds code, as `Outputs` does; None otherwise.
+            tokenizer: that batches will come from; compared where `save` was told one.
 
         Raises:
             StateError: the file is missing, truncated or of another format; or the model has other LoRA layers,
-                weights or scalings, or other base weights or trained modules around them; says which.
+                weights or scalings, or other base weights or trained modules around them, or the tokenizer is another;
+                says which.
             ValueError: `task` is needed and missing, or not the one of the fit.
         """
         saved = saved_posterior.load(folder)
         settings = saved.settings(task)
+        if tokenizer is not None and saved.header.get("tokenizer") is not None:
+            tokenizers.require_same(saved.header["tokenizer"], tokenizer)
         noise = settings.pop("noise")
         try:
             la = cls(model, **settings)

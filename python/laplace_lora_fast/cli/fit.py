@@ -159,7 +159,7 @@ def fit(
     else:
         la.optimize_prior_precision(tuning)
         by = f", chosen by {prior}"
-    la.save(out)
+    la.save(out, tokenizer=reader.tokenizer)
     fitted, _ = la.snapshot()
     evidence = "" if texts else f"log marginal likelihood {la.log_marginal_likelihood().item():.4g}. "
     for line in (

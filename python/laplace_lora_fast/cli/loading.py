@@ -18,6 +18,7 @@ def load(
 
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     from laplace_lora_fast.cli.rows import RowReader
     from laplace_lora_fast.data.prompts import load_causal_lm
@@ -33,7 +34,7 @@ def load(
         raise ValueError(f"--device {where} cannot be used: {checks.one_line(error)}") from error
     try:
         base, tokenizer = load_causal_lm(source, where, "auto" if dtype == "auto" else getattr(torch, dtype))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = checks.one_line(error)
         if not Path(source).exists() and not isinstance(error, FileNotFoundError):
             message = f"no folder of that name exists here, and from the hub: {message}"
@@ -44,7 +45,7 @@ def load(
         raise ValueError(
             f"adapter {adapter} does not fit: its pickle holds more than tensors; save it as safetensors"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"adapter {adapter} does not fit model {source!r}: {checks.one_line(error)}"
         ) from error
@@ -72,4 +73,4 @@ def load_posterior(source: str, adapter: Path, posterior: Path, *how: Any) -> tu
     from laplace_lora_fast import LaplaceLoRA
 
     model, reader = load(source, adapter, *how)
-    return LaplaceLoRA.load(posterior, model), reader
+    return LaplaceLoRA.load(posterior, model, tokenizer=reader.tokenizer), reader

@@ -40,6 +40,7 @@ def save(
     settings: dict[str, Any],
     scalings: Sequence[float],
     surroundings: Surroundings,
+    tokenizer: dict[str, str] | None = None,
 ) -> None:
     """Writes `folder`/posterior.safetensors, whole or not at all.
 
@@ -50,6 +51,7 @@ def save(
         settings: JSON-serialisable.
         scalings: of each LoRA layer.
         surroundings: of the adapter.
+        tokenizer: see `tokenizers`.
 
     Raises:
         OSError: the file cannot be written.
@@ -63,6 +65,7 @@ def save(
         "names": fit.curvature.names,
         "scalings": scalings,
         "surroundings": surroundings.to_json(),
+        "tokenizer": tokenizer,
         **{key: getattr(fit, key) for key in (*_OF_THE_FIT, *_LATER)},
     }
     path = Path(folder) / FILE_NAME
@@ -218,6 +221,7 @@ def _require_form(header: Any) -> None:
         "n_outputs": type(header["n_outputs"]) is not int or header["n_outputs"] < 1,
         "log_likelihood": header["log_likelihood"] is not None and not _is_number(header["log_likelihood"]),
         "reason": not isinstance(header["reason"], str),
+        "tokenizer": not isinstance(header.get("tokenizer") or {}, dict),
         "task": not isinstance(settings["task"], dict) or len(settings["task"]) != 1,
         "structure": "structure" not in settings,
         "noise": noise is not None and not (_is_number(noise) and noise > 0),
