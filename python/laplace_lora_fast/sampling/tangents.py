@@ -77,6 +77,7 @@ class StepHooks:
             stack.enter_context(caller)
             if self.head is not None:
                 self.head.recall(code, partial(self.head.u, self.model), caller.casts)
+                self.head.code = code
             for index, layer in enumerate(self.layers):
                 layer.check()
                 if isinstance(layer, ParametersAdapted):

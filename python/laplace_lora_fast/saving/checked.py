@@ -26,6 +26,7 @@ MALFORMED = (
     OverflowError,
     RuntimeError,
 )
+_RESTORE = "bring it back from a copy, or make it anew"
 
 
 def write(path: Path, form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -75,16 +76,16 @@ def read(path: Path, form: str, remedy: str) -> tuple[Any, dict[str, Tensor]]:
                 # cloned to torch's alignment, on which the last bit of products can depend
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, *MALFORMED) as error:
-        raise StateError(f"{path} is truncated or damaged: {error}") from error
+        raise StateError(f"{path} is truncated or damaged: {_RESTORE} ({error})") from error
     if found.get("format") != form:
         raise StateError(f"{path} has format {found.get('format')!r}, this version reads {form!r}: {remedy}")
     text = found.get("header", "")
     if metadata(form, text, tensors) != found:
-        raise StateError(f"{path} is damaged: its content does not match its checksum")
+        raise StateError(f"{path} is damaged, its content does not match its checksum: {_RESTORE}")
     try:
         return json.loads(text), tensors
     except MALFORMED as error:
-        raise StateError(f"{path} has a damaged header: {error}") from error
+        raise StateError(f"{path} has a damaged header: {_RESTORE} ({error})") from error
 
 
 def as_json(value: Any) -> Any:
