@@ -41,7 +41,7 @@ class Sample:
         coarse = _ROUNDING_IN_16_BITS
         exact = not (autocast or self.autocast)
         rounding = max(_ROUNDING.get(each.dtype, coarse) for each in (u, self.u)) if exact else coarse
-        if _distance(u, self.u.to(u.device)) > rounding:
+        if _distance(u, self.u.to(u.device), u.new_zeros((), dtype=torch.float64)) > rounding:
             raise NotFittedError(
                 "the model computes something else than when the posterior was fitted: a hook, a forward or a tensor "
                 "that one of its modules holds has been added, replaced or removed. Undo that, or fit again"
@@ -49,20 +49,24 @@ class Sample:
 
 
 def require_alone(u: Tensor, alone: Tensor, checks: DeferredChecks) -> None:
-    """UnsupportedAdapterError unless a sequence gives about the same in its batch, u [1, U], and alone."""
+    """UnsupportedAdapterError unless the first sequence of u [S, U] gives about the same alone, [1, U].
+
+    Relative to the largest of the batch: outputs near zero are differences of larger numbers.
+    """
     full = all(each.dtype in _ROUNDING for each in (u, alone))
+    scale = u.detach().double().nan_to_num(0, 0, 0).norm(dim=1).amax()
     checks.require(
-        _distance(u, alone) <= _OF_ANOTHER_BATCH[0 if full else 1],
+        _distance(u[:1].detach(), alone, scale) <= _OF_ANOTHER_BATCH[0 if full else 1],
         "the outputs of a sequence depend on other sequences of its batch: alone they are others (a statistic, a "
         "capacity or a scale of the batch). Switch that off, or pass batches of one sequence",
         UnsupportedAdapterError,
     )
 
 
-def _distance(u: Tensor, other: Tensor) -> Tensor:
-    """Relative to the larger of both; of what is finite."""
+def _distance(u: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """Of what is finite, relative to `scale` or the norm of the larger of both."""
     u, other = u.double().nan_to_num(0, 0, 0), other.double().nan_to_num(0, 0, 0)
-    scale = torch.maximum(u.norm(), other.norm())
+    scale = torch.stack([scale, u.norm(), other.norm()]).amax()
     distance: Tensor = (u - other).norm() / scale.clamp_min(1e-300)
     return distance
 

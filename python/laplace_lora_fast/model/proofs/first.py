@@ -233,7 +233,7 @@ class FirstBatch:
         with torch.no_grad():
             alone = run(first) if len(u) > 1 else u
         if several and head.same_alone:
-            require_alone(u[:1].detach(), alone, self._checks)
+            require_alone(u, alone, self._checks)
         if head.keeps_sample and head.sample is None:
             head.sample = Sample(first, alone.detach(), self.casts)
 
