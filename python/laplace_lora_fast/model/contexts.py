@@ -74,9 +74,13 @@ class Caller:
         self._dtype, self._default = torch.get_autocast_dtype(self.device), _DEFAULT_DEVICE.get()
         self._stacks: list[ExitStack] = []
 
+    def autocast(self) -> torch.autocast:
+        """Its autocast alone."""
+        return torch.autocast(self.device, self._dtype, self.casts)
+
     def __enter__(self) -> None:
         stack = ExitStack()
-        stack.enter_context(torch.autocast(self.device, self._dtype, self.casts))
+        stack.enter_context(self.autocast())
         if self._default is not None:
             stack.enter_context(self._default)
         self._stacks.append(stack)

@@ -25,13 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import laplace_kernels as lk
 from laplace_lora_fast.errors import UnsupportedAdapterError
 from laplace_lora_fast.model.adapters.layer import ParametersAdapted
-from laplace_lora_fast.model.contexts import (
-    Caller,
-    eager,
-    evaluation_mode,
-    exclusive,
-    without_fast_path,
-)
+from laplace_lora_fast.model.contexts import Caller, eager, evaluation_mode, exclusive, without_fast_path
 from laplace_lora_fast.model.gradients import leaves_of, send_back
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.lora import Treated
@@ -64,9 +58,9 @@ class StepHooks:
             stack.enter_context(exclusive(self.model))
             self._thread = threading.get_ident()
             stack.enter_context(evaluation_mode(self.model))
-            code = code_of(self.model)
-            if self.head is not None:
-                stack.enter_context(self.head.installed())
+            code, head = code_of(self.model), self.head
+            if head is not None:
+                stack.enter_context(head.installed())
             stack.enter_context(differentiable_kernels(self.model))
             stack.enter_context(forward_mode_of_quantised_layers(self.model))
             stack.enter_context(without_fast_path())
@@ -74,10 +68,10 @@ class StepHooks:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             caller = Caller(self.model)
-            stack.enter_context(caller)
-            if self.head is not None:
-                self.head.recall(code, partial(self.head.u, self.model), caller.casts)
-                self.head.code = code
+            stack.enter_context(caller.autocast())
+            if head is not None:
+                head.recall(code, partial(head.u, self.model), caller.casts)
+                head.code = code
             for index, layer in enumerate(self.layers):
                 layer.check()
                 if isinstance(layer, ParametersAdapted):

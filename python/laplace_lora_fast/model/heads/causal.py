@@ -80,12 +80,14 @@ class CausalHead(Head):
         return (x, mask) if x.dim() == 3 and x.shape[:2] == positions.shape else None
 
     def _places(self, inputs: Inputs) -> bool:
-        """Text alone: images take places of their own. What the model does not take by name has none.
+        """Text alone: images take places of their own. Numbers of examples that the model does not take have none.
 
         A classifier is called as its user calls it: its logits are the model's own, whatever padding does to them.
         """
         taken = [
-            key for key, value in inputs.model.items() if isinstance(value, Tensor) and key in self._accepts
+            key
+            for key, value in inputs.model.items()
+            if isinstance(value, Tensor) and (value.dim() > 1 or key in self._accepts)
         ]
         text = all(key in _TEXT for key in taken)
         return text and "position_ids" in self._accepts
