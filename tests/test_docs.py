@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,10 @@ import pytest
 import laplace_kernels
 import laplace_lora_fast
 from bench.docs import rendered
+from bench.protocols.config import read
+from bench.protocols.plan import lines
+from laplace_lora_fast.cli.plan import Setting, plan
+from laplace_lora_fast.fitting.planner import Rates
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
@@ -46,6 +51,24 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`([\w./]+(?:\.(?:py|md|txt|cff|cpp)|/))`", text)
     assert [name for name in named if not any((base / name).exists() for base in BASES)] == []
+
+
+def test_plans_on_pages_are_what_the_planner_says(tmp_path: Path) -> None:
+    """Rows of their tables, however they are laid out."""
+    protocol = read(ROOT / "bench" / "protocols" / "configs" / "arc_easy.toml")
+    (tmp_path / "config.json").write_text(json.dumps(protocol.shape))
+    rates = Rates(3e14, 1e13)
+    of_llama = plan(Setting(tmp_path, "all-linear", 16, 10_000, 5, 256, 4 * 2**30), rates)
+    planned = {
+        "protocols.md": list(lines(protocol, None, 4 * 2**30, rates)),
+        "planning.md": ["  ".join(row) for row in of_llama.rows],
+    }
+    for page, rows in planned.items():
+        text = (ROOT / "docs" / "guide" / page).read_text(encoding="utf-8")
+        shown = {" ".join(line.split()) for line in text.splitlines()}
+        structures = [" ".join(row.split()) for row in rows if "iB " in row and ";" not in row]
+        assert len(structures) > 4
+        assert [row for row in structures if row not in shown] == [], page
 
 
 def test_every_room_is_in_the_architecture() -> None:
