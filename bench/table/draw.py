@@ -89,10 +89,11 @@ def _summary(model: str, sections: Sequence[Sequence[dict[str, Any]]]) -> list[s
     lines = [
         f"{model}, {len(cells)} trainings: NLL minus that of temperature scaling with held-out examples, in "
         f"distribution ({first}), out of it ({', '.join(others)}), and the worst mean over seeds of a length of "
-        "training and a test set; 95 % intervals, paired. \\* sees held-out examples too.",
+        "training and a test set; 95 % intervals, paired. \\* sees held-out examples too. What fewer trainings are "
+        "behind is not to be compared with the rest.",
         "",
-        "| method | in distribution | out of distribution | worst |",
-        "|---|---|---|---|",
+        "| method | trainings | in distribution | out of distribution | worst |",
+        "|---|---|---|---|---|",
     ]
     for method in _methods(cells):
         found = [difference(some, method, RIVALS[0], test) for some in sections for test in (first, *others)]
@@ -100,7 +101,9 @@ def _summary(model: str, sections: Sequence[Sequence[dict[str, Any]]]) -> list[s
         if inside is None or outside is None:
             continue
         worst = max(each.value for each in found if each)
-        lines.append(f"| {method}{_star(method)} | {_signed(inside)} | {_signed(outside)} | {worst:+.3f} |")
+        count = sum("log_odds" in cell["methods"].get(method, {}) for cell in cells)
+        scores = f"{_signed(inside)} | {_signed(outside)} | {worst:+.3f}"
+        lines.append(f"| {method}{_star(method)} | {count} | {scores} |")
     return lines
 
 
