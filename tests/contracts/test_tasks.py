@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,13 @@ class TestTask:
         batch = data(task, 1)
         without = {key: value for key, value in batch.items() if key != "labels"}
         assert torch.equal(answered(la, batch), answered(la, without))
+
+    def test_a_deep_copy_answers_the_same(self, name: str) -> None:
+        make, task = TASKS[name]
+        la = LaplaceLoRA(make(), task).fit([data(task)], progress=False)
+        other = deepcopy(la)
+        assert other.model is not la.model
+        assert torch.equal(answered(other, data(task, 1)), answered(la, data(task, 1)))
 
 
 def scores(model: nn.Module, batch: tiny.Batch) -> list[Tensor]:

@@ -235,6 +235,13 @@ def without_fast_path() -> Iterator[None]:
         _FAST_PATH.leave()
 
 
+class PerThread(threading.local):
+    """What each thread has of its own. A copy starts empty."""
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return type(self), ()
+
+
 class _FastPath:
     """Counts who needs the fast path off."""
 

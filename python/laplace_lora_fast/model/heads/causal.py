@@ -6,7 +6,6 @@ batch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ import laplace_kernels as lk
 from laplace_lora_fast.devices import to_device
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError
 from laplace_lora_fast.model.batches import Batch, Inputs
+from laplace_lora_fast.model.contexts import PerThread
 from laplace_lora_fast.model.heads.base import Head, innermost, logits_of
 
 _TEXT = {"input_ids", "inputs_embeds", "token_type_ids", "attention_mask"}
@@ -40,7 +40,7 @@ class CausalHead(Head):
         super().__init__(model)
         _require_causal(model, type(self).__name__)
         self.output_layer = model.get_output_embeddings()  # type: ignore[operator]
-        self._local = threading.local()
+        self._local = PerThread()
         self._counts_from_zero: bool | None = None
 
     def positions(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:

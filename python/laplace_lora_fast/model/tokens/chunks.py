@@ -7,7 +7,6 @@ own forward runs again with a stand-in for the backbone, and the chunk's hidden 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_lora_fast.model.contexts import PerThread
 from laplace_lora_fast.model.heads import innermost
 
 CHUNK = 2**25  # logits at a time: 128 MiB in fp32
@@ -31,7 +31,7 @@ class Backbone:
 
     def __init__(self, model: nn.Module, vocabulary: int | None) -> None:
         self._module, self._vocabulary = _backbone_of(innermost(model)), vocabulary
-        self._local = threading.local()
+        self._local = PerThread()
 
     def chunk(self, rows: int) -> int | None:
         """How many positions of each of `rows` sequences have their logits at a time; None for all.
