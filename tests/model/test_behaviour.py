@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_lora_fast import Answers, Classes, LaplaceLoRA, NotFittedError, Rows, UnsupportedAdapterError
+from laplace_lora_fast import (
+    Answers,
+    Classes,
+    InvalidBatchError,
+    LaplaceLoRA,
+    NotFittedError,
+    Outputs,
+    Rows,
+    UnsupportedAdapterError,
+)
 from tests import tiny
 
 ANSWERS = Answers(tiny.ANSWERS)
@@ -273,3 +282,18 @@ def test_a_loader_that_puts_the_model_into_training_mode():
     found = fitted(model, loader()).logit_distribution(TEST)
     for each, other in zip(found, expected, strict=True):
         torch.testing.assert_close(each, other, rtol=1e-12, atol=0)
+
+
+def test_a_function_of_outputs_that_looks_at_a_whole_batch():
+    """It is asked for the first sequence alone too, and has to say what it cannot do."""
+    batch = tiny.batch(4, 5, padding=None)
+    last = torch.full((4,), 4)
+    with pytest.raises(InvalidBatchError, match=r"fails alone .*arguments"):
+        fitted(
+            tiny.tiny_llama(), [batch], Outputs(lambda output, _: output.logits[torch.arange(4), last, :3])
+        )
+    fitted(
+        tiny.tiny_llama(),
+        [batch],
+        Outputs(lambda output, own: output.logits[torch.arange(len(own["input_ids"])), -1, :3]),
+    )

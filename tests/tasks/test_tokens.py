@@ -82,7 +82,10 @@ def test_no_more_logits_than_a_chunk_are_there(monkeypatch: pytest.MonkeyPatch) 
     head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2]))
     la = LaplaceLoRA(model, Tokens(samples=M), structure=Rows()).fit([batch()], progress=False)
     fitted_with = set(map(tuple, seen))
-    assert fitted_with <= {(4, 1), (4, 2)} | {(1, 7)}, "the last is how positions are probed, once"
+    assert (1, 7) in fitted_with, "how positions are probed, once"
+    assert all(rows * length <= 8 for rows, length in fitted_with), (
+        "the first text alone, for a proof, or all"
+    )
     assert (4, 2) in fitted_with
     seen.clear()
     la.token_uncertainty(batch(), n_samples=2)
@@ -361,8 +364,9 @@ def test_a_soft_cap_behind_the_head_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     la = LaplaceLoRA(model, Tokens(samples=M), structure=Rows(columns=64)).fit([data], progress=False)
 
     def score(output: object, inputs: tiny.Batch) -> Tensor:
-        log_probs = output.logits[:, :-1].log_softmax(-1).gather(2, data["input_ids"][:, 1:, None])[..., 0]
-        return log_probs.where(data["labels"][:, 1:] != -100, 0).sum(1, keepdim=True)
+        log_probs = output.logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+        counted = data["labels"][: len(log_probs), 1:] != -100
+        return log_probs.where(counted, 0).sum(1, keepdim=True)
 
     mean, _ = la.sequence_log_prob(data)
     other = LaplaceLoRA(model, Outputs(score, "regression")).fit(

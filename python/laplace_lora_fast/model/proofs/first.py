@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from laplace_lora_fast.errors import DeferredChecks, UnsupportedAdapterError
+from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, LaplaceError, UnsupportedAdapterError
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import Tapped
@@ -230,8 +230,17 @@ class FirstBatch:
         if first is None:
             return
         self._checks.settle()  # what is known of its rows by now says more
-        with torch.no_grad():
-            alone = run(first) if len(u) > 1 else u
+        try:
+            with torch.no_grad():
+                alone = run(first) if len(u) > 1 else u
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, LaplaceError):
+                raise
+            raise InvalidBatchError(
+                f"the first sequence of the batch fails alone ({type(error).__name__}: {error}), which is how it is "
+                "proved that sequences do not depend on each other: let a function of Outputs(..) read what it needs from its "
+                "arguments, of as many sequences as they hold, or pass batches of one sequence"
+            ) from error
         if several and head.same_alone:
             require_alone(u, alone, self._checks)
         if head.keeps_sample and head.sample is None:
