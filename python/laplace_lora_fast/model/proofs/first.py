@@ -238,8 +238,8 @@ class FirstBatch:
                 raise
             raise InvalidBatchError(
                 f"the first sequence of the batch fails alone ({type(error).__name__}: {error}), which is how it is "
-                "proved that sequences do not depend on each other: let a function of Outputs(..) read what it needs from its "
-                "arguments, of as many sequences as they hold, or pass batches of one sequence"
+                "proved that sequences do not depend on each other: let a function of Outputs(..) read what it needs "
+                "from its arguments, of as many sequences as they hold, or pass batches of one sequence"
             ) from error
         if several and head.same_alone:
             require_alone(u, alone, self._checks)
