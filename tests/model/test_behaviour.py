@@ -284,16 +284,19 @@ def test_a_loader_that_puts_the_model_into_training_mode():
         torch.testing.assert_close(each, other, rtol=1e-12, atol=0)
 
 
-def test_a_function_of_outputs_that_looks_at_a_whole_batch():
-    """It is asked for the first sequence alone too, and has to say what it cannot do."""
+@pytest.mark.parametrize("rows", [torch.arange(4), slice(None)], ids=["fails", "gives four"])
+def test_a_function_of_outputs_that_knows_its_batch_is_not_asked_for_a_sequence_alone(rows):
     batch = tiny.batch(4, 5, padding=None)
     last = torch.full((4,), 4)
-    with pytest.raises(InvalidBatchError, match=r"fails alone .*arguments"):
-        fitted(
-            tiny.tiny_llama(), [batch], Outputs(lambda output, _: output.logits[torch.arange(4), last, :3])
-        )
-    fitted(
-        tiny.tiny_llama(),
-        [batch],
-        Outputs(lambda output, own: output.logits[torch.arange(len(own["input_ids"])), -1, :3]),
-    )
+    known = Outputs(lambda output, _: output.logits[rows].expand(4, -1, -1)[torch.arange(4), last, :3])
+    told = Outputs(lambda output, _: output.logits[:, -1, :3])
+    model = tiny.tiny_llama()
+    found, expected = (fitted(model, [batch], task).logit_distribution(batch) for task in (known, told))
+    for each, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, other)
+
+
+def test_a_model_that_takes_no_sequence_alone():
+    model = classifier(lambda hidden: hidden + 0 * hidden[1])
+    with pytest.raises(InvalidBatchError, match=r"fails alone .*batches of one sequence"):
+        fitted(model, [tiny.batch(4, 5, padding=None)], Classes())

@@ -31,6 +31,7 @@ _OF_GENERATION = (
     "logits_to_keep",
     "num_logits_to_keep",
 )  # other positions than the batch's
+_OF_ALL = (bool, int, float, str, type(None))  # what is no sequence's own
 _OF_TOKENS = (torch.int64, torch.int32)
 
 
@@ -76,10 +77,12 @@ class Inputs:
                 return value
             return value[:1].clone() if several else value.clone()
 
-        parts = [value for value in self.model.values() if isinstance(value, Tensor | list | tuple)]
-        if several and any(
-            not isinstance(part, Tensor) or part.shape[:1] != (self.n_sequences,) for part in parts
-        ):
+        parts = [value for value in self.model.values() if not isinstance(value, _OF_ALL)]
+        told = all(
+            isinstance(part, Tensor) and (not several or part.shape[:1] == (self.n_sequences,))
+            for part in parts
+        )
+        if self.n_sequences < 1 or not parts or not told:
             return None
         return replace(
             self,

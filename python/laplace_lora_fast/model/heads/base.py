@@ -40,6 +40,7 @@ class Head:
         plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
         layers_alone: names of the layers that a tap has found to have no streams with a row a sequence.
         same_alone: whether u of a sequence is the same in any batch, up to rounding.
+        of_batches: whether u may be about the batch it is made for, so that a sequence alone cannot be asked for it.
         keeps_sample: whether a tap shall keep a sample, for later ones to compare with.
         sample: the first sequence that a tap has seen, and its u.
         code: what ran beside the modules' own code when the last tap ended: see `behaviour`.
@@ -49,6 +50,7 @@ class Head:
 
     grouped = False
     same_alone = True
+    of_batches = False
     own_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
@@ -228,12 +230,14 @@ class ChoiceHead(Head):
 
 
 class OutputHead(Head):
-    """A function of the model's output.
+    """A function of the model's output, which may know the batch otherwise than by its arguments.
 
     Args:
         model: the model.
         fn: (model output, batch) -> u [S, U].
     """
+
+    of_batches = True
 
     def __init__(self, model: nn.Module, fn: OutputFn) -> None:
         super().__init__(model)

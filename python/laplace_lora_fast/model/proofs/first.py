@@ -234,13 +234,16 @@ class FirstBatch:
             with torch.no_grad():
                 alone = run(first) if len(u) > 1 else u
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            if head.of_batches:
+                return
             if isinstance(error, LaplaceError):
                 raise
             raise InvalidBatchError(
                 f"the first sequence of the batch fails alone ({type(error).__name__}: {error}), which is how it is "
-                "proved that sequences do not depend on each other: let a function of Outputs(..) read what it needs "
-                "from its arguments, of as many sequences as they hold, or pass batches of one sequence"
+                "proved that sequences do not depend on each other: pass batches of one sequence"
             ) from error
+        if head.of_batches and alone.shape != u[:1].shape:
+            return
         if several and head.same_alone:
             require_alone(u, alone, self._checks)
         if head.keeps_sample and head.sample is None:
