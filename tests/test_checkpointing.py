@@ -44,7 +44,8 @@ def test_gradient_checkpointing(name, reentrant, input_grads):
         for seen in calls:
             seen.clear()
         la = fitted(model, task, tiny.split(train, 4), structure)
-        proofs = 2 + 2 * (task == ANSWERS)  # nothing is random, rows are sequences; where positions start
+        # nothing is random, rows are sequences, the first sequence alone; where positions start
+        proofs = 3 + 2 * (task == ANSWERS)
         for seen in calls:  # two batches, each one forward and two backward passes that run the forward again
             assert len(seen) == 2 * (1 + 2) + proofs
         assert_same(results(la, test), value)
@@ -67,7 +68,9 @@ def test_custom_code(segment, structure):
     expected = results(fitted(pooled_model(3), Classes(), tiny.split(train, 4), structure), test)
     model = pooled_model(3, segment=segment)
     la = fitted(model, Classes(), tiny.split(train, 4), structure)
-    assert model.get_base_model().calls == 2 * (1 + (2 if structure.fisher == "exact" else 1)) + 2
+    assert (
+        model.get_base_model().calls == 2 * (1 + (2 if structure.fisher == "exact" else 1)) + 3
+    )  # the last are proofs
     assert_same(results(la, test), expected)
 
 
