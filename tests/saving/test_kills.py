@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -16,14 +17,17 @@ import pytest
 import torch
 
 from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast.cli.main import _write
 from laplace_lora_fast.saving.atomic import new_folder, replacing
 from tests import tiny
 from tests.model.taps import ANSWERS
 
 PROGRAM = """
 import sys, itertools, shutil
+from pathlib import Path
 import torch
 from laplace_lora_fast import LaplaceLoRA
+from laplace_lora_fast.cli.main import _write
 from tests import tiny
 from tests.model.taps import ANSWERS
 
@@ -34,6 +38,8 @@ print("ready", flush=True)
 for index in itertools.count():
     if what == "save":
         la.save(folder)
+    elif what == "predict":  # as predict --out writes
+        _write(Path(folder) / "probs.jsonl", f'{{"written": {index % 7}}}\\n' * 200_000)
     else:
         la.sample_adapters(f"{folder}/{index % 3}", 3, force=True)
         shutil.rmtree(f"{folder}/{index % 3}")
@@ -65,6 +71,20 @@ def test_save(times, tmp_path):
         assert torch.equal(LaplaceLoRA.load(tmp_path, model).predict(tiny.batch(2)), expected)
     la.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["posterior.safetensors"]
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_predictions(times, tmp_path):
+    file, draw = tmp_path / "probs.jsonl", random.Random(0)
+    for _ in range(times):
+        kill_while("predict", tmp_path, draw)
+        if file.exists():
+            lines = file.read_text().splitlines()
+            assert len(lines) == 200_000
+            assert len(set(lines)) == 1
+            assert json.loads(lines[0])["written"] in range(7)
+    _write(file, "{}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["probs.jsonl"]
 
 
 @pytest.mark.parametrize("times", TIMES)
