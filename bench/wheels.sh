@@ -4,7 +4,8 @@
 # PYTHONS="python3.10 python3.13" names them; EXTRAS="cli,evaluate" what is installed beside the package; TORCH comes
 # first, as the package's looser requirement could fetch another, much larger build.
 # DEPENDENCIES=.venv takes all dependencies from that environment in place of installing them, for the Python that it
-# is of: seconds, for what CI runs.
+# is of: seconds, for what CI runs. The other Pythons that are there then install sdist and wheel without dependencies,
+# and compile what was installed.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -13,17 +14,23 @@ dependencies=${DEPENDENCIES:-}
 extras=${EXTRAS:-cli,evaluate}
 if [ -n "$dependencies" ]; then
     dependencies=$(cd "$root" && cd "$dependencies" && pwd)
-    pythons=$dependencies/bin/python
-    packages=$("$pythons" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-else
-    pythons=${PYTHONS:-"python3.10 python3.11 python3.12 python3.13"}
+    packages=$("$dependencies/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 fi
 runs() { "$1" --version >/dev/null 2>&1; }  # a shim may be there without its Python
+there() {  # those of the Pythons that run; pyenv has some that its shims do not show
+    for python in "$@"; do
+        for each in "$python" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"${python#python}".*/bin/python; do
+            if runs "$each"; then echo "$each"; continue 2; fi
+        done
+        echo "$python is not there: left out" >&2
+    done
+}
 
-first=
-for python in $pythons; do
-    if runs "$python"; then first=${first:-$python}; else echo "$python is not there: left out"; fi
-done
+# shellcheck disable=SC2086  (names, one after the other)
+others=$(there ${PYTHONS:-python3.10 python3.11 python3.12 python3.13})
+pythons=$others
+if [ -n "$dependencies" ]; then pythons=$dependencies/bin/python; fi
+first=$(echo $pythons | cut -d" " -f1)
 test -n "$first"
 
 "$first" -m venv "$work/build"
@@ -61,7 +68,6 @@ used() {  # runs what is installed in $bin, from a folder that is not the checko
 }
 
 for python in $pythons; do
-    runs "$python" || continue
     "$python" -m venv "$work/clean"
     bin=$work/clean/bin
     if [ -n "$dependencies" ]; then
@@ -76,4 +82,18 @@ for python in $pythons; do
     "$bin/pip" install -q --no-deps --ignore-installed "$sdist"
     used sdist
     rm -rf "$work/clean"  # the next one needs the room
+done
+
+test -n "$dependencies" || exit 0
+for python in $others; do
+    "$python" -m venv "$work/clean"
+    bin=$work/clean/bin
+    for package in "$wheel" "$sdist"; do
+        "$bin/pip" install -q --no-deps --ignore-installed "$package"
+        for part in laplace_kernels laplace_lora_fast; do
+            "$bin/python" -m compileall -q -f "$("$bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/$part"
+        done
+    done
+    echo "$("$python" --version): sdist and wheel install, without dependencies, and compile"
+    rm -rf "$work/clean"
 done

@@ -44,8 +44,8 @@ def test_gradient_checkpointing(name, reentrant, input_grads):
         for seen in calls:
             seen.clear()
         la = fitted(model, task, tiny.split(train, 4), structure)
-        # nothing is random, rows are sequences, the first sequence alone; where positions start
-        proofs = 3 + 2 * (task == ANSWERS)
+        # nothing is random, rows are sequences, gradients are slopes, the first sequence alone; where positions start
+        proofs = 5 + 2 * (task == ANSWERS)
         for seen in calls:  # two batches, each one forward and two backward passes that run the forward again
             assert len(seen) == 2 * (1 + 2) + proofs
         assert_same(results(la, test), value)
@@ -69,7 +69,7 @@ def test_custom_code(segment, structure):
     model = pooled_model(3, segment=segment)
     la = fitted(model, Classes(), tiny.split(train, 4), structure)
     assert (
-        model.get_base_model().calls == 2 * (1 + (2 if structure.fisher == "exact" else 1)) + 3
+        model.get_base_model().calls == 2 * (1 + (2 if structure.fisher == "exact" else 1)) + 5
     )  # the last are proofs
     assert_same(results(la, test), expected)
 

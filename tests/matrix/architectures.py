@@ -23,6 +23,7 @@ NO_GRADIENT = "no gradient arrived"
 PADS = "the logits depend on padded positions"
 HEAD = "the language-model head sees a tensor of shape"
 NOT_FINITE = "not finite"
+SLOPES = "are not those of what the model computes"
 
 
 @dataclass(frozen=True)

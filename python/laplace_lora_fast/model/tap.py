@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, UnsupportedAdapterError
 from laplace_lora_fast.model.alone import Alone, embedded_tokens, embeddings, embeds, thawed
+from laplace_lora_fast.model.backward_hooks import register_hook, without_backward_hooks
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.contexts import (
     Caller,
@@ -28,17 +29,11 @@ from laplace_lora_fast.model.contexts import (
 )
 from laplace_lora_fast.model.gradients import Leaves, by_sequence, send_back
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.observer import (
-    GraphStart,
-    Observer,
-    Stream,
-    Tapped,
-    aligned,
-    tokens_and_mask,
-)
-from laplace_lora_fast.model.proofs.behaviour import code_of, without_backward_hooks
+from laplace_lora_fast.model.observer import GraphStart, Observer, Stream, Tapped, aligned, tokens_and_mask
+from laplace_lora_fast.model.proofs.behaviour import code_of
 from laplace_lora_fast.model.proofs.first import FirstBatch, require_all_ran, require_gradients
 from laplace_lora_fast.model.proofs.leaks import Leaks, first_sequence
+from laplace_lora_fast.model.proofs.slopes import Slopes, can_be_compared
 from laplace_lora_fast.model.shared_inputs import SharedInputs
 from laplace_lora_fast.model.storage import differentiable_kernels
 from laplace_lora_fast.model.uses import Uses
@@ -87,7 +82,8 @@ class Tap:
         self._checks = DeferredChecks()
         self._leaks = Leaks(self._checks)
         self._first = FirstBatch(head, layers, self._checks)
-        self._forward_phase = self._backward_phase = self._checks_rows = False
+        self._slopes = Slopes([layer.name for layer in layers])
+        self._forward_phase = self._backward_phase = self._proves = False
         self._inputs: Inputs | None = None
         self._uses = Uses()
         self._reached: set[int] = set()  # layers that saw a gradient of this batch
@@ -196,19 +192,17 @@ class Tap:
             return self.head.u(self.model, self.head.placed(self.model, inputs))
 
     def prove(self, u: Tensor) -> None:
-        """Between `forward` and `backward`, in the model's first batch: see `proofs`.
-
-        Forward passes of the batch and of its first sequence, and a backward pass from that, all unobserved.
-        """
+        """Between `forward` and `backward`, in the model's first batch: see `proofs`. Passes of its own, unobserved."""
         assert self._inputs is not None
-        self._first.prove(u, self._inputs, self._again, partial(self._compare_rows, u))
+        slopes = self._slopes if can_be_compared(self.model, u, self._caller.casts) else None
+        self._first.prove(u, self._inputs, self._again, partial(self._send_back_first, u), slopes)
 
-    def _compare_rows(self, u: Tensor) -> None:
-        self._checks_rows = True
+    def _send_back_first(self, u: Tensor) -> None:
+        self._proves = True
         try:
             self.backward(u, first_sequence(u), last=False)
         finally:
-            self._checks_rows = False
+            self._proves = False
 
     def _again(self, inputs: Inputs) -> Tensor:
         """U [S, U] of a batch, unobserved."""
@@ -232,7 +226,7 @@ class Tap:
         self._uses.start_backward()
         cotangent = cotangent.to(u.dtype)
         alone = self._alone.targets  # leaves as well: layers behind them may be on the way to nothing else
-        leaves, alone = [*self._leaves.all, *alone], [] if self._checks_rows else alone
+        leaves, alone = [*self._leaves.all, *alone], [] if self._proves else alone
         with_others = len(u) == 1  # of one sequence: gradients of all kinds come in one pass
         retain = not last or (bool(alone) and not with_others)
         self._backward_phase = True
@@ -299,6 +293,8 @@ class Tap:
             if index in self._alone.indices:
                 self._sharing.count(index)
                 return output
+            if self._slopes.step:
+                return self._slopes.moved(index, output)
             use = 0
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))
@@ -307,7 +303,7 @@ class Tap:
                 return output
             if not output.requires_grad:
                 output = self._start_graph(output)
-            output.register_hook(partial(self._observe_gradient, index, use) if use else of_first_use)
+            register_hook(output, partial(self._observe_gradient, index, use) if use else of_first_use)
             return output
 
         return hook
@@ -369,8 +365,11 @@ class Tap:
         if not self._backward_phase:  # for weights of one sequence
             return
         stream = self._tokens(index, use, g)
-        if self._checks_rows:
-            self._leaks.require_own_row(*stream, self.layers[index].name)
+        if self._proves:
+            assert self._inputs is not None
+            self._slopes.add(index, g)
+            if self._first.may_mix_rows(self._inputs.n_sequences):
+                self._leaks.require_own_row(*stream, self.layers[index].name)
             return
         self._reached.add(index)
         whole = self._uses.add_gradient(index, use, stream, self._sharing.uses[index])

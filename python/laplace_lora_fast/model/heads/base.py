@@ -37,6 +37,7 @@ class Head:
         features: of `output_layer`, those that carry gradient.
         rows_checked: whether a tap has found that each layer's rows are the sequences.
         is_deterministic: whether a tap has found that two forward passes agree.
+        slopes_checked: whether a tap has found that gradients are those of what the model computes.
         plain_layers: names of the layers that a tap has found to compute W0 x + s B A x.
         layers_alone: names of the layers that a tap has found to have no streams with a row a sequence.
         same_alone: whether u of a sequence is the same in any batch, up to rounding.
@@ -71,7 +72,7 @@ class Head:
     def forget_proofs(self) -> None:
         """What was proved of the model is to be proved again."""
         self.code = None
-        self.rows_checked = self.is_deterministic = self.forward_mode_is_exact = False
+        self.rows_checked = self.is_deterministic = self.slopes_checked = self.forward_mode_is_exact = False
         self.plain_layers: set[str] = set()
 
     def recall(self, code: Code, run: Callable[[Inputs], Tensor], casts: bool) -> None:

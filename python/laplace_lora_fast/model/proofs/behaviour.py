@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,31 +119,3 @@ def random_states(device: torch.device) -> Code:
     if device.type == "cuda":
         found.append(torch.cuda.get_rng_state(device).numpy().tobytes())
     return tuple(found)
-
-
-@contextmanager
-def without_backward_hooks(model: nn.Module, is_own: Callable[[], bool]) -> Iterator[None]:
-    """Backward hooks on modules are not called in passes of one's own.
-
-    They are for gradients of a loss; those here are of single outputs, and whoever clips or scales them would change
-    the Jacobian.
-    """
-
-    def silent(hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: None if is_own() else hook(*args)
-
-    hooked = [
-        hooks
-        for module in model.modules()
-        for hooks in (module._backward_hooks, module._backward_pre_hooks)
-        if hooks
-    ]
-    before = [dict(hooks) for hooks in hooked]
-    try:
-        for hooks in hooked:
-            for key, hook in hooks.items():
-                hooks[key] = silent(hook)
-        yield
-    finally:
-        for hooks, former in zip(hooked, before, strict=True):
-            hooks.update({key: hook for key, hook in former.items() if key in hooks})

@@ -7,6 +7,7 @@ each. In a model's first batch more is proved, by doing:
 - each layer computes W0 x + s B A x, with these A and B: no hook, parametrisation or replacement in between;
 - two forward passes agree bit for bit: nothing random is left on. Where one has drawn random numbers this is proved in
   every batch: it may have been without effect by chance;
+- gradients are those of what the model computes: see `slopes`;
 - row n of what a layer sees is sequence n, and depends on no other, nor do the outputs in ways that have no gradient.
 
 What is proved holds as long as nothing is hung on the model's modules, replaced or removed: see `behaviour`. In every
@@ -29,6 +30,7 @@ from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import Tapped
 from laplace_lora_fast.model.proofs.behaviour import Sample, random_states, require_alone
+from laplace_lora_fast.model.proofs.slopes import Slopes
 
 _LEAVE_OUT = "or leave them out: LaplaceLoRA(.., layers=lambda name: ..)"
 
@@ -76,7 +78,7 @@ class FirstBatch:
         self._hooks: dict[int, list[RemovableHandle]] = {}
         self._is_plain: set[int] = set()
         self._settled: set[int] = set()  # these, and those of which nothing is to be proved
-        self._is_same = False
+        self._is_same = self._slopes_are_same = False
         self._hooked: set[int] = (
             set()
         )  # on whose parts others have hooks, which may do something else each time
@@ -203,7 +205,12 @@ class FirstBatch:
             hook.remove()
 
     def prove(
-        self, u: Tensor, inputs: Inputs, run: Callable[[Inputs], Tensor], send_back_first: Callable[[], None]
+        self,
+        u: Tensor,
+        inputs: Inputs,
+        run: Callable[[Inputs], Tensor],
+        send_back_first: Callable[[], None],
+        slopes: Slopes | None,
     ) -> None:
         """Between the forward and the backward passes of a batch.
 
@@ -212,17 +219,24 @@ class FirstBatch:
             inputs: the batch.
             run: gives u of a batch, unobserved.
             send_back_first: sends back from the first sequence's outputs, and compares rows with sequences.
+            slopes: is shown that, too; None where quotients say nothing.
         """
         if self.may_be_random:
             before = random_states(u.device)
             _require_same(u, run(inputs))
             self._is_same = random_states(u.device) == before
         several = self.may_mix_rows(len(u))
-        if several:
+        wrong = None
+        if slopes is not None and not (self._head.slopes_checked or self._slopes_are_same):
+            wrong = slopes.compare(u, inputs, run, send_back_first)
+        elif several:
             send_back_first()
         if several or (self._head.keeps_sample and self._head.sample is None):
             self._run_alone(u, inputs, run, several)
+        if wrong is not None:
+            raise wrong
         self.rows_are_sequences |= several
+        self._slopes_are_same = True
 
     def _run_alone(self, u: Tensor, inputs: Inputs, run: Callable[[Inputs], Tensor], several: bool) -> None:
         """The first sequence without the others, if it can be told what is its own."""
@@ -253,6 +267,7 @@ class FirstBatch:
         """All is proved: later taps need not repeat it."""
         self._head.rows_checked |= self.rows_are_sequences
         self._head.is_deterministic |= self._is_same
+        self._head.slopes_checked |= self._slopes_are_same
         self._head.plain_layers |= {self._layers[index].name for index in self._is_plain}
 
 

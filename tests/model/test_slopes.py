@@ -1,0 +1,247 @@
+"""Gradients are those of what the model computes: whatever changes them alone is without effect, or an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from laplace_lora_fast import (
+    KFAC,
+    Answers,
+    Classes,
+    Diagonal,
+    LaplaceLoRA,
+    LowRank,
+    Options,
+    Rows,
+    UnsupportedAdapterError,
+)
+from laplace_lora_fast.data import option_batches_from_ids
+from laplace_lora_fast.model.proofs.slopes import Slopes
+from tests import tiny
+from tests.model.test_alone import mixture
+
+ANSWERS = Answers(tiny.ANSWERS)
+TRAIN, TEST = tiny.split(tiny.batch(6, seed=1), 3), tiny.batch(3, seed=2)
+
+
+def part(model, suffix):
+    return next(module for name, module in model.named_modules() if name.endswith(suffix))
+
+
+def fitted(model, train=TRAIN, task=ANSWERS, structure=None):
+    structure = structure or Rows(columns=1 << 20)
+    return LaplaceLoRA(model, task, structure=structure).fit(train, progress=False)
+
+
+def assert_same(found, expected, rtol=1e-12):
+    for one, other in zip(found.logit_distribution(TEST), expected.logit_distribution(TEST), strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=0)
+
+
+# Hooks on gradients are not called
+
+
+def halved(g):
+    return g * 0.5
+
+
+def on_output(module, args, output):
+    if output.requires_grad:
+        output.register_hook(halved)
+
+
+def on_input(module, args):
+    if args[0].requires_grad:
+        args[0].register_hook(halved)
+
+
+def on_several(module, args, output):
+    if output.requires_grad:
+        torch.autograd.graph.register_multi_grad_hook([output], lambda grads: grads[0].mul_(0.5))
+
+
+HOOKS = {
+    "output": lambda mlp: mlp.register_forward_hook(on_output),
+    "input": lambda mlp: mlp.register_forward_pre_hook(on_input),
+    "multi-grad": lambda mlp: mlp.register_forward_hook(on_several),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_tensor_hooks_are_for_the_gradients_of_a_loss(kind, checkpointed, dtype):
+    models = [tiny.tiny_llama(dtype=dtype) for _ in range(2)]
+    HOOKS[kind](part(models[1], "layers.1.mlp"))
+    for model in models:
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected, found = map(fitted, models)
+    assert_same(found, expected)
+
+
+def test_under_a_mode_of_torchs_functions():
+    """It looks functions up anew, `Tensor.register_hook` too."""
+    expected = fitted(tiny.tiny_llama())
+    model = tiny.tiny_llama()
+    HOOKS["output"](part(model, "layers.1.mlp"))
+    with torch.device("cpu"):
+        assert_same(fitted(model), expected)
+
+
+def test_tensor_hooks_are_called_again_afterwards():
+    model = tiny.tiny_llama()
+    mlp = part(model, "layers.1.mlp")
+    called = []
+    mlp.register_forward_hook(lambda m, a, out: out.register_hook(called.append) and None)
+    fitted(model).predict(TEST)
+    assert not called
+    embeddings = model.get_input_embeddings()(TEST["input_ids"])
+    model(inputs_embeds=embeddings, attention_mask=TEST["attention_mask"]).logits.sum().backward()
+    assert len(called) == 1
+
+
+def test_hooks_on_weights_whose_gradients_are_taken_one_sequence_at_a_time():
+    """Experts' LoRA: masks and scales of gradients in training are no part of a Jacobian."""
+    models = [mixture() for _ in range(2)]
+    for name, weight in models[1].named_parameters():
+        if "lora_" in name:
+            weight.requires_grad_(True)
+            weight.register_hook(halved)
+    expected, found = (
+        LaplaceLoRA(model, ANSWERS, structure=Rows()).fit(TRAIN, progress=False) for model in models
+    )
+    assert_same(found, expected)
+
+
+# What else changes gradients alone is refused
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 0.5 * g
+
+
+def on_node(mlp):
+    def hook(module, args, output):
+        if output.requires_grad:
+            output.grad_fn.register_hook(lambda grads, _: tuple(g if g is None else 0.5 * g for g in grads))
+
+    mlp.register_forward_hook(hook)
+
+
+def own_code(function):
+    """The module's own forward does it, so that no hook is there to be watched."""
+
+    def change(mlp):
+        former = mlp.forward
+        mlp.forward = lambda x: function(former(x), x)
+
+    return change
+
+
+CHANGES = {
+    "node": on_node,
+    "half detached": own_code(lambda y, x: 0.5 * y + 0.5 * y.detach()),
+    "some features": own_code(lambda y, x: torch.cat([y[..., :4].detach(), y[..., 4:]], -1)),
+    "scaled": own_code(lambda y, x: Scaled.apply(y)),
+    "straight through": own_code(lambda y, x: x + (y - x).detach()),
+    "norm": own_code(lambda y, x: y / (1e-3 + y.detach().norm(dim=-1, keepdim=True))),
+    "clamped": own_code(lambda y, x: y + (0.1 * y.square()).detach()),
+    "no_grad": own_code(lambda y, x: y + torch.no_grad()(lambda: 0.3 * y)()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", CHANGES)
+def test_gradients_that_are_not_the_functions_are_refused(kind, dtype):
+    model = tiny.tiny_llama(dtype=dtype)
+    CHANGES[kind](part(model, "layers.1.mlp"))
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"gradients behind layer .*layers\.1\.self_attn.*not those"
+    ):
+        fitted(model)
+
+
+@pytest.mark.parametrize("structure", [Rows(), KFAC(), Diagonal(), LowRank()], ids=repr)
+@pytest.mark.parametrize("n", [1, 3])
+def test_whatever_the_structure_and_the_size_of_batches(structure, n):
+    model = tiny.tiny_llama_classifier(3)
+    CHANGES["half detached"](part(model, "layers.1.mlp"))
+    with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
+        fitted(model, tiny.split(tiny.batch(6, seed=1, padding="right"), n), Classes(), structure)
+
+
+def test_options_too():
+    model = tiny.tiny_llama()
+    CHANGES["half detached"](part(model, "layers.1.mlp"))
+    batches = list(option_batches_from_ids([([3, 4, 5], [[6], [7, 8]], 1), ([5, 4], [[9, 3], [2]], 0)], 2))
+    with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
+        fitted(model, batches, Options())
+
+
+# What must not be refused
+
+
+def quantised(y, x):
+    """Rounded, and differentiated as it is: zero almost everywhere, but for the residual stream beside."""
+    return y + 0 * torch.round(y * 3)
+
+
+SOUND = {
+    "kinks": own_code(lambda y, x: y.relu() - 0.3 * (-y).relu() + y.clamp(-0.05, 0.05)),
+    "top two": own_code(lambda y, x: y * (y >= y.topk(2, -1).values[..., -1:]).to(y)),
+    "clone": own_code(lambda y, x: y.clone()),
+    "detached elsewhere": own_code(lambda y, x: y + 0 * x.detach()),
+    "rounded": own_code(quantised),
+    "steep": own_code(lambda y, x: torch.sin(40 * y)),
+    "tiny": own_code(lambda y, x: 1e-6 * y),
+    "huge": own_code(lambda y, x: 1e4 * y),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", SOUND)
+def test_rough_functions_are_not_refused(kind, dtype):
+    for seed in range(3):
+        model = tiny.tiny_llama(seed=seed, dtype=dtype)
+        SOUND[kind](part(model, "layers.1.mlp"))
+        fitted(model, [tiny.batch(3, seed=seed)])
+
+
+@pytest.mark.parametrize("levels", [127, 10_000])
+def test_fine_quantisation_may_be_differentiated_straight_through(levels):
+    """As training does it. Steps that are small beside the differences count as rounding."""
+
+    def fake(y, x):
+        scale = y.detach().abs().amax() / levels
+        return y + (torch.round(y / scale) * scale - y).detach()
+
+    model = tiny.tiny_llama(dtype=torch.float32)
+    own_code(fake)(part(model, "layers.1.mlp"))
+    assert torch.isfinite(fitted(model).predict(TEST)).all()
+
+
+def test_directions_are_the_same_in_every_pass_and_use():
+    slopes, y = Slopes(["one", "two"]), torch.randn(3, 4, 5, dtype=torch.float64)
+    slopes.step = 0.5
+    first = slopes.moved(0, y) - y
+    torch.testing.assert_close(slopes.moved(0, 2 * y) - 2 * y, first)
+    slopes.step = -0.5
+    torch.testing.assert_close(slopes.moved(0, y) - y, -first)
+    assert not torch.allclose(slopes.moved(1, y) - y, -first)
+
+
+def test_random_numbers_of_the_caller_are_left_alone():
+    model = tiny.tiny_llama()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    fitted(model)
+    assert torch.equal(torch.rand(4), expected)
