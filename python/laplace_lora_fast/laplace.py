@@ -319,10 +319,9 @@ class LaplaceLoRA(LaplaceText):
         assert self._fitted_on is not None
         self._fitted_on.require_all()
         scalings = [layer.scaling for layer in self.layers]
-        surroundings = self._fitted_on.surroundings
         texts = None if tokenizer is None else tokenizers.described(tokenizer)
         settings = self._settings()
-        saved_posterior.save(folder, fitted, self._prior_mean, settings, scalings, surroundings, texts)
+        saved_posterior.save(folder, fitted, self._prior_mean, settings, scalings, self._fitted_on, texts)
 
     @classmethod
     def load(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_lora_fast.errors import LaplaceError, NotFittedError
 from laplace_lora_fast.model.lora import Treated
+from laplace_lora_fast.model.proofs.additions import additions
 from laplace_lora_fast.saving.surroundings import Place, Surroundings, read, settings_of
 from laplace_lora_fast.saving.watch import Watch
 from laplace_lora_fast.structures.base import Curvature
@@ -31,6 +32,9 @@ class FittedOn:
         model: the PEFT model.
         layers: its LoRA layers.
         surroundings: what is around them; None to read it.
+
+    Attributes:
+        additions: what others have hung on the model.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class FittedOn:
     ) -> None:
         self._model, self._layers = model, layers
         self.surroundings = Surroundings.of(model, layers) if surroundings is None else surroundings
+        self.additions = additions(model)
         self._watch = Watch(model, layers, self.surroundings)
 
     def fitted(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,11 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_lora_fast.errors import StateError
+from laplace_lora_fast.errors import LaplaceWarning, StateError
 from laplace_lora_fast.fitting.fit import Fit
 from laplace_lora_fast.likelihoods import Likelihood
 from laplace_lora_fast.model.adapters.trained import ALL
 from laplace_lora_fast.model.lora import Treated
+from laplace_lora_fast.model.proofs.additions import difference
 from laplace_lora_fast.options import from_json, kinds, to_json
 from laplace_lora_fast.prior.precision import PriorPrecision
 from laplace_lora_fast.saving import checked, fingerprint
@@ -39,7 +41,7 @@ def save(
     prior_mean: Sequence[Tensor] | None,
     settings: dict[str, Any],
     scalings: Sequence[float],
-    surroundings: Surroundings,
+    fitted_on: FittedOn,
     tokenizer: dict[str, str] | None = None,
 ) -> None:
     """Writes `folder`/posterior.safetensors, whole or not at all.
@@ -50,7 +52,7 @@ def save(
         prior_mean: of each weight, or None for zero.
         settings: JSON-serialisable.
         scalings: of each LoRA layer.
-        surroundings: of the adapter.
+        fitted_on: what is around the adapter.
         tokenizer: see `tokenizers`.
 
     Raises:
@@ -64,7 +66,8 @@ def save(
         "structure": to_json(fit.structure),
         "names": fit.curvature.names,
         "scalings": scalings,
-        "surroundings": surroundings.to_json(),
+        "surroundings": fitted_on.surroundings.to_json(),
+        "additions": fitted_on.additions,
         "tokenizer": tokenizer,
         **{key: getattr(fit, key) for key in (*_OF_THE_FIT, *_LATER)},
     }
@@ -166,6 +169,8 @@ class Saved:
     def fitted_on(self, model: nn.Module, layers: Sequence[Treated]) -> FittedOn:
         """The model with what is around the adapter, which with its scalings has to be as it was at the fit.
 
+        Warns where others have hung something else on its modules: whether that matters cannot be told.
+
         Raises:
             StateError: it is not; names the first difference.
         """
@@ -182,7 +187,16 @@ class Saved:
                 f"{different} is not the one the posterior was fitted with: load the same base model, trained modules "
                 "and configuration"
             )
-        return FittedOn(model, layers, now.common(self.surroundings))
+        fitted_on = FittedOn(model, layers, now.common(self.surroundings))
+        others = difference(self.header.get("additions", fitted_on.additions), fitted_on.additions)
+        if others:
+            warnings.warn(
+                f"since the posterior was fitted, the model {others}. Where that changes what the model computes, the "
+                "posterior is another model's: undo it, or fit again",
+                LaplaceWarning,
+                stacklevel=4,
+            )
+        return fitted_on
 
 
 def load(folder: str | PathLike[str]) -> Saved:
@@ -222,6 +236,7 @@ def _require_form(header: Any) -> None:
         "log_likelihood": header["log_likelihood"] is not None and not _is_number(header["log_likelihood"]),
         "reason": not isinstance(header["reason"], str),
         "tokenizer": not isinstance(header.get("tokenizer") or {}, dict),
+        "additions": not _are_words(header.get("additions", [])),
         "task": not isinstance(settings["task"], dict) or len(settings["task"]) != 1,
         "structure": "structure" not in settings,
         "noise": noise is not None and not (_is_number(noise) and noise > 0),
@@ -229,6 +244,10 @@ def _require_form(header: Any) -> None:
     odd = [key for key, is_wrong in wrong.items() if is_wrong]
     if odd:
         raise ValueError(f"{odd} not as this version writes it")
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _is_number(value: Any) -> bool:
