@@ -20,13 +20,10 @@ from laplace_lora_fast.data import option_batches_from_ids
 from laplace_lora_fast.model.proofs.slopes import Slopes
 from tests import tiny
 from tests.model.test_alone import mixture
+from tests.model.test_behaviour import part
 
 ANSWERS = Answers(tiny.ANSWERS)
 TRAIN, TEST = tiny.split(tiny.batch(6, seed=1), 3), tiny.batch(3, seed=2)
-
-
-def part(model, suffix):
-    return next(module for name, module in model.named_modules() if name.endswith(suffix))
 
 
 def fitted(model, train=TRAIN, task=ANSWERS, structure=None):
@@ -184,6 +181,17 @@ def test_options_too():
     batches = list(option_batches_from_ids([([3, 4, 5], [[6], [7, 8]], 1), ([5, 4], [[9, 3], [2]], 0)], 2))
     with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
         fitted(model, batches, Options())
+
+
+def test_a_pass_in_which_nothing_could_be_compared_proves_nothing():
+    """Under autocast rounding hides what differs; the next pass, without, has to find it."""
+    model = tiny.tiny_llama(dtype=torch.float32)
+    CHANGES["half detached"](part(model, "layers.1.mlp"))
+    la = LaplaceLoRA(model, ANSWERS, structure=Rows(columns=1 << 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        la.fit(TRAIN, progress=False)
+    with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
+        la.predict(TEST)
 
 
 # What must not be refused

@@ -236,7 +236,7 @@ class FirstBatch:
         if wrong is not None:
             raise wrong
         self.rows_are_sequences |= several
-        self._slopes_are_same = True
+        self._slopes_are_same |= slopes is not None
 
     def _run_alone(self, u: Tensor, inputs: Inputs, run: Callable[[Inputs], Tensor], several: bool) -> None:
         """The first sequence without the others, if it can be told what is its own."""
