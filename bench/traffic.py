@@ -137,7 +137,7 @@ def count_with(case: Case, layers: int) -> Count:
     with autocast_on_meta():
         model = build(case.model, case.targets, layers)
         head = Answers(list(range(5, 5 + case.classes))).head(model)
-        head._counts_from_zero = head.is_deterministic = head.rows_checked = (
+        head._counts_from_zero = head.is_deterministic = head.rows_checked = head.slopes_checked = (
             True  # nothing can be proved without values
         )
         tapped = lora_layers(model, head)

@@ -130,7 +130,7 @@ def test_one_loop_sends_gradients_back() -> None:
     """demo.task and baselines.by_backprop train an adapter, evaluation.metrics fits a temperature."""
     assert mentions(r"autograd\.(grad|backward)\(") == {"model.gradients"}
     own = mentions(r"\.backward\(") - {"demo.task", "baselines.by_backprop", "evaluation.metrics"}
-    assert own == {"model.gradients", "model.tap", "fitting.passes"}
+    assert own == {"model.gradients", "fitting.passes"}
     assert mentions(r"\btap\.(forward|backward)\(") == {"fitting.passes"}
 
 

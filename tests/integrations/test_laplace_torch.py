@@ -333,8 +333,9 @@ def test_rows_that_are_not_examples_are_refused() -> None:
 def test_a_fit_repeats_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four batches of four classes: one forward and three backward passes each.
 
-    The proofs of a first batch ride on its own passes, but for a forward pass that has to agree, two for difference
-    quotients, and a backward pass that tells whose rows are whose, and what the quotients should be.
+    The proofs of a first batch ride on its own passes, but for a forward pass that has to agree, a backward pass that
+    tells whose rows are whose, and one sequence's passes for difference quotients: a forward and a backward one, and
+    two moved ones.
     """
     from laplace_lora_fast.model import tap
 
@@ -349,7 +350,7 @@ def test_a_fit_repeats_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in tiny.split(data, 2):
         backend.kron(part, part["labels"], 8)
     assert len(backward) == 4 * 3 + 1
-    assert len(forward) == 4 + 3
+    assert len(forward) == 4 + 1 + 3
 
 
 def test_factors_of_one_input_are_one_tensor_to_the_end() -> None:

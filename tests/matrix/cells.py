@@ -72,6 +72,8 @@ def outcome(cell: Cell) -> Outcome:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", LaplaceWarning)
+            # Of inputs quantised to 8 bits there is no slope to compare; here they are compared with the oracle.
+            warnings.filterwarnings("ignore", ".*outputs change in steps", LaplaceWarning)
             deviation = cell.run()
     except Skip as skip:
         return Outcome("skipped", str(skip))

@@ -155,9 +155,9 @@ def test_language_model_head_runs_on_one_position_inside_and_on_all_outside():
     la.predict(batch)
     la.predict(batch, link_approx="map")
     alone = [(1, 7, tiny.VOCAB)] * 2  # finds out, once, where positions start
-    first = [(3, 1, tiny.VOCAB)] * 4 + [
+    first = [(3, 1, tiny.VOCAB)] * 2 + [
         (1, 1, tiny.VOCAB)
-    ]  # twice, a step ahead and behind, one sequence alone
+    ] * 4  # one sequence alone; again, a step ahead and behind
     assert seen == alone + first + [(3, 1, tiny.VOCAB)] * 2
     seen.clear()
     model(**{k: v for k, v in batch.items() if k != "labels"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from laplace_lora_fast import (
     Classes,
     Diagonal,
     LaplaceLoRA,
+    LaplaceWarning,
     LowRank,
     Options,
     Rows,
@@ -183,15 +186,98 @@ def test_options_too():
         fitted(model, batches, Options())
 
 
-def test_a_pass_in_which_nothing_could_be_compared_proves_nothing():
-    """Under autocast rounding hides what differs; the next pass, without, has to find it."""
+def bfloat16(model):
+    return model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("cast", [bfloat16, torch.nn.Module.half], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_in_16_bits_the_model_is_run_in_fp32_for_it(kind, cast):
     model = tiny.tiny_llama(dtype=torch.float32)
+    CHANGES[kind](part(model, "layers.1.mlp"))
+    with pytest.raises(UnsupportedAdapterError, match=r"behind layer .*layers\.1\.self_attn.*not those"):
+        fitted(cast(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_under_autocast_and_checkpointing_as_well(reentrant, dtype):
+    model = tiny.tiny_llama(dtype=dtype)
     CHANGES["half detached"](part(model, "layers.1.mlp"))
-    la = LaplaceLoRA(model, ANSWERS, structure=Rows(columns=1 << 20))
-    with torch.autocast("cpu", torch.bfloat16):
-        la.fit(TRAIN, progress=False)
-    with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
-        la.predict(TEST)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedAdapterError, match="not those"):
+        fitted(model)
+
+
+def test_where_fp32_is_multiplied_in_16_bits():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for seed in range(3):
+            fitted(
+                tiny.tiny_llama(seed=seed, dtype=torch.float32, config={"hidden_size": 256}),
+                [tiny.batch(3, seed=seed)],
+            )
+        model = tiny.tiny_llama(dtype=torch.float32)
+        CHANGES["half detached"](part(model, "layers.1.mlp"))
+        with pytest.raises(UnsupportedAdapterError, match="not those"):
+            fitted(model)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class OfSixteenBits(torch.autograd.Function):
+    """A kernel that takes nothing else."""
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.dtype != torch.bfloat16:
+            raise RuntimeError("expected bfloat16")
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+def test_what_cannot_be_run_in_fp32_is_said_once():
+    model = tiny.tiny_llama(dtype=torch.bfloat16)
+    own_code(lambda y, x: OfSixteenBits.apply(y))(part(model, "layers.1.mlp"))
+    with pytest.warns(LaplaceWarning, match=r"could not be proved .*RuntimeError: expected bfloat16"):
+        la = fitted(model)
+    la.predict(TEST)
+
+
+def test_what_rounds_all_the_same_is_not_refused():
+    """An operator of others, that gives 16 bits whatever it takes: rounding is not held against the gradients."""
+
+    def rounded(y, x):
+        return rounds_itself(y).to(y.dtype)
+
+    model = tiny.tiny_llama(dtype=torch.bfloat16)
+    own_code(rounded)(part(model, "layers.1.mlp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LaplaceWarning)
+        assert torch.isfinite(fitted(model).predict(TEST)).all()
+
+
+@torch.library.custom_op("laplace_tests::rounds_itself", mutates_args=())
+def rounds_itself(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().clone()
+
+
+rounds_itself.register_autograd(lambda ctx, g: g.float())
+
+
+@pytest.mark.parametrize("kind", ["kinks", "top two", "steep", "tiny", "huge"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rough_functions_of_16_bits_are_not_refused(kind, dtype):
+    for seed in range(3):
+        model = tiny.tiny_llama(seed=seed, dtype=dtype)
+        SOUND[kind](part(model, "layers.1.mlp"))
+        fitted(model, [tiny.batch(3, seed=seed)])
 
 
 # What must not be refused
@@ -223,27 +309,83 @@ def test_rough_functions_are_not_refused(kind, dtype):
         fitted(model, [tiny.batch(3, seed=seed)])
 
 
-@pytest.mark.parametrize("levels", [127, 10_000])
-def test_fine_quantisation_may_be_differentiated_straight_through(levels):
-    """As training does it. Steps that are small beside the differences count as rounding."""
-
+def quantised_to(levels):
     def fake(y, x):
         scale = y.detach().abs().amax() / levels
         return y + (torch.round(y / scale) * scale - y).detach()
 
+    return own_code(fake)
+
+
+def test_fine_quantisation_may_be_differentiated_straight_through():
+    """As training does it: steps that are small beside a hundredth of what a layer gives."""
+    for seed in range(3):
+        model = tiny.tiny_llama(dtype=torch.float32, seed=seed)
+        quantised_to(10_000)(part(model, "layers.1.mlp"))
+        assert torch.isfinite(fitted(model).predict(TEST)).all()
+
+
+def test_coarser_quantisation_is_warned_of():
+    """There is no derivative that could be compared; the code's gradients are taken."""
     model = tiny.tiny_llama(dtype=torch.float32)
-    own_code(fake)(part(model, "layers.1.mlp"))
-    assert torch.isfinite(fitted(model).predict(TEST)).all()
+    quantised_to(127)(part(model, "layers.1.mlp"))
+    with pytest.warns(LaplaceWarning, match=r"could not be proved .*\(its outputs change in steps\)"):
+        assert torch.isfinite(fitted(model).predict(TEST)).all()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1, 0.03, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_small_parts_are_missed_as_well(share, dtype):
+    """Of the MLP's gradients, and the model's code is smooth."""
+    for seed in range(6):
+        model = tiny.tiny_llama(dtype=dtype, seed=seed)
+        own_code(lambda y, x: (1 - share) * y + share * y.detach())(part(model, "layers.1.mlp"))
+        with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
+            fitted(model)
+
+
+@pytest.mark.parametrize("kind", ["half detached", "some features", "clamped", "norm"])
+def test_adapters_that_bend_the_outputs_much(kind):
+    """Weights of LoRA as they are before training, but for B: what moves is no longer small beside curvature."""
+    for seed in range(4):
+        model = tiny.tiny_llama(dtype=torch.float32, seed=seed, targets="all-linear")
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.mul_(4 if "lora_B" in name else 1)
+        fitted(model)
+        CHANGES[kind](part(model, "layers.1.mlp"))
+        with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
+            fitted(model)
+
+
+def relu(mlp):
+    """As many kinks as there are features; wide, so that some are near."""
+    former, wide = mlp.forward, torch.nn.Linear(16, 4096).to(next(mlp.parameters()))
+    mlp.forward = lambda x: former(x) + wide(x).relu() @ wide.weight / 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_kinks_close_by_are_not_held_against_the_gradients(dtype):
+    for seed in range(4):
+        model = tiny.tiny_llama(dtype=dtype, seed=seed)
+        for name in ("layers.0.mlp", "layers.1.mlp"):
+            relu(part(model, name))
+        fitted(model, [tiny.batch(3, seed=seed)])
 
 
 def test_directions_are_the_same_in_every_pass_and_use():
     slopes, y = Slopes(["one", "two"]), torch.randn(3, 4, 5, dtype=torch.float64)
-    slopes.step = 0.5
-    first = slopes.moved(0, y) - y
-    torch.testing.assert_close(slopes.moved(0, 2 * y) - 2 * y, first)
-    slopes.step = -0.5
-    torch.testing.assert_close(slopes.moved(0, y) - y, -first)
-    assert not torch.allclose(slopes.moved(1, y) - y, -first)
+
+    def moved(index, y, step):
+        return slopes.u_moved(lambda: slopes.passed(index, y) - y, step, 0)
+
+    with torch.no_grad():
+        for index in range(2):
+            slopes.passed(index, y)  # sets the scale
+    first = moved(0, y, 0.5)
+    torch.testing.assert_close(moved(0, 2 * y, 0.5), first)
+    torch.testing.assert_close(moved(0, y, -0.5), -first)
+    assert not torch.allclose(moved(1, y, 0.5), first)
 
 
 def test_random_numbers_of_the_caller_are_left_alone():

@@ -82,6 +82,7 @@ def test_texts_are_generated_and_scored() -> None:
     assert_close(scores.log_probs[:, :, 1:], expected.log_probs[:, :, 1:], 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*outputs change in steps")
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_layers_of_bitsandbytes(bits: int, prepared: bool) -> None:

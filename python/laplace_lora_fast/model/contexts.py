@@ -78,11 +78,14 @@ class Caller:
         """Its autocast alone."""
         return torch.autocast(self.device, self._dtype, self.casts)
 
+    def without_casts(self) -> AbstractContextManager[Any]:
+        """The default device alone."""
+        return nullcontext() if self._default is None else self._default
+
     def __enter__(self) -> None:
         stack = ExitStack()
         stack.enter_context(self.autocast())
-        if self._default is not None:
-            stack.enter_context(self._default)
+        stack.enter_context(self.without_casts())
         self._stacks.append(stack)
 
     def __exit__(self, *exc: object) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -154,6 +155,17 @@ def aligned(g: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     dtype = lk.accumulation_dtype(g.dtype)
     products = g.to(dtype) * y.to(dtype)
     return (products if mask is None else products.where(mask[..., None], 0)).sum(1)
+
+
+@contextmanager
+def switched_off(layers: Sequence[Tapped], is_own: Callable[[], bool]) -> Iterator[None]:
+    """Every layer as it was before training, in passes that `is_own` tells."""
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.switch_off(is_own)
+            if handle is not None:
+                stack.callback(handle.remove)
+        yield
 
 
 class GraphStart(torch.autograd.Function):

@@ -39,6 +39,11 @@ class SharedInputs:
             return None
         return self._expected.get(index, 1)
 
+    def fed_by(self, index: int) -> list[int]:
+        """The layers that are known to share their input with `index`, itself among them."""
+        leaders = range(len(self._layers)) if self.groups is None else self.groups
+        return [other for other, leader in enumerate(leaders) if leader == index]
+
     def start(self) -> None:
         """Before a forward pass."""
         self.uses: dict[int, int] = {}

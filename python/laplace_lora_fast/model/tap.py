@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,20 @@ from laplace_lora_fast.model.contexts import (
 )
 from laplace_lora_fast.model.gradients import Leaves, by_sequence, send_back
 from laplace_lora_fast.model.heads import Head
-from laplace_lora_fast.model.observer import GraphStart, Observer, Stream, Tapped, aligned, tokens_and_mask
+from laplace_lora_fast.model.observer import (
+    GraphStart,
+    Observer,
+    Stream,
+    Tapped,
+    aligned,
+    switched_off,
+    tokens_and_mask,
+)
+from laplace_lora_fast.model.proofs import full_precision
 from laplace_lora_fast.model.proofs.behaviour import code_of
 from laplace_lora_fast.model.proofs.first import FirstBatch, require_all_ran, require_gradients
 from laplace_lora_fast.model.proofs.leaks import Leaks, first_sequence
-from laplace_lora_fast.model.proofs.slopes import Slopes, can_be_compared
+from laplace_lora_fast.model.proofs.slopes import Slopes
 from laplace_lora_fast.model.shared_inputs import SharedInputs
 from laplace_lora_fast.model.storage import differentiable_kernels
 from laplace_lora_fast.model.uses import Uses
@@ -84,7 +93,7 @@ class Tap:
         self._first = FirstBatch(head, layers, self._checks)
         self._slopes = Slopes([layer.name for layer in layers])
         self._forward_phase = self._backward_phase = self._proves = False
-        self._inputs: Inputs | None = None
+        self._inputs: Any = None  # Inputs, of the batch that runs
         self._uses = Uses()
         self._reached: set[int] = set()  # layers that saw a gradient of this batch
         self._stack = ExitStack()
@@ -120,7 +129,7 @@ class Tap:
             self._leaves = Leaves(self._parameters, self._starts_early)
             for layer in self.layers:
                 layer.check()
-            self.head.recall(code, self._again, self._caller.casts)
+            self.head.recall(code, partial(self._again, self._caller), self._caller.casts)
             self._normalised = {index for index, layer in enumerate(self.layers) if layer.normalised}
             if self.observer is not None:
                 self._alone.require_taken(self.observer)
@@ -184,29 +193,26 @@ class Tap:
 
     def prior_u(self, inputs: Inputs) -> Tensor:
         """U [S, U] with every tapped layer as it was before training: no graph, nothing observed."""
-        with ExitStack() as stack, torch.no_grad(), self._caller:
-            for layer in self.layers:
-                handle = layer.switch_off(self._is_own)
-                if handle is not None:
-                    stack.callback(handle.remove)
+        with switched_off(self.layers, self._is_own), torch.no_grad(), self._caller:
             return self.head.u(self.model, self.head.placed(self.model, inputs))
 
     def prove(self, u: Tensor) -> None:
         """Between `forward` and `backward`, in the model's first batch: see `proofs`. Passes of its own, unobserved."""
-        assert self._inputs is not None
-        slopes = self._slopes if can_be_compared(self.model, u, self._caller.casts) else None
-        self._first.prove(u, self._inputs, self._again, partial(self._send_back_first, u), slopes)
-
-    def _send_back_first(self, u: Tensor) -> None:
-        self._proves = True
+        send_back_first = partial(self.backward, u, first_sequence(u), last=False)
+        run, self._proves = partial(self._again, self._caller), True
         try:
-            self.backward(u, first_sequence(u), last=False)
+            self._first.prove(u, self._inputs, run, send_back_first, partial(self._compare_slopes, u))
         finally:
             self._proves = False
 
-    def _again(self, inputs: Inputs) -> Tensor:
+    def _compare_slopes(self, u: Tensor, inputs: Inputs) -> UnsupportedAdapterError | str | None:
+        run = partial(self._again, self._caller.without_casts())
+        with frozen(self.model, []), torch.enable_grad():
+            return full_precision.compare(self._slopes, u, run, self._starts_early, inputs)
+
+    def _again(self, caller: AbstractContextManager[Any], inputs: Inputs) -> Tensor:
         """U [S, U] of a batch, unobserved."""
-        with self._caller:
+        with caller:
             return self.head.u(self.model, inputs)
 
     def backward(self, u: Tensor, cotangent: Tensor, last: bool) -> Sequence[Tensor | None]:
@@ -270,7 +276,6 @@ class Tap:
         return started
 
     def _require_own_tokens(self, g: Tensor, sequence: int) -> None:
-        assert self._inputs is not None
         stream = embedded_tokens(g, self.head.as_called(self._inputs))
         self._leaks.require_own_tokens(*stream, sequence)
 
@@ -281,7 +286,7 @@ class Tap:
         """
         if threading.get_ident() == self._thread:
             return True
-        return self._backward_phase and torch._C._current_graph_task_id() != -1
+        return (self._backward_phase or self._proves) and torch._C._current_graph_task_id() != -1
 
     def _forward_hook(self, observer: Observer, index: int) -> Any:
         """What it does at every layer of every pass takes Python time: see bench/results/host_time.md."""
@@ -293,8 +298,8 @@ class Tap:
             if index in self._alone.indices:
                 self._sharing.count(index)
                 return output
-            if self._slopes.step:
-                return self._slopes.moved(index, output)
+            if self._slopes.listens:
+                return self._slopes.passed(index, output)
             use = 0
             if self._forward_phase:
                 x = args[0] if args else next(iter(kwargs.values()))
@@ -334,9 +339,7 @@ class Tap:
         try:
             stream = self._tokens(index, use, x.detach())
         except InvalidBatchError as error:
-            leaders = range(len(self.layers)) if self.shared_inputs is None else self.shared_inputs
-            fed = [other for other, leader in enumerate(leaders) if leader == index]
-            self._alone.refused |= dict.fromkeys(fed, error)
+            self._alone.refused |= dict.fromkeys(self._sharing.fed_by(index), error)
             return
         self._sharing.keep(index, stream[0])
         whole = self._uses.add_input(index, stream, self._sharing.expected(index))
@@ -366,8 +369,6 @@ class Tap:
             return
         stream = self._tokens(index, use, g)
         if self._proves:
-            assert self._inputs is not None
-            self._slopes.add(index, g)
             if self._first.may_mix_rows(self._inputs.n_sequences):
                 self._leaks.require_own_row(*stream, self.layers[index].name)
             return
@@ -389,7 +390,6 @@ class Tap:
         self._leaks.observe_gradient(groups[index], g, layer.name, image)
 
     def _tokens(self, index: int, use: int, x: Tensor) -> Stream:
-        assert self._inputs is not None
         inputs = self.head.as_called(self._inputs)
         if index in self._of_output:
             stream = self.head.output_stream(x, inputs, use)

@@ -61,6 +61,12 @@ def require_alone(u: Tensor, alone: Tensor, checks: DeferredChecks) -> None:
     )
 
 
+def is_alike(u: Tensor, other: Tensor) -> bool:
+    """Whether u [S, U] and another, computed in other dtypes, are of one function."""
+    scale = u.double().nan_to_num(0, 0, 0).norm()
+    return bool(_distance(u, other, scale) <= _OF_ANOTHER_BATCH[1])
+
+
 def _distance(u: Tensor, other: Tensor, scale: Tensor) -> Tensor:
     """Of what is finite, relative to `scale` or the norm of the larger of both."""
     u, other = u.double().nan_to_num(0, 0, 0), other.double().nan_to_num(0, 0, 0)

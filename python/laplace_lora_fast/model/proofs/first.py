@@ -16,6 +16,7 @@ batch the gradients at pads are zero, or their inputs are: see `leaks`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -25,13 +26,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from laplace_lora_fast.errors import DeferredChecks, InvalidBatchError, LaplaceError, UnsupportedAdapterError
+from laplace_lora_fast.errors import (
+    DeferredChecks,
+    InvalidBatchError,
+    LaplaceError,
+    LaplaceWarning,
+    UnsupportedAdapterError,
+)
 from laplace_lora_fast.model.batches import Inputs
 from laplace_lora_fast.model.heads import Head
 from laplace_lora_fast.model.observer import Tapped
 from laplace_lora_fast.model.proofs.behaviour import Sample, random_states, require_alone
-from laplace_lora_fast.model.proofs.slopes import Slopes
 
+_UNPROVED = (
+    "it could not be proved that the gradients are those of what the model computes, for which it has to run once in "
+    "fp64 or fp32 ({reason}). They are if nothing in its code detaches a part of a tensor or has a backward pass of "
+    "its own. To have it proved, fit on one batch with the model in fp32 and plain (eager or sdpa) attention"
+)
 _LEAVE_OUT = "or leave them out: LaplaceLoRA(.., layers=lambda name: ..)"
 
 
@@ -209,8 +220,8 @@ class FirstBatch:
         u: Tensor,
         inputs: Inputs,
         run: Callable[[Inputs], Tensor],
-        send_back_first: Callable[[], None],
-        slopes: Slopes | None,
+        send_back_first: Callable[[], object],
+        compare_slopes: Callable[[Inputs], UnsupportedAdapterError | str | None],
     ) -> None:
         """Between the forward and the backward passes of a batch.
 
@@ -219,24 +230,26 @@ class FirstBatch:
             inputs: the batch.
             run: gives u of a batch, unobserved.
             send_back_first: sends back from the first sequence's outputs, and compares rows with sequences.
-            slopes: is shown that, too; None where quotients say nothing.
+            compare_slopes: compares gradients with difference quotients, in passes of its own: see `full_precision`.
         """
         if self.may_be_random:
             before = random_states(u.device)
             _require_same(u, run(inputs))
             self._is_same = random_states(u.device) == before
         several = self.may_mix_rows(len(u))
-        wrong = None
-        if slopes is not None and not (self._head.slopes_checked or self._slopes_are_same):
-            wrong = slopes.compare(u, inputs, run, send_back_first)
-        elif several:
+        if several:
             send_back_first()
         if several or (self._head.keeps_sample and self._head.sample is None):
             self._run_alone(u, inputs, run, several)
-        if wrong is not None:
+        wrong: UnsupportedAdapterError | str | None = None
+        if not (self._head.slopes_checked or self._slopes_are_same):
+            wrong = compare_slopes((None if self._head.of_batches else inputs.first()) or inputs)
+        if isinstance(wrong, UnsupportedAdapterError):
             raise wrong
+        if wrong is not None:
+            warnings.warn(_UNPROVED.format(reason=wrong), LaplaceWarning, stacklevel=2)
         self.rows_are_sequences |= several
-        self._slopes_are_same |= slopes is not None
+        self._slopes_are_same = True
 
     def _run_alone(self, u: Tensor, inputs: Inputs, run: Callable[[Inputs], Tensor], several: bool) -> None:
         """The first sequence without the others, if it can be told what is its own."""
