@@ -39,64 +39,107 @@ def assert_same(found, expected, rtol=1e-12):
         torch.testing.assert_close(one, other, rtol=rtol, atol=0)
 
 
-# Hooks on gradients are not called
+# Hooks on gradients: those that look on are not called in passes that count
 
 
 def halved(g):
     return g * 0.5
 
 
-def on_output(module, args, output):
-    if output.requires_grad:
-        output.register_hook(halved)
+def void(anything):
+    """What hooks of this kind have to return."""
 
 
-def on_input(module, args):
-    if args[0].requires_grad:
-        args[0].register_hook(halved)
+def hooks_on_tensors(change):
+    def on_output(module, args, output):
+        if output.requires_grad:
+            output.register_hook(change)
+
+    def on_input(module, args):
+        if args[0].requires_grad:
+            args[0].register_hook(change)
+
+    def on_several(module, args, output):
+        if output.requires_grad:
+            torch.autograd.graph.register_multi_grad_hook([output], lambda grads: void(change(grads[0])))
+
+    return {
+        "output": lambda mlp: mlp.register_forward_hook(on_output),
+        "input": lambda mlp: mlp.register_forward_pre_hook(on_input),
+        "multi-grad": lambda mlp: mlp.register_forward_hook(on_several),
+    }
 
 
-def on_several(module, args, output):
-    if output.requires_grad:
-        torch.autograd.graph.register_multi_grad_hook([output], lambda grads: grads[0].mul_(0.5))
+def hooks_on_modules(change):
+    def full(module, into, out):
+        return tuple(None if g is None else change(g) for g in into)
+
+    def pre(module, out):
+        return tuple(None if g is None else change(g) for g in out)
+
+    return {
+        "full": lambda mlp: mlp.register_full_backward_hook(full),
+        "pre": lambda mlp: mlp.register_full_backward_pre_hook(pre),
+    }
 
 
-HOOKS = {
-    "output": lambda mlp: mlp.register_forward_hook(on_output),
-    "input": lambda mlp: mlp.register_forward_pre_hook(on_input),
-    "multi-grad": lambda mlp: mlp.register_forward_hook(on_several),
-}
+def hooks(change):
+    return hooks_on_tensors(change) | hooks_on_modules(change)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind", HOOKS)
-def test_tensor_hooks_are_for_the_gradients_of_a_loss(kind, checkpointed, dtype):
+@pytest.mark.parametrize("kind", hooks(halved))
+def test_hooks_that_look_on_change_nothing(kind, checkpointed, dtype):
+    """They are called in the proof alone, once a model."""
+    called = []
     models = [tiny.tiny_llama(dtype=dtype) for _ in range(2)]
-    HOOKS[kind](part(models[1], "layers.1.mlp"))
+    hooks(lambda g: called.append(g) or g)[kind](part(models[1], "layers.1.mlp"))
     for model in models:
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    expected, found = map(fitted, models)
+    expected = fitted(models[0])
+    found = fitted(models[1])
+    in_the_fit = len(called)
     assert_same(found, expected)
+    assert len(called) == in_the_fit <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in hooks(halved) if kind != "multi-grad"])
+def test_hooks_that_change_gradients_are_refused(kind, dtype):
+    model = tiny.tiny_llama(dtype=dtype)
+    hooks(halved)[kind](part(model, "layers.1.mlp"))
+    with pytest.raises(UnsupportedAdapterError, match=r"not those .* a hook that changes gradients"):
+        fitted(model)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in hooks(halved) if kind != "multi-grad"])
+def test_and_those_that_come_after_the_fit(kind):
+    model = tiny.tiny_llama()
+    la = fitted(model)
+    hooks(halved)[kind](part(model, "layers.1.mlp"))
+    with pytest.raises(UnsupportedAdapterError, match="a hook that changes gradients"):
+        la.predict(TEST)
 
 
 def test_under_a_mode_of_torchs_functions():
     """It looks functions up anew, `Tensor.register_hook` too."""
-    expected = fitted(tiny.tiny_llama())
+    called = []
     model = tiny.tiny_llama()
-    HOOKS["output"](part(model, "layers.1.mlp"))
+    hooks(lambda g: called.append(g) or g)["output"](part(model, "layers.1.mlp"))
     with torch.device("cpu"):
-        assert_same(fitted(model), expected)
+        la = fitted(model)
+        n = len(called)
+        la.predict(TEST)
+    assert len(called) == n == 1
 
 
 def test_tensor_hooks_are_called_again_afterwards():
-    model = tiny.tiny_llama()
-    mlp = part(model, "layers.1.mlp")
-    called = []
-    mlp.register_forward_hook(lambda m, a, out: out.register_hook(called.append) and None)
-    fitted(model).predict(TEST)
-    assert not called
+    model, called = tiny.tiny_llama(), []
+    hooks(lambda g: called.append(g) or g)["output"](part(model, "layers.1.mlp"))
+    fitted(model)
+    called.clear()
     embeddings = model.get_input_embeddings()(TEST["input_ids"])
     model(inputs_embeds=embeddings, attention_mask=TEST["attention_mask"]).logits.sum().backward()
     assert len(called) == 1

@@ -1,8 +1,8 @@
 """Hooks of others on backward passes are not called in passes of one's own.
 
-They are for gradients of a loss; those here are of single outputs, and whoever clips or scales them would change the
-Jacobian. Hooks of autograd's nodes (`tensor.grad_fn.register_hook`) cannot be told apart from autograd's own: what they
-change is for `proofs.slopes` to find.
+They are for gradients of a loss; those here are of single outputs, and whoever keeps, clips or scales them would count
+them in. Only the passes of `proofs.slopes` call them, once a model, to see whether they change a Jacobian, which is
+refused. Hooks of autograd's nodes (`tensor.grad_fn.register_hook`) cannot be told apart from autograd's own.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Tap:
             none = self._parameters or self._alone.indices
             checkpointing = [] if none else checkpointing_layers(self.model)
             stack.enter_context(evaluation_mode(self.model))
-            stack.enter_context(without_backward_hooks(self.model, self._is_own))
+            stack.enter_context(without_backward_hooks(self.model, partial(self._is_own, but_proofs=True)))
             stack.enter_context(frozen(self.model, self._parameters))
             stack.enter_context(thawed(self._alone.weights))
             stack.enter_context(
@@ -256,8 +256,7 @@ class Tap:
     def _listen(self, observer: Observer, stack: ExitStack) -> None:
         """Hooks on all layers, until the stack is closed."""
         for index, layer in enumerate(self.layers):
-            # Before hooks of the user, which may change the output.
-            hook = self._forward_hook(observer, index)
+            hook = self._forward_hook(observer, index)  # before the user's, which may change the output
             handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
             self._first.watch(index, self._is_own, stack)
@@ -266,7 +265,10 @@ class Tap:
             stack.callback(module.register_forward_hook(self._embedding_hook).remove)
 
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not (self._starts_early or self._alone.indices) or not self._is_own():
+        early = (
+            self._starts_early or self._alone.indices or self._slopes.listens
+        )  # so hooks see what training shows
+        if not early or not self._is_own():
             return output
         if not embeds(self.model, module, args, output, self._inputs):
             return output
@@ -279,11 +281,13 @@ class Tap:
         stream = embedded_tokens(g, self.head.as_called(self._inputs))
         self._leaks.require_own_tokens(*stream, sequence)
 
-    def _is_own(self) -> bool:
+    def _is_own(self, but_proofs: bool = False) -> bool:
         """Whether this code runs in one of the tap's passes, not in a plain forward pass of another thread.
 
         A backward pass on a GPU, and what it recomputes, runs in a thread of autograd's.
         """
+        if but_proofs and self._slopes.listens:
+            return False
         if threading.get_ident() == self._thread:
             return True
         return (self._backward_phase or self._proves) and torch._C._current_graph_task_id() != -1

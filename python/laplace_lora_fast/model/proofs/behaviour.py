@@ -76,7 +76,7 @@ def _distance(u: Tensor, other: Tensor, scale: Tensor) -> Tensor:
 
 
 def code_of(model: nn.Module) -> Code:
-    """What runs in a forward pass beside the modules' own code, and what they hold beside parameters and buffers.
+    """What runs beside the modules' own code, and what they hold beside parameters and buffers.
 
     Two that differ need not compute anything else: a hook may only look on.
     """
@@ -87,8 +87,8 @@ def code_of(model: nn.Module) -> Code:
     for module in model.modules():
         kinds.add(type(module))
         own = vars(module)
-        if own["_forward_pre_hooks"] or own["_forward_hooks"]:
-            found.append((id(module), *own["_forward_pre_hooks"], None, *own["_forward_hooks"]))
+        if any(own[kind] for kind in _HOOKS):
+            found.append((id(module), *[tuple(own[kind]) for kind in _HOOKS]))
         for key, value in own.items():
             if type(value) in _CONSTANT or key in _OF_ALL_MODULES or id(value) in seen:
                 continue
@@ -97,6 +97,7 @@ def code_of(model: nn.Module) -> Code:
     return (*found, frozenset((kind, kind.forward) for kind in kinds))
 
 
+_HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _CONSTANT = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size))
 

@@ -1,8 +1,8 @@
 """Whether gradients are those of what the model computes: they against difference quotients.
 
 A `.detach()` of a part, a function whose backward pass is not its derivative (a straight-through estimator, a scaled
-or reversed gradient, a kernel's mistake) or a hook of autograd's nodes change a Jacobian, and nothing else. Here what
-all tapped layers give is moved a little in a random direction d. What the outputs of the first sequence make of that,
+or reversed gradient, a kernel's mistake) or a hook on gradients change a Jacobian, and nothing else. Here what all
+tapped layers give is moved a little in a random direction d. What the outputs of the first sequence make of that,
 
     (c . u(y + e d) - c . u(y - e d)) / 2 e,
 
@@ -168,7 +168,7 @@ class Slopes:
         return (
             f"the gradients behind layer {self._names[layers[wrong]]!r} are not those of what the model computes: "
             ".detach() of a part, a function whose backward pass is another (a straight-through estimator, a scaled "
-            "gradient), a hook on a node of autograd's, or a kernel's mistake. Remove it while the posterior is used, "
+            "gradient), a hook that changes gradients, or a kernel's mistake. Remove it while the posterior is used, "
             "or leave the layers before it out with layers=lambda name: .."
         )
 
