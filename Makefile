@@ -25,7 +25,7 @@ test: $(VENV)/.test-stamp $(BARE)/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/kernels/compiled
 	OMP_NUM_THREADS=1 PYTHONPATH=.:python $(BARE)/bin/python -m pytest -n auto tests/kernels/compiled -k sm_90
 	DEPENDENCIES=$(VENV) bench/wheels.sh
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow" tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m "not slow" tests --ignore=tests/kernels/interpreted --ignore=tests/kernels/compiled
 
 # Under a minute on two cores, for while one works: linters, the rules of the house, frozen numbers, every plug's contract.
 quick: $(VENV)/.test-stamp

@@ -44,8 +44,9 @@ def test_gradient_checkpointing(name, reentrant, input_grads):
         for seen in calls:
             seen.clear()
         la = fitted(model, task, tiny.split(train, 4), structure)
-        # nothing is random, rows are sequences, gradients are slopes, the first sequence alone; where positions start
-        proofs = 5 + 2 * (task == ANSWERS)
+        # Nothing is random, rows are sequences, the first sequence alone; its gradients, forward and again, are slopes,
+        # ahead and behind; where positions start.
+        proofs = 3 + 4 + 2 * (task == ANSWERS)
         for seen in calls:  # two batches, each one forward and two backward passes that run the forward again
             assert len(seen) == 2 * (1 + 2) + proofs
         assert_same(results(la, test), value)
@@ -69,7 +70,7 @@ def test_custom_code(segment, structure):
     model = pooled_model(3, segment=segment)
     la = fitted(model, Classes(), tiny.split(train, 4), structure)
     assert (
-        model.get_base_model().calls == 2 * (1 + (2 if structure.fisher == "exact" else 1)) + 5
+        model.get_base_model().calls == 2 * (1 + (2 if structure.fisher == "exact" else 1)) + 7
     )  # the last are proofs
     assert_same(results(la, test), expected)
 

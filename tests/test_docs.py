@@ -19,6 +19,7 @@ from bench.protocols.config import read
 from bench.protocols.plan import lines
 from laplace_lora_fast.cli.plan import Setting, plan
 from laplace_lora_fast.fitting.planner import Rates
+from tests.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
@@ -156,10 +157,5 @@ def test_every_skeleton_is_used() -> None:
 def test_skeletons_of_contributing_run(title: str, tmp_path: Path) -> None:
     script = tmp_path / "skeleton.py"
     script.write_text(CODE[title] + FIT + USES[title], encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    failed = run_script(script)
+    assert not failed, failed

@@ -40,7 +40,10 @@ from laplace_lora_fast.structures.blocks.factors import SketchFactor
 from tests import tiny
 from tests.integrations import test_trainer as trainers
 from tests.oracle import assert_close
+from tests.processes import CONTEXT
 from tests.tasks.test_options import examples as option_examples
+
+pytestmark = pytest.mark.xdist_group("world")  # one start of the processes serves them all
 
 WORLD = 2
 TEST = tiny.batch(4, 5, seed=2)
@@ -330,7 +333,7 @@ def ranks(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
+    mp.start_processes(worker, (str(folder),), nprocs=WORLD, start_method=CONTEXT.get_start_method())
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

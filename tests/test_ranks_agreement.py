@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from laplace_lora_fast import KFAC, Answers, Classes, LaplaceLoRA, Outputs, Rows
 from laplace_lora_fast.errors import RankError
 from tests import tiny
+from tests.processes import CONTEXT
+
+pytestmark = pytest.mark.xdist_group("agreement")  # one start of the processes serves them all
 
 WORLD = 2
 DATA = tiny.split(tiny.batch(12), 3)
@@ -185,10 +187,9 @@ def run(target, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
+    queue = CONTEXT.Queue()
     processes = [
-        context.Process(target=target, args=(rank, port, queue, *arguments)) for rank in range(WORLD)
+        CONTEXT.Process(target=target, args=(rank, port, queue, *arguments)) for rank in range(WORLD)
     ]
     for process in processes:
         process.start()

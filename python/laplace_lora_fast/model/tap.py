@@ -267,7 +267,7 @@ class Tap:
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         early = (
             self._starts_early or self._alone.indices or self._slopes.listens
-        )  # so hooks see what training shows
+        )  # hooks see what training shows
         if not early or not self._is_own():
             return output
         if not embeds(self.model, module, args, output, self._inputs):
