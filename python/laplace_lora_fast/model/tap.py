@@ -265,9 +265,7 @@ class Tap:
             stack.callback(module.register_forward_hook(self._embedding_hook).remove)
 
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        early = (
-            self._starts_early or self._alone.indices or self._slopes.listens
-        )  # hooks see what training shows
+        early = self._starts_early or self._alone.indices or self._slopes.listens
         if not early or not self._is_own():
             return output
         if not embeds(self.model, module, args, output, self._inputs):
