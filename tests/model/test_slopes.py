@@ -20,6 +20,7 @@ from laplace_lora_fast import (
     UnsupportedAdapterError,
 )
 from laplace_lora_fast.data import option_batches_from_ids
+from laplace_lora_fast.model.proofs import full_precision
 from laplace_lora_fast.model.proofs.slopes import Slopes
 from tests import tiny
 from tests.model.test_alone import mixture
@@ -399,6 +400,30 @@ def test_adapters_that_bend_the_outputs_much(kind):
         CHANGES[kind](part(model, "layers.1.mlp"))
         with pytest.raises(UnsupportedAdapterError, match="not those of what the model computes"):
             fitted(model)
+
+
+@pytest.fixture
+def slow_in_fp64(monkeypatch):
+    """As a consumer's GPU is."""
+    monkeypatch.setattr(full_precision, "_dtypes", lambda u: [torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", CHANGES)
+def test_in_fp32_what_changes_gradients_is_refused(kind, dtype, slow_in_fp64):
+    model = tiny.tiny_llama(dtype=dtype)
+    CHANGES[kind](part(model, "layers.1.mlp"))
+    with pytest.raises(UnsupportedAdapterError, match=r"behind layer .*layers\.1\.self_attn.*not those"):
+        fitted(model)
+
+
+@pytest.mark.parametrize("kind", ["top two", "tiny", "huge", "clone"])
+def test_in_fp32_what_is_sound_is_not(kind, slow_in_fp64):
+    for seed in range(3):
+        model = tiny.tiny_llama(seed=seed, dtype=torch.bfloat16, targets="all-linear")
+        fitted(model, [tiny.batch(3, seed=seed)])
+        SOUND[kind](part(model, "layers.1.mlp"))
+        fitted(model, [tiny.batch(3, seed=seed)])
 
 
 def relu(mlp):

@@ -32,16 +32,6 @@ _FAST_FP64 = (
     (9, 0),
     (10, 0),
 )  # compute capabilities; others' takes up to 64 times as long
-# What operators raise that do not take another dtype.
-_REFUSALS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-    LookupError,
-)
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,7 @@ def compare(
             found = _compare(dtype, slopes, u, run, reentrant, inputs)
         except LaplaceError:
             raise
-        except _REFUSALS as error:
+        except Exception as error:  # whatever an operator raises that does not take another dtype
             found = f"{type(error).__name__}: {error}".splitlines()[0]
         if found is None or (dtype is not None and not isinstance(found, str)):
             break

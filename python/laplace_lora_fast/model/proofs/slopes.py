@@ -201,15 +201,17 @@ class _Quotients:
         return _Quotients(self._slopes, self._run, self._cotangent, self._dtype, self._rounding)
 
     def fine_agree(self) -> bool:
-        """Whether those of the finest step do, up to what may come of kinks or rounding."""
+        """Whether those of the finest step do, up to what comes of kinks; of any fine one where rounding comes in."""
+        if self._ladder.noisy:
+            fine = self._ladder.steps[: self._ladder.n_fine]
+            return any(self._both_agree(step, self._ladder.tolerance) for step in fine)
         finest, following = self._ladder.steps[:2]
         if self._agree(finest, 0, _EXACT):
             return True
-        if not self._both_agree(finest, self._ladder.tolerance):
-            return False
         # Kinks and rounding change from step to step; a missing part does not.
-        distance = self._quotient(finest, 0) - self._slopes.sums(0)[0]
-        return self._ladder.noisy or not self._change(finest, following) < 0.3 * abs(distance)
+        distance = abs(self._quotient(finest, 0) - self._slopes.sums(0)[0])
+        differs = not self._change(finest, following) < 0.3 * distance
+        return differs and self._both_agree(finest, self._ladder.tolerance)
 
     def are_smooth(self) -> bool:
         """Whether fine ones agree with each other: else there are steps in the function, or rounding."""
