@@ -44,7 +44,7 @@ for index in itertools.count():
         la.sample_adapters(f"{folder}/{index % 3}", 3, force=True)
         shutil.rmtree(f"{folder}/{index % 3}")
 """
-TIMES = [2, pytest.param(50, marks=pytest.mark.slow)]
+TIMES = [1, pytest.param(50, marks=pytest.mark.slow)]
 
 
 def kill_while(what, folder, draw):
