@@ -38,7 +38,7 @@ from laplace_lora_fast.model.observer import (
     switched_off,
     tokens_and_mask,
 )
-from laplace_lora_fast.model.proofs import full_precision
+from laplace_lora_fast.model.proofs import widened
 from laplace_lora_fast.model.proofs.behaviour import code_of
 from laplace_lora_fast.model.proofs.first import FirstBatch, require_all_ran, require_gradients
 from laplace_lora_fast.model.proofs.leaks import Leaks, first_sequence
@@ -208,7 +208,7 @@ class Tap:
     def _compare_slopes(self, u: Tensor, inputs: Inputs) -> UnsupportedAdapterError | str | None:
         run = partial(self._again, self._caller.without_casts())
         with frozen(self.model, []), torch.enable_grad():
-            return full_precision.compare(self._slopes, u, run, self._starts_early, inputs)
+            return widened.compare(self._slopes, u, run, self._starts_early, inputs)
 
     def _again(self, caller: AbstractContextManager[Any], inputs: Inputs) -> Tensor:
         """U [S, U] of a batch, unobserved."""

@@ -230,7 +230,7 @@ class FirstBatch:
             inputs: the batch.
             run: gives u of a batch, unobserved.
             send_back_first: sends back from the first sequence's outputs, and compares rows with sequences.
-            compare_slopes: compares gradients with difference quotients, in passes of its own: see `full_precision`.
+            compare_slopes: compares gradients with difference quotients, in passes of its own: see `widened`.
         """
         if self.may_be_random:
             before = random_states(u.device)

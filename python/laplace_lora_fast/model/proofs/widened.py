@@ -25,13 +25,8 @@ from laplace_lora_fast.model.proofs.leaks import first_sequence
 from laplace_lora_fast.model.proofs.slopes import Slopes
 
 _FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
-_FAST_FP64 = (
-    (6, 0),
-    (7, 0),
-    (8, 0),
-    (9, 0),
-    (10, 0),
-)  # compute capabilities; others' takes up to 64 times as long
+# Compute capabilities; on others fp64 takes up to 64 times as long.
+_FAST_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class Widened(TorchDispatchMode):
 
 
 @contextmanager
-def widened(dtype: torch.dtype) -> Iterator[Widened]:
+def widening(dtype: torch.dtype) -> Iterator[Widened]:
     """The mode, without TF32."""
     with FULL_PRECISION, Widened(dtype) as mode:
         yield mode
@@ -162,7 +157,7 @@ def _compare(
     inputs: Inputs,
 ) -> UnsupportedAdapterError | str | None:
     """In passes widened to a dtype; None: as they are, in fp64."""
-    with nullcontext() if dtype is None else widened(dtype) as mode, slopes.listening():
+    with nullcontext() if dtype is None else widening(dtype) as mode, slopes.listening():
         own = inputs
         if mode is not None:
             own = replace(
