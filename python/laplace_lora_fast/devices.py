@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model expects its inputs."""
-    return torch.device(getattr(model, "device", None) or next(model.parameters()).device)
+    device = torch.device(getattr(model, "device", None) or next(model.parameters()).device)
+    if device.type != "meta":
+        return device
+    # What accelerate keeps elsewhere is said to be there; its inputs go where the other weights are.
+    return next((each.device for each in model.parameters() if not each.is_meta), device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

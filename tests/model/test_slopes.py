@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import accelerate
 import pytest
 import torch
 
@@ -270,6 +271,17 @@ def test_where_fp32_is_multiplied_in_16_bits():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp", "lm_head", "embed_tokens"])
+def test_weights_that_are_fetched_stay_what_they_are(name):
+    """Accelerate keeps what a forward pass made of them: the proof is left out, and said to be."""
+    expected = fitted(tiny.tiny_llama(dtype=torch.float32))
+    model = tiny.tiny_llama(dtype=torch.float32)
+    accelerate.cpu_offload(part(model, name), torch.device("cpu"))
+    with pytest.warns(LaplaceWarning, match=r"could not be proved .*\(part of its weights is offloaded\)"):
+        found = fitted(model)
+    assert_same(found, expected, rtol=1e-5)
 
 
 class OfSixteenBits(torch.autograd.Function):

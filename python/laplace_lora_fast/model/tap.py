@@ -23,6 +23,7 @@ from laplace_lora_fast.model.contexts import (
     evaluation_mode,
     exclusive,
     frozen,
+    is_offloaded,
     reentrant,
     without_autocast,
     without_fast_path,
@@ -206,8 +207,10 @@ class Tap:
             self._proves = False
 
     def _compare_slopes(self, u: Tensor, inputs: Inputs) -> UnsupportedAdapterError | str | None:
+        if is_offloaded(self.model):  # what fetches its weights would keep them widened
+            return "part of its weights is offloaded"
         run = partial(self._again, self._caller.without_casts())
-        with frozen(self.model, []), torch.enable_grad():
+        with frozen(self.model), torch.enable_grad():
             return widened.compare(self._slopes, u, run, self._starts_early, inputs)
 
     def _again(self, caller: AbstractContextManager[Any], inputs: Inputs) -> Tensor:
@@ -266,9 +269,7 @@ class Tap:
 
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         early = self._starts_early or self._alone.indices or self._slopes.listens
-        if not early or not self._is_own():
-            return output
-        if not embeds(self.model, module, args, output, self._inputs):
+        if not (early and self._is_own() and embeds(self.model, module, args, output, self._inputs)):
             return output
         started = self._start_graph(output)
         if self._forward_phase and self._alone.indices:
@@ -334,8 +335,7 @@ class Tap:
     def _start_graph(self, output: Tensor) -> Tensor:
         if output.requires_grad or not torch.is_grad_enabled():
             return output
-        started: Tensor = GraphStart.apply(output, self._leaves.anchor)  # type: ignore[no-untyped-call]
-        return started
+        return GraphStart.apply(output, self._leaves.anchor)  # type: ignore[no-untyped-call, no-any-return]
 
     def _observe_input(self, observer: Observer, index: int, use: int, x: Tensor) -> None:
         try:
