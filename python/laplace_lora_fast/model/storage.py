@@ -39,7 +39,7 @@ def refuse_storage(model: nn.Module) -> None:
                 f"parameter {name!r} is a DTensor, spread over processes (FSDP2, tensor parallelism): load the model "
                 "unsharded, one copy a rank with fit(group=..), or with device_map where one device is too small"
             )
-        if hasattr(parameter, "ds_id"):
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_shape"):
             raise UnsupportedAdapterError(
                 f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: save the adapter and load it on an unsharded "
                 "copy of the base model"
